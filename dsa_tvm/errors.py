@@ -1,0 +1,24 @@
+"""The exceptions every Python door raises."""
+
+
+class DsaError(Exception):
+    """Base of all errors of this package."""
+
+
+class ArgumentError(DsaError, ValueError):
+    """An argument has the wrong rank, shape, dtype, device, layout or value.
+
+    The message names the operator, the argument, what was expected and what came.
+    """
+
+
+class LibraryError(DsaError, RuntimeError):
+    """The compiled library is missing, damaged, of another ABI, or cannot run on this CPU."""
+
+
+class KernelError(DsaError, RuntimeError):
+    """A kernel failed after its arguments had passed every check (out of memory, for example)."""
+
+
+class BuildError(DsaError, RuntimeError):
+    """Compiling or linking a library failed; the message holds the tool's own words."""

@@ -1,0 +1,35 @@
+"""The whole of DeepSeek Sparse Attention: `indexer_topk`, then `sparse_mla` over what it selected."""
+
+from __future__ import annotations
+
+from ..spec import OpSpec, TensorSpec
+from . import indexer_topk, lightning_indexer, sparse_mla
+
+
+def reference(index_q, index_k, weights, ks, ke, q, kv, index_k_scale=None, attn_sink=None, *, topk, sm_scale, d_v):
+    """float64 (out, lse); shapes as in `indexer_topk` and `sparse_mla`."""
+    (indices,) = indexer_topk.reference(index_q, index_k, weights, ks, ke, index_k_scale, topk=topk)
+    out, _, lse = sparse_mla.reference(q, kv, indices, attn_sink, sm_scale=sm_scale, d_v=d_v)
+    return out, lse
+
+
+SPEC = OpSpec(
+    name="dsa_attention",
+    onnx_name="DsaAttention",
+    inputs=(
+        TensorSpec("index_q", "T", ("s_q", "h_idx", "d_idx")),
+        TensorSpec("index_k", "K", ("s_kv", "d_idx")),
+        TensorSpec("weights", "float32", ("s_q", "h_idx")),
+        TensorSpec("ks", "int32", ("s_q",)),
+        TensorSpec("ke", "int32", ("s_q",)),
+        TensorSpec("q", "T", ("s_q", "h_q", "d_qk")),
+        TensorSpec("kv", "T", ("s_kv", "d_qk")),
+        TensorSpec("index_k_scale", "float32", ("s_kv",), optional=True),
+        sparse_mla.ATTN_SINK,
+    ),
+    outputs=(sparse_mla.OUT, sparse_mla.LSE),
+    attrs=(lightning_indexer.TOPK_ATTR, *sparse_mla.ATTRS),
+    variants=tuple(v for v in lightning_indexer.VARIANTS if v["T"] != "float8_e4m3fn"),
+    tolerance={name: sparse_mla.TOLERANCE[name] for name in ("out", "lse")},
+    reference=reference,
+)

@@ -1,0 +1,26 @@
+"""`lightning_indexer` and `topk` in one call; the logits are never held whole."""
+
+from __future__ import annotations
+
+from ..spec import OpSpec
+from . import lightning_indexer, topk
+
+
+def reference(q, k, weights, ks, ke, k_scale=None, *, topk):
+    """Indices [s_q, topk] int32 selected from the float64 logits."""
+    (logits,) = lightning_indexer.reference(q, k, weights, ks, ke, k_scale)
+    return _select(logits, ks, ke, topk)
+
+
+_select = topk.reference
+
+SPEC = OpSpec(
+    name="indexer_topk",
+    onnx_name="IndexerTopK",
+    inputs=lightning_indexer.INPUTS,
+    outputs=(topk.INDICES,),
+    attrs=(lightning_indexer.TOPK_ATTR,),
+    variants=lightning_indexer.VARIANTS,
+    tolerance={},
+    reference=reference,
+)

@@ -1,0 +1,168 @@
+"""What an operator is: its arguments, their symbolic shapes and types, its attributes and tolerances.
+
+An `OpSpec` is the only description of an operator. The C argument checks, the ONNX schemas, the
+`torch.library` schemas and the hostile-input tests are all generated from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+INT32_MAX = 2**31 - 1
+
+#: DLPack (type code, bits) of every element type this package knows. DLPack's own numbering.
+DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
+    "float32": (2, 32),
+    "bfloat16": (4, 16),
+    "float16": (2, 16),
+    "float8_e4m3fn": (10, 8),
+    "int32": (0, 32),
+}
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A named length, with the values that are served.
+
+    Parameters
+    ----------
+    name : str
+        The field's name for the length, such as ``s_kv``.
+    minimum, maximum : int
+        Inclusive bounds.
+    values : tuple of int
+        When not empty, the only values served; they can be widened when a library is built.
+    multiple : int
+        What every value is a multiple of.
+    at_most : str, optional
+        The dimension this one may not exceed.
+    """
+
+    name: str
+    minimum: int = 0
+    maximum: int = INT32_MAX
+    values: tuple[int, ...] = ()
+    multiple: int = 1
+    at_most: str | None = None
+
+    def serves(self, value: int) -> bool:
+        """Whether `value` is a length this dimension may have."""
+        if self.values:
+            return value in self.values
+        return self.minimum <= value <= self.maximum
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor argument.
+
+    Parameters
+    ----------
+    name : str
+    dtype : str
+        A key of `DLPACK_TYPES`, or the name of a type variable of the operator.
+    shape : tuple of str
+        Names of dimensions.
+    optional : bool
+        Whether the argument may be left out.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class AttrSpec:
+    """One scalar attribute. With `dim`, the attribute is the length of that dimension."""
+
+    name: str
+    kind: type
+    dim: str | None = None
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``|err| <= abs + rel * |reference|`` elementwise, then cosine difference ``<= cos``."""
+
+    abs: float
+    rel: float
+    cos: float
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator.
+
+    Parameters
+    ----------
+    name : str
+        Name in Python, PyTorch and C.
+    onnx_name : str
+        Name in the ONNX domain ``ai.dsa``.
+    inputs, outputs : tuple of TensorSpec
+    attrs : tuple of AttrSpec
+    variants : tuple of mapping
+        The served assignments of the type variables.
+    tolerance : mapping
+        Output name, then element type of the operator's first input, to a `Tolerance`.
+    reference : callable
+        float64 NumPy reference: takes the inputs and attributes by name, returns the outputs in order.
+    """
+
+    name: str
+    onnx_name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    attrs: tuple[AttrSpec, ...]
+    variants: tuple[Mapping[str, str], ...]
+    tolerance: Mapping[str, Mapping[str, Tolerance]]
+    reference: Callable = field(compare=False)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the dimensions the inputs and attributes fix, in order of appearance."""
+        names = [d for t in self.inputs for d in t.shape] + [a.dim for a in self.attrs if a.dim]
+        return tuple(dict.fromkeys(names))
+
+    def dtype_of(self, tensor: TensorSpec, variant: Mapping[str, str]) -> str:
+        """Element type of `tensor` under one assignment of the type variables."""
+        return variant.get(tensor.dtype, tensor.dtype)
+
+
+#: Every dimension of every operator. The listed values of d_idx, d_qk and d_v are those the shipped
+#: library serves; `dsa-tvm build` makes a library that serves others.
+DIMS: Mapping[str, Dim] = {
+    d.name: d
+    for d in (
+        Dim("s_q"),
+        Dim("s_kv"),
+        Dim("h_idx", 1, 64),
+        Dim("d_idx", 8, 1024, (32, 64, 128), multiple=8),
+        Dim("topk", 1, 4096),
+        Dim("h_q", 1, 128),
+        Dim("d_qk", 8, 1024, (512, 576), multiple=8),
+        Dim("d_v", 32, 1024, (512,), multiple=32, at_most="d_qk"),
+    )
+}
+
+
+def with_values(dims: Mapping[str, Dim], extra: Mapping[str, tuple[int, ...]]) -> dict[str, Dim]:
+    """`dims` with the served values of some dimensions widened.
+
+    Raises
+    ------
+    ValueError
+        A value is out of the dimension's bounds or not the multiple its kernels need.
+    """
+    widened = dict(dims)
+    for name, values in extra.items():
+        dim = dims[name]
+        for value in values:
+            if not dim.minimum <= value <= dim.maximum or value % dim.multiple:
+                expected = f"a multiple of {dim.multiple} in {dim.minimum}..{dim.maximum}"
+                raise ValueError(f"{name}: expected {expected}, got {value}")
+        widened[name] = replace(dim, values=tuple(sorted({*dim.values, *values})))
+    return widened
