@@ -1,0 +1,1 @@
+"""Kernels for CPUs: TensorIR factories whose parameters are the decisions of a search."""

@@ -1,0 +1,243 @@
+"""The CPU sparse attention: online softmax over blocks of gathered keys.
+
+A task takes one query and a range of its heads. Valid keys are gathered and widened to f32 a block at a time, once for
+all heads of the task; invalid indices are dropped there and cost nothing. Scores are a register tile of keys x heads
+(keys broadcast, heads vectorized), the output a register tile of heads x values (weights broadcast, values vectorized).
+Running maximum and sum are kept per head, vectorized over the heads (Milakov and Gimelshein, 2018).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .elements import STORAGE, WIDTH, is_nan, narrow, widen
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a search may choose.
+
+    Parameters
+    ----------
+    block_keys : int
+        Keys gathered at a time; a multiple of `tile_keys`.
+    tile_keys, heads : int
+        Register tile of the scores.
+    tile_heads, values : int
+        Register tile of the output; `tile_heads` divides `heads`, `values` divides 32 (of which d_v is a multiple).
+    unroll_d : int
+        Steps of the product over d_qk in one loop body; divides 8.
+    task_heads : int
+        Heads a task takes; a multiple of `heads`.
+    """
+
+    block_keys: int
+    tile_keys: int
+    heads: int
+    tile_heads: int
+    values: int
+    unroll_d: int
+    task_heads: int
+
+
+DEFAULT = {
+    "x86-64-v2": Decisions(block_keys=48, tile_keys=4, heads=8, tile_heads=4, values=8, unroll_d=4, task_heads=64),
+    "x86-64-v3": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=8, task_heads=128),
+    "x86-64-v4": Decisions(block_keys=48, tile_keys=12, heads=32, tile_heads=8, values=32, unroll_d=4, task_heads=128),
+    "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
+}
+
+# exp(x) = 2**n * exp(f), n = round(x / ln 2), |f| <= ln(2) / 2. The Taylor sum to the 6th power is then within 2e-7.
+_EXP = [1 / math.factorial(i) for i in range(7)]
+_EXP_UNDERFLOW = -87.0
+
+
+def exp_nonpositive(x):
+    """exp of a non-positive f32 or NaN; 0 below -87. TVM's own exp becomes a scalar call for each element."""
+    # The clamp keeps the conversion to an integer defined for NaN and -inf.
+    clamped = T.Select(x >= T.float32(_EXP_UNDERFLOW), x, T.float32(_EXP_UNDERFLOW))
+    n = T.floor(clamped * T.float32(math.log2(math.e)) + T.float32(0.5))
+    # ln 2 in two parts: the first has few enough bits for n * part to be exact.
+    f = clamped - n * T.float32(0.693359375) - n * T.float32(-2.12194440e-4)
+    poly = T.float32(_EXP[6])
+    for c in reversed(_EXP[:6]):
+        poly = poly * f + T.float32(c)
+    power = T.reinterpret("float32", (T.Cast("int32", n) + T.int32(127)) << T.int32(23))
+    return T.Select(x >= T.float32(_EXP_UNDERFLOW), poly * power, T.Select(is_nan(x), x, T.float32(0)))
+
+
+def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
+    """The kernel for query m and the heads [h0, h1).
+
+    Parameters
+    ----------
+    variant : dict
+        Element type T of q, kv and out.
+    c : Decisions
+
+    Returns
+    -------
+    PrimFunc
+        ``(q, kv, indices, attn_sink, topk_length, out, max_logits, lse, m, h0, h1, index_row, sm_scale, has_sink,
+        has_length)``; `index_row` is the row of query m in indices and max_logits, and attn_sink and topk_length are
+        read only when their flags are 1.
+    """
+    dtype = variant["T"]
+    BK, TK, HV, PH, PV, UD = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values, c.unroll_d
+    LANES = 16
+    s_q, s_kv, h_q, d_qk, d_v, s_rows, topk, s_sink, s_length = (
+        tirx.Var(n, "int64") for n in ("s_q", "s_kv", "h_q", "d_qk", "d_v", "s_rows", "topk", "s_sink", "s_length")
+    )
+
+    @T.prim_func(s_tir=True)
+    def sparse_mla(
+        q: T.handle,
+        kv: T.handle,
+        indices: T.handle,
+        attn_sink: T.handle,
+        topk_length: T.handle,
+        out: T.handle,
+        max_logits: T.handle,
+        lse: T.handle,
+        m: T.int64,
+        h0: T.int64,
+        h1: T.int64,
+        index_row: T.int64,
+        sm_scale: T.float32,
+        has_sink: T.int64,
+        has_length: T.int64,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        Q = T.match_buffer(q, (s_q, h_q, d_qk), STORAGE[dtype], align=WIDTH[dtype])
+        KV = T.match_buffer(kv, (s_kv, d_qk), STORAGE[dtype], align=WIDTH[dtype])
+        INDEX = T.match_buffer(indices, (s_rows, topk), "int32", align=4)
+        SINK = T.match_buffer(attn_sink, (s_sink,), "float32", align=4)
+        LENGTH = T.match_buffer(topk_length, (s_length,), "int32", align=4)
+        OUT = T.match_buffer(out, (s_q, h_q, d_v), STORAGE[dtype], align=WIDTH[dtype])
+        MAX = T.match_buffer(max_logits, (s_rows, h_q), "float32", align=4)
+        LSE = T.match_buffer(lse, (s_q, h_q), "float32", align=4)
+        with T.sblock("task"):
+            T.reads()
+            T.writes()
+            qp = T.sblock_alloc_buffer(((h1 - h0 + HV - 1) // HV, d_qk, HV), "float32")
+            kp = T.sblock_alloc_buffer((BK, d_qk), "float32")
+            score = T.sblock_alloc_buffer((BK, HV), "float32")
+            sums = T.sblock_alloc_buffer(((h1 - h0 + HV - 1) // HV * HV, d_v), "float32")
+            top = T.sblock_alloc_buffer(((h1 - h0 + HV - 1) // HV, HV), "float32")
+            total = T.sblock_alloc_buffer(((h1 - h0 + HV - 1) // HV, HV), "float32")
+            shift = T.sblock_alloc_buffer((HV,), "float32")
+            fade = T.sblock_alloc_buffer((HV,), "float32")
+            acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
+            tile = T.sblock_alloc_buffer((PH, PV), "float32", scope="local")
+            at = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            length = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            got = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            seen = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            # Heads past h1 are zero queries: their scores are finite, and nothing of them is stored.
+            for hb, d, h in T.grid((h1 - h0 + HV - 1) // HV, d_qk, HV):
+                if h0 + hb * HV + h < h1:
+                    qp[hb, d, h] = widen(Q[m, h0 + hb * HV + h, d], dtype) * sm_scale
+                else:
+                    qp[hb, d, h] = T.float32(0)
+            for hb in T.serial((h1 - h0 + HV - 1) // HV):
+                for h in T.vectorized(HV):
+                    top[hb, h] = -T.infinity("float32")
+                for h in T.vectorized(HV):
+                    total[hb, h] = T.float32(0)
+            for h, d in T.grid((h1 - h0 + HV - 1) // HV * HV, d_v // 8):
+                for l in T.vectorized(8):
+                    sums[h, d * 8 + l] = T.float32(0)
+            length[0] = topk
+            if has_length == T.int64(1):
+                length[0] = T.min(T.max(T.Cast("int64", LENGTH[m]), T.int64(0)), topk)
+            at[0] = T.int64(0)
+            seen[0] = T.int64(0)
+            while at[0] < length[0]:
+                got[0] = T.int64(0)
+                while at[0] < length[0] and got[0] < T.int64(BK):
+                    row: T.let = T.Cast("int64", INDEX[index_row, at[0]])
+                    if T.int64(0) <= row and row < s_kv:
+                        for d in T.serial(d_qk // 8):
+                            for l in T.vectorized(8):
+                                kp[got[0], d * 8 + l] = widen(KV[row, d * 8 + l], dtype)
+                        got[0] = got[0] + T.int64(1)
+                    at[0] = at[0] + T.int64(1)
+                seen[0] = seen[0] + got[0]
+                keys: T.let = got[0]
+                for j in T.serial((keys + TK - 1) // TK * TK - keys):
+                    for d in T.serial(d_qk // 8):
+                        for l in T.vectorized(8):
+                            kp[keys + j, d * 8 + l] = T.float32(0)
+                for hb in T.serial((h1 - h0 + HV - 1) // HV):
+                    for t in T.serial((keys + TK - 1) // TK):
+                        for j in T.unroll(TK):
+                            for h in T.vectorized(HV):
+                                acc[j, h] = T.float32(0)
+                        for d in T.serial(d_qk // UD):
+                            for u in T.unroll(UD):
+                                for j in T.unroll(TK):
+                                    for h in T.vectorized(HV):
+                                        acc[j, h] = acc[j, h] + kp[t * TK + j, d * UD + u] * qp[hb, d * UD + u, h]
+                        for j in T.unroll(TK):
+                            for h in T.vectorized(HV):
+                                score[t * TK + j, h] = acc[j, h]
+                    for h in T.vectorized(HV):
+                        fade[h] = top[hb, h]
+                    for j in T.serial(keys):
+                        for h in T.vectorized(HV):
+                            # A NaN stays the maximum once it has come.
+                            top[hb, h] = T.Select(
+                                top[hb, h] >= score[j, h],
+                                top[hb, h],
+                                T.Select(is_nan(top[hb, h]), top[hb, h], score[j, h]),
+                            )
+                    # While every score is -inf, subtracting 0 gives the weights 0 that are due, not NaN.
+                    for h in T.vectorized(HV):
+                        shift[h] = T.Select(top[hb, h] == -T.infinity("float32"), T.float32(0), top[hb, h])
+                    for h in T.vectorized(HV):
+                        fade[h] = exp_nonpositive(fade[h] - shift[h])
+                    for h in T.vectorized(HV):
+                        total[hb, h] = total[hb, h] * fade[h]
+                    for j in T.serial(keys):
+                        for h in T.vectorized(HV):
+                            score[j, h] = exp_nonpositive(score[j, h] - shift[h])
+                        for h in T.vectorized(HV):
+                            total[hb, h] = total[hb, h] + score[j, h]
+                    for dv in T.serial(d_v // PV):
+                        for g in T.serial(HV // PH):
+                            if h0 + hb * HV + g * PH < h1:
+                                for r in T.unroll(PH):
+                                    for l in T.vectorized(PV):
+                                        tile[r, l] = sums[hb * HV + g * PH + r, dv * PV + l] * fade[g * PH + r]
+                                for j in T.serial(keys):
+                                    for r in T.unroll(PH):
+                                        for l in T.vectorized(PV):
+                                            tile[r, l] = tile[r, l] + score[j, g * PH + r] * kp[j, dv * PV + l]
+                                for r in T.unroll(PH):
+                                    for l in T.vectorized(PV):
+                                        sums[hb * HV + g * PH + r, dv * PV + l] = tile[r, l]
+            for h in T.serial(h1 - h0):
+                best: T.let = top[h // HV, h % HV]
+                mass: T.let = total[h // HV, h % HV]
+                if seen[0] > T.int64(0):
+                    shift[0] = mass
+                    if has_sink == T.int64(1):
+                        shift[0] = mass + T.exp(
+                            SINK[h0 + h] - T.Select(best == -T.infinity("float32"), T.float32(0), best)
+                        )
+                    for d in T.serial(d_v // 8):
+                        for l in T.vectorized(8):
+                            OUT[m, h0 + h, d * 8 + l] = narrow(sums[h, d * 8 + l] / shift[0], dtype)
+                    LSE[m, h0 + h] = best + T.log(mass)
+                else:
+                    for d in T.serial(d_v // 8):
+                        for l in T.vectorized(8):
+                            OUT[m, h0 + h, d * 8 + l] = narrow(T.float32(0), dtype)
+                    LSE[m, h0 + h] = T.infinity("float32")
+                MAX[index_row, h0 + h] = best
+
+    return sparse_mla

@@ -1,0 +1,196 @@
+"""The CPU token selector: one vectorized scan against a rising threshold.
+
+A buffer holds the best keys so far. Once it has been filled, its topk-th value is a lower bound for the row's, so the
+scan only looks for larger values, sixteen at a time, and most blocks hold none. A full buffer is cut back to its topk
+best and the threshold rises. For a row in random order a few cuts suffice; in the worst order (ascending) there is one
+for every `slack` keys.
+
+A cut finds the exact topk-th value bit by bit: counting is a vector loop, takes no histogram, and costs the same for
+any data. Everything stays in index order, so that among equal values the lower indices are kept and the result comes
+out ascending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .elements import is_nan
+
+LANES = 16
+INT32_MIN = -(2**31)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a search may choose.
+
+    Parameters
+    ----------
+    slack : int
+        Candidates the buffer takes beyond topk before it is cut.
+    scan : int
+        Keys compared at a time before the scan asks whether any was larger; a multiple of 16.
+    """
+
+    slack: int
+    scan: int
+
+
+DEFAULT = {
+    target: Decisions(slack=2048, scan=32) for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
+}
+
+
+def order(x):
+    """An int32 that sorts as the f32 `x` does, with -0 equal to +0."""
+
+    bits = T.reinterpret("int32", x)
+    # Negative numbers sort downward; flipping all but the sign turns them round. -0 would land below +0.
+    return T.Select(x == T.float32(0), T.int32(0), bits ^ ((bits >> 31) & T.int32(0x7FFFFFFF)))
+
+
+def tensor_ir(c: Decisions) -> tirx.PrimFunc:
+    """The kernel for the rows [m0, m1).
+
+    Returns
+    -------
+    PrimFunc
+        ``(logits, ks, ke, indices, m0, m1, row0, out0)``; query m reads row ``m - m0 + row0`` of logits and writes row
+        ``m - m0 + out0`` of indices.
+    """
+    s_q, s_kv, s_rows, s_out, topk = (tirx.Var(n, "int64") for n in ("s_q", "s_kv", "s_rows", "s_out", "topk"))
+    SCAN = c.scan
+    capacity = (topk + c.slack + SCAN + LANES - 1) // LANES * LANES
+
+    @T.prim_func(s_tir=True)
+    def topk_rows(
+        logits: T.handle,
+        ks: T.handle,
+        ke: T.handle,
+        indices: T.handle,
+        m0: T.int64,
+        m1: T.int64,
+        row0: T.int64,
+        out0: T.int64,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        X = T.match_buffer(logits, (s_rows, s_kv), "float32", align=4)
+        KS = T.match_buffer(ks, (s_q,), "int32", align=4)
+        KE = T.match_buffer(ke, (s_q,), "int32", align=4)
+        OUT = T.match_buffer(indices, (s_out, topk), "int32", align=4)
+        with T.sblock("task"):
+            T.reads()
+            T.writes()
+            # One more than is kept: the branch-free append writes before it knows whether the key stays.
+            value = T.sblock_alloc_buffer((capacity + 1,), "float32")
+            index = T.sblock_alloc_buffer((capacity + 1,), "int32")
+            rank = T.sblock_alloc_buffer((capacity,), "int32")
+            hits = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
+            count = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
+            used = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            bound = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            bounded = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            at = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            cut = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            ties = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            kept = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            bit = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            for i in T.serial(m1 - m0):
+                start: T.let = T.max(T.Cast("int64", KS[m0 + i]), T.int64(0))
+                stop: T.let = T.min(T.Cast("int64", KE[m0 + i]), s_kv)
+                used[0] = T.int64(0)
+                bound[0] = -T.infinity("float32")
+                bounded[0] = 0
+                at[0] = start
+                while at[0] < stop:
+                    # Take keys until the buffer is full or the row ends.
+                    if bounded[0] == 0:
+                        first: T.let = T.min(stop - at[0], topk + c.slack)
+                        for j in T.serial(first):
+                            x: T.let = X[row0 + i, at[0] + j]
+                            value[used[0]] = x
+                            index[used[0]] = T.Cast("int32", at[0] + j)
+                            used[0] = used[0] + T.Select(is_nan(x), T.int64(0), T.int64(1))
+                        at[0] = at[0] + first
+                    else:
+                        while at[0] < stop and used[0] < topk + c.slack:
+                            width: T.let = T.min(stop - at[0], T.int64(SCAN))
+                            if width == T.int64(SCAN):
+                                for l in T.vectorized(LANES):
+                                    hits[l] = 0
+                                for p in T.unroll(SCAN // LANES):
+                                    for l in T.vectorized(LANES):
+                                        hits[l] = hits[l] | T.Select(
+                                            X[row0 + i, at[0] + p * LANES + l] > bound[0], T.int32(1), T.int32(0)
+                                        )
+                                for l in T.vectorized(8):
+                                    hits[l] = hits[l] | hits[l + 8]
+                                for l in T.vectorized(4):
+                                    hits[l] = hits[l] | hits[l + 4]
+                                for l in T.vectorized(2):
+                                    hits[l] = hits[l] | hits[l + 2]
+                            else:
+                                hits[0] = 1
+                                hits[1] = 1
+                            if (hits[0] | hits[1]) != 0:
+                                for j in T.serial(width):
+                                    x: T.let = X[row0 + i, at[0] + j]
+                                    value[used[0]] = x
+                                    index[used[0]] = T.Cast("int32", at[0] + j)
+                                    used[0] = used[0] + T.Select(x > bound[0], T.int64(1), T.int64(0))
+                            at[0] = at[0] + width
+                    # Cut the buffer back to its topk best.
+                    if used[0] > topk and (at[0] >= stop or used[0] >= topk + c.slack):
+                        padded: T.let = (used[0] + LANES - 1) // LANES
+                        for j in T.serial(padded * LANES - used[0]):
+                            value[used[0] + j] = -T.infinity("float32")
+                        for j in T.serial(padded):
+                            for l in T.vectorized(LANES):
+                                rank[j * LANES + l] = order(value[j * LANES + l])
+                        for j in T.serial(padded * LANES - used[0]):
+                            rank[used[0] + j] = T.int32(INT32_MIN)
+                        # The largest value that at least topk ranks reach, from the sign bit down.
+                        cut[0] = T.int32(INT32_MIN)
+                        bit[0] = 32
+                        while bit[0] > 0:
+                            bit[0] = bit[0] - 1
+                            trial: T.let = cut[0] ^ (T.int32(1) << bit[0])
+                            for l in T.vectorized(LANES):
+                                count[l] = 0
+                            for j in T.serial(padded):
+                                for l in T.vectorized(LANES):
+                                    count[l] = count[l] + T.Select(
+                                        rank[j * LANES + l] >= trial, T.int32(1), T.int32(0)
+                                    )
+                            for l in T.vectorized(8):
+                                count[l] = count[l] + count[l + 8]
+                            for l in T.vectorized(4):
+                                count[l] = count[l] + count[l + 4]
+                            reached: T.let = T.Cast("int64", (count[0] + count[1]) + (count[2] + count[3]))
+                            if reached >= topk:
+                                cut[0] = trial
+                            if reached == topk:
+                                bit[0] = 0
+                        ties[0] = topk
+                        for j in T.serial(used[0]):
+                            ties[0] = ties[0] - T.Select(rank[j] > cut[0], T.int64(1), T.int64(0))
+                        kept[0] = T.int64(0)
+                        for j in T.serial(used[0]):
+                            r: T.let = rank[j]
+                            tie: T.let = T.Select(r == cut[0] and ties[0] > T.int64(0), T.int64(1), T.int64(0))
+                            value[kept[0]] = value[j]
+                            index[kept[0]] = index[j]
+                            kept[0] = kept[0] + T.Select(r > cut[0], T.int64(1), tie)
+                            ties[0] = ties[0] - tie
+                        used[0] = topk
+                        bound[0] = T.reinterpret("float32", cut[0] ^ ((cut[0] >> 31) & T.int32(0x7FFFFFFF)))
+                        bounded[0] = 1
+                for j in T.serial(used[0]):
+                    OUT[out0 + i, j] = index[j]
+                for j in T.serial(topk - used[0]):
+                    OUT[out0 + i, used[0] + j] = -1
+
+    return topk_rows
