@@ -1,0 +1,96 @@
+"""The operators as C tables: what the library's argument checks and its ONNX Runtime door read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from .ops import OPS
+from .spec import DLPACK_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
+
+#: ONNX TensorProto.DataType and the DLPack code of a kernel's buffer (unsigned integers for all but f32 and i32).
+_ONNX_TYPES = {"float32": 1, "bfloat16": 16, "float16": 10, "float8_e4m3fn": 17, "int32": 6}
+_STORAGE_CODES = {"float32": 2, "bfloat16": 1, "float16": 1, "float8_e4m3fn": 1, "int32": 0}
+_DTYPES = tuple(DLPACK_TYPES)
+_TYPE_VARS = ("T", "K")
+
+
+def _enum(prefix: str, names: Iterable[str], count: str) -> str:
+    return "enum { " + ", ".join(f"{prefix}_{n.upper()}" for n in names) + f", {count} }};\n"
+
+
+def header(dims: Mapping[str, Dim], version: str) -> str:
+    """``specs.h``: the numbers of operators, dimensions and element types."""
+    return (
+        "/* Generated from the OpSpecs. */\n#ifndef DSA_TVM_SPECS_H_\n#define DSA_TVM_SPECS_H_\n"
+        f'#define PACKAGE_VERSION "{version}"\n'
+        + _enum("DTYPE", _DTYPES, "NUM_DTYPES")
+        + _enum("DIM", dims, "NUM_DIMS")
+        + _enum("OP", OPS, "NUM_OPS")
+        + "#endif\n"
+    )
+
+
+def _tensor(tensor: TensorSpec) -> str:
+    dtype = f"-1 - {_TYPE_VARS.index(tensor.dtype)}" if tensor.dtype in _TYPE_VARS else f"DTYPE_{tensor.dtype.upper()}"
+    shape = ", ".join(f"DIM_{d.upper()}" for d in tensor.shape)
+    return f'{{"{tensor.name}", {dtype}, {len(tensor.shape)}, {{{shape}}}, {int(tensor.optional)}}}'
+
+
+def _attr(attr: AttrSpec) -> str:
+    dim = f"DIM_{attr.dim.upper()}" if attr.dim else "-1"
+    return f'{{"{attr.name}", {int(attr.kind is float)}, {dim}}}'
+
+
+def _op(op: OpSpec) -> str:
+    def rows(items):
+        return "{" + ",\n    ".join(items) + "}" if items else "{{0}}"
+
+    return (
+        f'  {{"{op.name}", "{op.onnx_name}", {len(op.inputs)}, {len(op.outputs)}, {len(op.attrs)}, {len(op.variants)},\n'
+        f"   {rows([_tensor(t) for t in op.inputs])},\n   {rows([_tensor(t) for t in op.outputs])},\n"
+        f"   {rows([_attr(a) for a in op.attrs])},\n   variants_{op.name}}}"
+    )
+
+
+def _variants(op: OpSpec) -> str:
+    rows = []
+    for variant in op.variants:
+        types = (f"DTYPE_{variant[v].upper()}" if v in variant else "-1" for v in _TYPE_VARS)
+        rows.append("{" + ", ".join(types) + "}")
+    return f"static const int8_t variants_{op.name}[][MAX_TYPE_VARS] = {{{', '.join(rows)}}};\n"
+
+
+def _dim(dim: Dim, dims: Mapping[str, Dim]) -> str:
+    values = f"values_{dim.name}" if dim.values else "NULL"
+    at_most = list(dims).index(dim.at_most) if dim.at_most else -1
+    flag = f"--{dim.name.replace('_', '-')}"
+    return (
+        f'  {{"{dim.name}", {dim.minimum}LL, {dim.maximum}LL, {values}, {len(dim.values)}, {at_most}, "{flag}"}}'
+    )
+
+
+def _array(declaration: str, rows: Iterable[str]) -> str:
+    return f"\nconst {declaration} = {{\n" + ",\n".join(rows) + "};\n"
+
+
+def source(dims: Mapping[str, Dim]) -> str:
+    """``specs.c``: the tables themselves."""
+    dtypes = [
+        f'  {{"{name}", {code}, {bits}, {_STORAGE_CODES[name]}, {_ONNX_TYPES[name]}}}'
+        for name, (code, bits) in DLPACK_TYPES.items()
+    ]
+    values = [
+        f"static const int64_t values_{d.name}[] = {{{', '.join(map(str, d.values))}}};\n"
+        for d in dims.values()
+        if d.values
+    ]
+    return "".join(
+        [
+            '/* Generated from the OpSpecs. */\n#include "internal.h"\n\n',
+            *values,
+            *map(_variants, OPS.values()),
+            _array("struct dtype_spec dsa_dtypes[NUM_DTYPES]", dtypes),
+            _array("struct dim_spec dsa_dims[NUM_DIMS]", [_dim(d, dims) for d in dims.values()]),
+            _array("struct op_spec dsa_ops[NUM_OPS]", [_op(op) for op in OPS.values()]),
+        ]
+    )

@@ -1,0 +1,161 @@
+/* dsa_tvm: DeepSeek Sparse Attention on CPUs, as a C library.
+ *
+ * C99. Needs nothing else at run time: no TVM, no Python. Tensors are DLPack tensors: contiguous, on the CPU, at any
+ * address their element type allows. Every function checks its arguments before it computes; on an error the outputs
+ * are untouched and dsa_tvm_last_error() says which argument of which operator was expected to be what.
+ * All functions may be called from any number of threads at once.
+ */
+#ifndef DSA_TVM_H_
+#define DSA_TVM_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DSA_TVM_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define DSA_TVM_API __attribute__((visibility("default")))
+#else
+#define DSA_TVM_API
+#endif
+
+typedef enum dsa_tvm_status {
+  DSA_TVM_OK = 0,
+  DSA_TVM_INVALID_ARGUMENT = 1, /* an argument has the wrong rank, shape, type, device, layout or value */
+  DSA_TVM_OUT_OF_MEMORY = 2,    /* no memory for the workspace */
+  DSA_TVM_UNSUPPORTED = 3,      /* this CPU, or the value of DSA_TVM_TARGET, has no kernels in this library */
+  DSA_TVM_INTERNAL = 4          /* a kernel failed although its arguments were right: please report it */
+} dsa_tvm_status;
+
+/* DLPack's DLDataTypeCode values of the element types that are used here. */
+enum {
+  DSA_TVM_INT = 0,           /* int32: bits 32 */
+  DSA_TVM_FLOAT = 2,         /* float32: bits 32; float16: bits 16 */
+  DSA_TVM_BFLOAT = 4,        /* bfloat16: bits 16 */
+  DSA_TVM_FLOAT8_E4M3FN = 10 /* float8_e4m3fn: bits 8 */
+};
+
+/* A tensor: the same layout as DLPack's DLTensor, so that a DLTensor pointer can be cast to it. With dlpack.h included
+ * first it is DLTensor itself. */
+#ifdef DLPACK_DLPACK_H_
+typedef DLTensor dsa_tvm_tensor;
+#else
+typedef struct dsa_tvm_tensor {
+  void *data;
+  struct {
+    int32_t device_type; /* 1: CPU */
+    int32_t device_id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes; /* 1 */
+  } dtype;
+  int64_t *shape;
+  int64_t *strides; /* in elements; NULL: contiguous */
+  uint64_t byte_offset;
+} dsa_tvm_tensor;
+#endif
+
+/* How a call runs. A NULL pointer to it means the defaults. */
+typedef struct dsa_tvm_options {
+  uint32_t size;       /* sizeof(dsa_tvm_options), so that fields can be added */
+  int32_t num_threads; /* 0: the process default, see dsa_tvm_set_num_threads */
+} dsa_tvm_options;
+
+/* DSA_TVM_ABI_VERSION of the library that is loaded. */
+DSA_TVM_API int32_t dsa_tvm_abi_version(void);
+
+/* Version of the package, such as "0.1.0". */
+DSA_TVM_API const char *dsa_tvm_version(void);
+
+/* The kernels in use, such as "x86-64-v3"; chosen once, by CPUID or by the environment variable DSA_TVM_TARGET.
+ * NULL, with an error set, where there are none for this CPU. */
+DSA_TVM_API const char *dsa_tvm_target(void);
+
+/* What went wrong in the calling thread's last failed call; "" when nothing has. Valid until its next call. */
+DSA_TVM_API const char *dsa_tvm_last_error(void);
+
+/* The process's default number of threads. 0 (the start value): as many as OpenMP gives. */
+DSA_TVM_API void dsa_tvm_set_num_threads(int32_t num_threads);
+DSA_TVM_API int32_t dsa_tvm_get_num_threads(void);
+
+/* logits[m, n] = k_scale[n] * sum_h weights[m, h] * relu(q[m, h] . k[n]) for ks[m] <= n < ke[m], else -inf.
+ *   q        [s_q, h_idx, d_idx]  float32, bfloat16, float16 or float8_e4m3fn
+ *   k        [s_kv, d_idx]        type of q, or float8_e4m3fn
+ *   weights  [s_q, h_idx]         float32
+ *   ks, ke   [s_q]                int32
+ *   k_scale  [s_kv]               float32, or NULL
+ *   logits   [s_q, s_kv]          float32, written */
+DSA_TVM_API dsa_tvm_status dsa_tvm_lightning_indexer(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
+                                                     const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
+                                                     const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale,
+                                                     dsa_tvm_tensor *logits, const dsa_tvm_options *options);
+
+/* Positions of the topk largest logits in [ks, ke) of each row: larger first, equal ones by lower index, NaN never;
+ * ascending, -1 behind.
+ *   logits   [s_q, s_kv]  float32
+ *   ks, ke   [s_q]        int32
+ *   topk                  1..4096
+ *   indices  [s_q, topk]  int32, written */
+DSA_TVM_API dsa_tvm_status dsa_tvm_topk(const dsa_tvm_tensor *logits, const dsa_tvm_tensor *ks,
+                                        const dsa_tvm_tensor *ke, int64_t topk, dsa_tvm_tensor *indices,
+                                        const dsa_tvm_options *options);
+
+/* Both of the above, with a workspace of 4 * min(s_q, 8 * threads) * s_kv bytes for the logits. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
+                                                const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
+                                                const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale, int64_t topk,
+                                                dsa_tvm_tensor *indices, const dsa_tvm_options *options);
+
+/* Attention of every head to the rows kv[indices[m]]; key: all d_qk entries of a row, value: its first d_v.
+ *   q            [s_q, h_q, d_qk]  float32, bfloat16 or float16
+ *   kv           [s_kv, d_qk]      type of q
+ *   indices      [s_q, topk]       int32; outside [0, s_kv): skipped
+ *   attn_sink    [h_q]             float32, or NULL: its exponential joins the denominator of out
+ *   topk_length  [s_q]             int32, or NULL: only that many leading indices are used
+ *   sm_scale                       finite; multiplies the scores
+ *   out          [s_q, h_q, d_v]   type of q, written; 0 where no key is left
+ *   max_logits   [s_q, h_q]        float32, written; -inf where no key is left
+ *   lse          [s_q, h_q]        float32, written; natural logarithm, +inf where no key is left */
+DSA_TVM_API dsa_tvm_status dsa_tvm_sparse_mla(const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,
+                                              const dsa_tvm_tensor *indices, const dsa_tvm_tensor *attn_sink,
+                                              const dsa_tvm_tensor *topk_length, double sm_scale, int64_t d_v,
+                                              dsa_tvm_tensor *out, dsa_tvm_tensor *max_logits, dsa_tvm_tensor *lse,
+                                              const dsa_tvm_options *options);
+
+/* indexer_topk, then sparse_mla over its indices. Arguments as there. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, const dsa_tvm_tensor *index_k,
+                                                 const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
+                                                 const dsa_tvm_tensor *ke, const dsa_tvm_tensor *q,
+                                                 const dsa_tvm_tensor *kv, const dsa_tvm_tensor *index_k_scale,
+                                                 const dsa_tvm_tensor *attn_sink, int64_t topk, double sm_scale,
+                                                 int64_t d_v, dsa_tvm_tensor *out, dsa_tvm_tensor *lse,
+                                                 const dsa_tvm_options *options);
+
+/* An attribute of dsa_tvm_call: an integer or a real number, as the operator has it. */
+typedef union dsa_tvm_attr {
+  int64_t i;
+  double f;
+} dsa_tvm_attr;
+
+/* Any operator by name, for bindings: inputs, attributes and outputs in the order of the functions above, NULL for an
+ * optional input that is left out. The counts must be the operator's own. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_call(const char *op, const dsa_tvm_tensor *const *inputs, int32_t num_inputs,
+                                        const dsa_tvm_attr *attrs, int32_t num_attrs, dsa_tvm_tensor *const *outputs,
+                                        int32_t num_outputs, const dsa_tvm_options *options);
+
+/* Checks the inputs and attributes of such a call and tells the shapes its outputs must have, unused lengths 0:
+ * shapes[num_outputs][3]. Nothing is computed. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_output_shapes(const char *op, const dsa_tvm_tensor *const *inputs,
+                                                 int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs,
+                                                 int64_t (*shapes)[3], int32_t num_outputs);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DSA_TVM_H_ */

@@ -1,0 +1,124 @@
+/* The public functions: each names its arguments, and execute() does the rest. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "internal.h"
+
+static _Thread_local char last_error[1024];
+
+dsa_tvm_status dsa_fail(dsa_tvm_status status, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(last_error, sizeof last_error, format, args);
+  va_end(args);
+  return status;
+}
+
+const char *dsa_tvm_last_error(void) { return last_error; }
+
+int32_t dsa_tvm_abi_version(void) { return DSA_TVM_ABI_VERSION; }
+
+const char *dsa_tvm_version(void) { return PACKAGE_VERSION; }
+
+const char *dsa_tvm_target(void) {
+  const struct kernel_set *kernels = dsa_kernels();
+  return kernels ? kernels->target : NULL;
+}
+
+static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs,
+                              dsa_tvm_tensor *const *outputs, const dsa_tvm_options *options) {
+  int32_t threads = 0;
+  if (options && options->size < sizeof *options)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected size of at least %u, got %u", dsa_ops[op].name,
+                    (unsigned)sizeof *options, (unsigned)options->size);
+  if (options) threads = options->num_threads;
+  if (threads < 0)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected num_threads >= 0, got %d", dsa_ops[op].name,
+                    (int)threads);
+  struct dsa_call call = {.op = &dsa_ops[op]};
+  dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
+  if (status == DSA_TVM_OK) status = dsa_check_outputs(&call, outputs);
+  if (status != DSA_TVM_OK) return status;
+  struct dsa_executor executor = dsa_openmp_executor(threads);
+  return dsa_run(&call, &executor);
+}
+
+/* The operator of that name, if the counts are its own; -1 with an error set otherwise. */
+static int find(const char *op, const void *inputs, int32_t num_inputs, const void *attrs, int32_t num_attrs,
+                const void *outputs, int32_t num_outputs) {
+  for (int i = 0; op && i < NUM_OPS; i++) {
+    const struct op_spec *spec = &dsa_ops[i];
+    if (strcmp(op, spec->name)) continue;
+    if (num_inputs != spec->num_inputs || num_attrs != spec->num_attrs || num_outputs != spec->num_outputs)
+      dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: expected %d inputs, %d attributes and %d outputs, got %d, %d and %d", op,
+               spec->num_inputs, spec->num_attrs, spec->num_outputs, (int)num_inputs, (int)num_attrs,
+               (int)num_outputs);
+    else if (!inputs || !outputs || (num_attrs && !attrs))
+      dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: expected arrays of arguments, got a null pointer", op);
+    else
+      return i;
+    return -1;
+  }
+  dsa_fail(DSA_TVM_INVALID_ARGUMENT, "op: expected the name of an operator, got %.64s", op ? op : "a null pointer");
+  return -1;
+}
+
+dsa_tvm_status dsa_tvm_call(const char *op, const dsa_tvm_tensor *const *inputs, int32_t num_inputs,
+                            const dsa_tvm_attr *attrs, int32_t num_attrs, dsa_tvm_tensor *const *outputs,
+                            int32_t num_outputs, const dsa_tvm_options *options) {
+  int i = find(op, inputs, num_inputs, attrs, num_attrs, outputs, num_outputs);
+  return i < 0 ? DSA_TVM_INVALID_ARGUMENT : execute(i, inputs, attrs, outputs, options);
+}
+
+dsa_tvm_status dsa_tvm_output_shapes(const char *op, const dsa_tvm_tensor *const *inputs, int32_t num_inputs,
+                                     const dsa_tvm_attr *attrs, int32_t num_attrs, int64_t (*shapes)[3],
+                                     int32_t num_outputs) {
+  int i = find(op, inputs, num_inputs, attrs, num_attrs, shapes, num_outputs);
+  if (i < 0) return DSA_TVM_INVALID_ARGUMENT;
+  struct dsa_call call = {.op = &dsa_ops[i]};
+  dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
+  for (int j = 0; status == DSA_TVM_OK && j < num_outputs; j++) dsa_output_shape(&call, j, shapes[j]);
+  return status;
+}
+
+#define INPUTS(...) ((const dsa_tvm_tensor *const[]){__VA_ARGS__})
+#define OUTPUTS(...) ((dsa_tvm_tensor *const[]){__VA_ARGS__})
+#define ATTRS(...) ((const dsa_tvm_attr[]){__VA_ARGS__})
+
+dsa_tvm_status dsa_tvm_lightning_indexer(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
+                                         const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
+                                         const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale,
+                                         dsa_tvm_tensor *logits, const dsa_tvm_options *options) {
+  return execute(OP_LIGHTNING_INDEXER, INPUTS(q, k, weights, ks, ke, k_scale), NULL, OUTPUTS(logits), options);
+}
+
+dsa_tvm_status dsa_tvm_topk(const dsa_tvm_tensor *logits, const dsa_tvm_tensor *ks, const dsa_tvm_tensor *ke,
+                            int64_t topk, dsa_tvm_tensor *indices, const dsa_tvm_options *options) {
+  return execute(OP_TOPK, INPUTS(logits, ks, ke), ATTRS({.i = topk}), OUTPUTS(indices), options);
+}
+
+dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k, const dsa_tvm_tensor *weights,
+                                    const dsa_tvm_tensor *ks, const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale,
+                                    int64_t topk, dsa_tvm_tensor *indices, const dsa_tvm_options *options) {
+  return execute(OP_INDEXER_TOPK, INPUTS(q, k, weights, ks, ke, k_scale), ATTRS({.i = topk}), OUTPUTS(indices),
+                 options);
+}
+
+dsa_tvm_status dsa_tvm_sparse_mla(const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv, const dsa_tvm_tensor *indices,
+                                  const dsa_tvm_tensor *attn_sink, const dsa_tvm_tensor *topk_length, double sm_scale,
+                                  int64_t d_v, dsa_tvm_tensor *out, dsa_tvm_tensor *max_logits, dsa_tvm_tensor *lse,
+                                  const dsa_tvm_options *options) {
+  return execute(OP_SPARSE_MLA, INPUTS(q, kv, indices, attn_sink, topk_length), ATTRS({.f = sm_scale}, {.i = d_v}),
+                 OUTPUTS(out, max_logits, lse), options);
+}
+
+dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, const dsa_tvm_tensor *index_k,
+                                     const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks, const dsa_tvm_tensor *ke,
+                                     const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,
+                                     const dsa_tvm_tensor *index_k_scale, const dsa_tvm_tensor *attn_sink,
+                                     int64_t topk, double sm_scale, int64_t d_v, dsa_tvm_tensor *out,
+                                     dsa_tvm_tensor *lse, const dsa_tvm_options *options) {
+  return execute(OP_DSA_ATTENTION, INPUTS(index_q, index_k, weights, ks, ke, q, kv, index_k_scale, attn_sink),
+                 ATTRS({.i = topk}, {.f = sm_scale}, {.i = d_v}), OUTPUTS(out, lse), options);
+}

@@ -1,0 +1,226 @@
+/* Argument checks, driven by the operator tables: nothing here knows a particular operator. */
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define CPU_DEVICE 1
+#define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
+
+/* Where the pieces of a message are put together. */
+struct text {
+  char data[256];
+  size_t used;
+};
+
+static void add(struct text *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void add(struct text *t, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  int n = vsnprintf(t->data + t->used, sizeof t->data - t->used, format, args);
+  va_end(args);
+  if (n > 0) t->used = t->used + (size_t)n < sizeof t->data ? t->used + (size_t)n : sizeof t->data - 1;
+}
+
+static const char *shape_text(struct text *t, const int64_t *shape, int ndim) {
+  add(t, "[");
+  for (int i = 0; i < ndim && i < 8; i++) add(t, i ? ", %lld" : "%lld", (long long)shape[i]);
+  add(t, ndim > 8 ? ", ...]" : "]");
+  return t->data;
+}
+
+/* [s_kv, d_idx=128]: names, and the lengths that are already known. */
+static const char *expected_shape(struct text *t, const struct tensor_spec *spec, const int64_t *dim) {
+  add(t, "[");
+  for (int i = 0; i < spec->ndim; i++) {
+    add(t, "%s%s", i ? ", " : "", dsa_dims[spec->dims[i]].name);
+    if (dim[spec->dims[i]] >= 0) add(t, "=%lld", (long long)dim[spec->dims[i]]);
+  }
+  add(t, "]");
+  return t->data;
+}
+
+static const char *dtype_text(struct text *t, const dsa_tvm_tensor *x) {
+  for (int i = 0; i < NUM_DTYPES; i++)
+    if (dsa_dtypes[i].code == x->dtype.code && dsa_dtypes[i].bits == x->dtype.bits && x->dtype.lanes == 1)
+      return dsa_dtypes[i].name;
+  add(t, "DLPack type (code %d, bits %d, lanes %d)", x->dtype.code, x->dtype.bits, x->dtype.lanes);
+  return t->data;
+}
+
+static dsa_tvm_status check_length(const char *op, const char *argument, int d, int64_t length) {
+  const struct dim_spec *dim = &dsa_dims[d];
+  if (dim->values) {
+    struct text served = {{0}, 0};
+    for (int i = 0; i < dim->num_values; i++) {
+      if (dim->values[i] == length) return DSA_TVM_OK;
+      add(&served, i ? ", %lld" : "%lld", (long long)dim->values[i]);
+    }
+    return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld; dsa-tvm build %s %lld makes "
+                   "a library that serves it",
+                   op, argument, dim->name, served.data, (long long)length, dim->flag, (long long)length);
+  }
+  if (length < dim->minimum || length > dim->maximum)
+    return INVALID("%s: %s: expected %s in %lld..%lld, got %lld", op, argument, dim->name, (long long)dim->minimum,
+                   (long long)dim->maximum, (long long)length);
+  return DSA_TVM_OK;
+}
+
+static dsa_tvm_status bind(struct dsa_call *call, const char *argument, int d, int64_t length) {
+  dsa_tvm_status status = check_length(call->op->name, argument, d, length);
+  if (status == DSA_TVM_OK) call->dim[d] = length;
+  return status;
+}
+
+static dsa_tvm_status check_type(struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x) {
+  const struct op_spec *op = call->op;
+  int type = -1;
+  for (int i = 0; i < NUM_DTYPES; i++)
+    if (dsa_dtypes[i].code == x->dtype.code && dsa_dtypes[i].bits == x->dtype.bits && x->dtype.lanes == 1) type = i;
+  struct text got = {{0}, 0}, want = {{0}, 0};
+  if (spec->dtype >= 0) {
+    if (type == spec->dtype) return DSA_TVM_OK;
+    return INVALID("%s: %s: expected %s, got %s", op->name, spec->name, dsa_dtypes[spec->dtype].name,
+                   dtype_text(&got, x));
+  }
+  /* A type variable: some variant must have this type here and the types that were bound before. */
+  int variable = -1 - spec->dtype;
+  unsigned listed = 0;
+  for (int v = 0; v < op->num_variants; v++) {
+    int fits = 1;
+    for (int w = 0; w < MAX_TYPE_VARS; w++)
+      if (call->type[w] >= 0 && op->variants[v][w] != call->type[w]) fits = 0;
+    int candidate = op->variants[v][variable];
+    if (!fits || listed & 1u << candidate) continue;
+    if (candidate == type) {
+      call->type[variable] = (int8_t)type;
+      return DSA_TVM_OK;
+    }
+    add(&want, listed ? " or %s" : "%s", dsa_dtypes[candidate].name);
+    listed |= 1u << candidate;
+  }
+  return INVALID("%s: %s: expected %s, got %s", op->name, spec->name, want.data, dtype_text(&got, x));
+}
+
+static dsa_tvm_status check_layout(const char *op, const char *name, const dsa_tvm_tensor *x, int64_t *count) {
+  *count = 1;
+  int empty = 0;
+  for (int i = 0; i < x->ndim; i++) {
+    /* Bounds of the dimensions keep three of them below 2**63 elements only together with this check. */
+    if (x->shape[i] && *count > INT64_MAX / 8 / x->shape[i])
+      return INVALID("%s: %s: expected fewer than 2**60 elements, got more", op, name);
+    *count *= x->shape[i];
+    empty |= x->shape[i] == 0;
+  }
+  int64_t stride = 1;
+  for (int i = x->ndim - 1; x->strides && !empty && i >= 0; i--) {
+    if (x->shape[i] != 1 && x->strides[i] != stride) {
+      struct text got = {{0}, 0};
+      return INVALID("%s: %s: expected a contiguous tensor, got strides %s", op, name,
+                     shape_text(&got, x->strides, x->ndim));
+    }
+    stride *= x->shape[i];
+  }
+  return DSA_TVM_OK;
+}
+
+static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x,
+                                   dsa_tvm_tensor *checked) {
+  const char *op = call->op->name;
+  struct text got = {{0}, 0}, want = {{0}, 0};
+  if (x->device.device_type != CPU_DEVICE)
+    return INVALID("%s: %s: expected a tensor on the CPU (DLPack device 1), got DLPack device %d", op, spec->name,
+                   (int)x->device.device_type);
+  dsa_tvm_status status = check_type(call, spec, x);
+  if (status != DSA_TVM_OK) return status;
+  if (x->ndim != spec->ndim)
+    return INVALID("%s: %s: expected rank %d %s, got rank %d", op, spec->name, spec->ndim,
+                   expected_shape(&want, spec, call->dim), (int)x->ndim);
+  if (!x->shape) return INVALID("%s: %s: expected a shape, got a null pointer", op, spec->name);
+  for (int i = 0; i < spec->ndim; i++) {
+    int d = spec->dims[i];
+    if (call->dim[d] >= 0 && x->shape[i] != call->dim[d])
+      return INVALID("%s: %s: expected shape %s, got %s", op, spec->name, expected_shape(&want, spec, call->dim),
+                     shape_text(&got, x->shape, x->ndim));
+    if (call->dim[d] < 0 && (status = bind(call, spec->name, d, x->shape[i])) != DSA_TVM_OK) return status;
+  }
+  int64_t count;
+  if ((status = check_layout(op, spec->name, x, &count)) != DSA_TVM_OK) return status;
+  if (count && !x->data) return INVALID("%s: %s: expected data, got a null pointer", op, spec->name);
+  *checked = *x;
+  checked->data = (char *)x->data + (x->data ? x->byte_offset : 0);
+  checked->byte_offset = 0;
+  checked->strides = NULL;
+  if ((uintptr_t)checked->data % (x->dtype.bits / 8u))
+    return INVALID("%s: %s: expected an address that is a multiple of the element's %d bytes, got %p", op, spec->name,
+                   x->dtype.bits / 8, checked->data);
+  return DSA_TVM_OK;
+}
+
+static size_t byte_size(const dsa_tvm_tensor *x) {
+  size_t size = x->dtype.bits / 8u;
+  for (int i = 0; i < x->ndim; i++) size *= (size_t)x->shape[i];
+  return size;
+}
+
+static int overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
+  uintptr_t a0 = (uintptr_t)a->data, b0 = (uintptr_t)b->data;
+  size_t na = byte_size(a), nb = byte_size(b);
+  return na && nb && a0 < b0 + nb && b0 < a0 + na;
+}
+
+static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, dsa_tvm_attr attr) {
+  if (spec->is_float && !isfinite(attr.f))
+    return INVALID("%s: %s: expected a finite number, got %g", call->op->name, spec->name, attr.f);
+  if (spec->dim < 0) return DSA_TVM_OK;
+  return bind(call, spec->name, spec->dim, attr.i);
+}
+
+dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs) {
+  const struct op_spec *op = call->op;
+  dsa_tvm_status status;
+  for (int d = 0; d < NUM_DIMS; d++) call->dim[d] = -1;
+  memset(call->type, -1, sizeof call->type);
+  for (int i = 0; i < op->num_attrs; i++) {
+    call->attr[i] = attrs[i];
+    if ((status = check_attr(call, &op->attrs[i], attrs[i])) != DSA_TVM_OK) return status;
+  }
+  for (int i = 0; i < op->num_inputs; i++) {
+    call->present[i] = inputs[i] != NULL;
+    if (!inputs[i] && op->inputs[i].optional) continue;
+    if (!inputs[i]) return INVALID("%s: %s: expected a tensor, got a null pointer", op->name, op->inputs[i].name);
+    if ((status = check_tensor(call, &op->inputs[i], inputs[i], &call->in[i])) != DSA_TVM_OK) return status;
+  }
+  for (int d = 0; d < NUM_DIMS; d++) {
+    int limit = dsa_dims[d].at_most;
+    if (call->dim[d] >= 0 && limit >= 0 && call->dim[limit] >= 0 && call->dim[d] > call->dim[limit])
+      return INVALID("%s: %s: expected at most %s=%lld, got %lld", op->name, dsa_dims[d].name, dsa_dims[limit].name,
+                     (long long)call->dim[limit], (long long)call->dim[d]);
+  }
+  return DSA_TVM_OK;
+}
+
+void dsa_output_shape(const struct dsa_call *call, int output, int64_t shape[MAX_NDIM]) {
+  const struct tensor_spec *spec = &call->op->outputs[output];
+  for (int i = 0; i < MAX_NDIM; i++) shape[i] = i < spec->ndim ? call->dim[spec->dims[i]] : 0;
+}
+
+dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *outputs) {
+  const struct op_spec *op = call->op;
+  for (int i = 0; i < op->num_outputs; i++) {
+    const char *name = op->outputs[i].name;
+    if (!outputs[i]) return INVALID("%s: %s: expected a tensor, got a null pointer", op->name, name);
+    dsa_tvm_status status = check_tensor(call, &op->outputs[i], outputs[i], &call->out[i]);
+    if (status != DSA_TVM_OK) return status;
+    const char *shared = NULL;
+    for (int j = 0; j < op->num_inputs; j++)
+      if (call->present[j] && overlap(&call->out[i], &call->in[j])) shared = op->inputs[j].name;
+    for (int j = 0; j < i; j++)
+      if (overlap(&call->out[i], &call->out[j])) shared = op->outputs[j].name;
+    if (shared)
+      return INVALID("%s: %s: expected memory of its own, got memory shared with %s", op->name, name, shared);
+  }
+  return DSA_TVM_OK;
+}

@@ -1,0 +1,129 @@
+/* What the library's own files share. Tables of the operators are generated from the OpSpecs (specs.inc). */
+#ifndef DSA_TVM_INTERNAL_H_
+#define DSA_TVM_INTERNAL_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "dsa_tvm/dsa_tvm.h"
+
+enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VARS = 2 };
+
+/* Numbers of dimensions and element types, and the tables: generated. */
+#include "specs.h"
+
+struct dtype_spec {
+  const char *name;
+  uint8_t code, bits;
+  uint8_t storage_code; /* what a kernel's buffer is declared as: an unsigned integer for bf16, f16 and fp8 */
+  int32_t onnx;         /* ONNX TensorProto.DataType */
+};
+
+struct dim_spec {
+  const char *name;
+  int64_t minimum, maximum;
+  const int64_t *values; /* the only values served, or NULL */
+  int num_values;
+  int at_most;      /* the dimension this one may not exceed, or -1 */
+  const char *flag; /* the option of `dsa-tvm build` that widens the served values */
+};
+
+struct tensor_spec {
+  const char *name;
+  int dtype; /* >= 0: an element type; -1 - v: type variable v */
+  int ndim;
+  int dims[MAX_NDIM];
+  int optional;
+};
+
+struct attr_spec {
+  const char *name;
+  int is_float;
+  int dim; /* the dimension it gives the length of, or -1 */
+};
+
+struct op_spec {
+  const char *name, *onnx_name;
+  int num_inputs, num_outputs, num_attrs, num_variants;
+  struct tensor_spec inputs[MAX_INPUTS];
+  struct tensor_spec outputs[MAX_OUTPUTS];
+  struct attr_spec attrs[MAX_ATTRS];
+  const int8_t (*variants)[MAX_TYPE_VARS]; /* element types of the type variables */
+};
+
+extern const struct dtype_spec dsa_dtypes[NUM_DTYPES];
+extern const struct dim_spec dsa_dims[NUM_DIMS];
+extern const struct op_spec dsa_ops[NUM_OPS];
+
+/* Runs task(arg, 0), ..., task(arg, count - 1), in any order, on several threads perhaps, and waits for them. */
+typedef void (*dsa_task)(void *arg, int64_t index);
+struct dsa_executor {
+  int threads;
+  void (*parallel_for)(void *state, int64_t count, dsa_task task, void *arg);
+  void *state;
+};
+
+/* A call whose arguments have been checked: tensors are contiguous, their byte_offset is folded into data. */
+struct dsa_call {
+  const struct op_spec *op;
+  dsa_tvm_tensor in[MAX_INPUTS];
+  int present[MAX_INPUTS];
+  dsa_tvm_tensor out[MAX_OUTPUTS];
+  dsa_tvm_attr attr[MAX_ATTRS];
+  int64_t dim[NUM_DIMS];
+  int8_t type[MAX_TYPE_VARS];
+};
+
+/* One line for dsa_tvm_last_error(); returns `status`. */
+dsa_tvm_status dsa_fail(dsa_tvm_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* check.c: every property of every argument, against the operator's spec. call->op is set by the caller; the inputs
+ * come first and bind the dimensions, dsa_output_shape then tells what an output must be, and the outputs come last. */
+dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs);
+void dsa_output_shape(const struct dsa_call *call, int output, int64_t shape[MAX_NDIM]);
+dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *outputs);
+
+/* operators.c: computes a checked call. */
+dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *executor);
+
+/* threads.c: OpenMP. */
+struct dsa_executor dsa_openmp_executor(int32_t num_threads);
+int dsa_default_threads(void);
+
+/* kernels.c: the compiled kernels of one target. An entry takes packed arguments: TVM's calling convention. */
+struct tvm_any {
+  int32_t type_index;
+  uint32_t padding;
+  union {
+    int64_t i;
+    double f;
+    void *p;
+  } value;
+};
+typedef int (*dsa_kernel)(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result);
+
+struct kernel_set {
+  const char *target;
+  dsa_kernel lightning_indexer[NUM_DTYPES][NUM_DTYPES]; /* by element types of q and k */
+  dsa_kernel topk;
+  dsa_kernel sparse_mla[NUM_DTYPES];
+  int64_t indexer_rows, indexer_task_keys, indexer_block_keys;
+  int64_t mla_heads, mla_task_heads;
+};
+
+/* The kernels for this CPU; NULL with an error set where there are none. */
+const struct kernel_set *dsa_kernels(void);
+
+struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor);
+struct tvm_any dsa_arg_int(int64_t value);
+struct tvm_any dsa_arg_float(double value);
+
+/* What the first kernel that failed said, for the thread that started the work. */
+struct dsa_outcome {
+  int failed;
+  dsa_tvm_status status;
+  char message[512];
+};
+void dsa_call_kernel(struct dsa_outcome *outcome, dsa_kernel kernel, const struct tvm_any *args, int num_args);
+
+#endif

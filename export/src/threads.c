@@ -1,0 +1,42 @@
+/* The library's own executor: OpenMP, so that there is one pool in the process and OMP_NUM_THREADS means what it says. */
+#include <omp.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "internal.h"
+
+static atomic_int process_threads;
+
+/* A child made by fork has none of the pool's threads, and OpenMP waits for them for ever: compute alone there. */
+static atomic_int in_forked_child;
+
+static void after_fork_in_child(void) { in_forked_child = 1; }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+
+void dsa_tvm_set_num_threads(int32_t num_threads) { process_threads = num_threads > 0 ? num_threads : 0; }
+
+int32_t dsa_tvm_get_num_threads(void) { return dsa_default_threads(); }
+
+int dsa_default_threads(void) {
+  int chosen = process_threads;
+  return chosen ? chosen : omp_get_max_threads();
+}
+
+static void openmp_for(void *state, int64_t count, dsa_task task, void *arg) {
+  int threads = (int)(intptr_t)state;
+  if (count < threads) threads = (int)count;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) task(arg, i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; i++) task(arg, i);
+}
+
+struct dsa_executor dsa_openmp_executor(int32_t num_threads) {
+  int threads = num_threads > 0 ? num_threads : dsa_default_threads();
+  if (in_forked_child) threads = 1;
+  struct dsa_executor executor = {threads, openmp_for, (void *)(intptr_t)threads};
+  return executor;
+}
