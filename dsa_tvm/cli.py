@@ -1,0 +1,112 @@
+"""The command ``dsa-tvm``. Each subcommand imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import __version__
+from .errors import DsaError
+
+
+def _env(args: argparse.Namespace) -> None:
+    from . import env
+
+    report = env.report()
+    print(json.dumps(report, indent=2) if args.json else "\n".join(env.lines(report)))
+
+
+def _config(args: argparse.Namespace) -> None:
+    from . import library
+
+    package = Path(__file__).parent
+    lib, include = library.default_path().parent, package / "include"
+    answers = {
+        "cmakedir": package / "lib" / "cmake" / "dsa_tvm",
+        "pkgconfigdir": package / "lib" / "pkgconfig",
+        "includedir": include,
+        "libdir": lib,
+        "cflags": f"-I{include}",
+        "libs": f"-L{lib} -Wl,-rpath,{lib} -ldsa_tvm",
+        "library": library.default_path(),
+    }
+    asked = [name for name in answers if getattr(args, name)]
+    for name in asked or answers:
+        print(answers[name] if asked else f"{name}: {answers[name]}")
+
+
+def _build(args: argparse.Namespace) -> None:
+    from . import build
+
+    print(build.run(args, __version__))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from . import bench
+
+    bench.run(args)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from . import demo
+
+    demo.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dsa-tvm", description="DeepSeek Sparse Attention kernels")
+    parser.add_argument("--version", action="version", version=f"dsa-tvm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "sparse attention over a text file, in ONNX Runtime, checked and timed")
+    demo.add_argument("file", nargs="?", type=Path, help="text to read (default: one that comes with Python)")
+    demo.add_argument("--tokens", type=int, default=32768, help="use at most this many bytes (default: 32768)")
+    demo.add_argument("--threads", type=int, default=0, help="threads (default: all)")
+
+    bench = command("bench", _bench, "time the operators against torch and plain ONNX Runtime")
+    bench.add_argument("op", nargs="*", help="operators (default: all)")
+    bench.add_argument("--s-q", type=int, nargs="+", default=[1, 16, 128], help="query tokens")
+    bench.add_argument("--s-kv", type=int, nargs="+", default=[2048, 32768], help="key tokens")
+    bench.add_argument("--threads", type=int, nargs="+", default=[], help="threads (default: 1 and all)")
+    bench.add_argument("--preset", default="deepseek-v3.2", help="sizes of the model (default: deepseek-v3.2)")
+    bench.add_argument("--dtype", default="float32", help="element type of ours (default: float32)")
+    bench.add_argument("--seconds", type=float, default=1.0, help="time for each figure (default: 1)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+
+    build = command("build", _build, "compile a library for other targets or sizes")
+    from .build import add_arguments
+
+    add_arguments(build)
+
+    env = command("env", _env, "describe the environment, for a bug report")
+    env.add_argument("--json", action="store_true")
+
+    config = command("config", _config, "where C and CMake projects find the library")
+    for flag in ("cmakedir", "pkgconfigdir", "includedir", "libdir", "cflags", "libs", "library"):
+        config.add_argument(f"--{flag}", action="store_true")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; 0, or 1 with the error on standard error, or 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except DsaError as error:
+        print(f"dsa-tvm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dsa-tvm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A report of the environment for bug reports. Standard library only; whatever cannot be read becomes its value."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "ml_dtypes", "xgboost")
+_VARIABLES = ("DSA_TVM_LIBRARY", "DSA_TVM_TARGET", "OMP_NUM_THREADS", "TVM_NUM_THREADS")
+_TOOLS = ("cc", "cmake", "nvcc", "nvidia-smi")
+
+
+def _attempt(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+
+
+def _cpu() -> dict[str, Any]:
+    fields: dict[str, str] = {}
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags", "").split()
+    wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile")
+    return {"model": fields.get("model name", "unknown"), "features": [f for f in wanted if f in flags]}
+
+
+def _memory() -> str:
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        return f"{int(file.readline().split()[1]) / 2**20:.1f} GiB"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tool(name: str) -> str | None:
+    path = shutil.which(name)
+    if path is None:
+        return None
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+    lines = done.stdout.strip().splitlines()
+    # nvcc says its release near the end, the others at the start.
+    return (lines[-1] if name == "nvcc" else lines[0]) if lines else f"exit status {done.returncode}"
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
+
+
+def _library() -> dict[str, Any]:
+    from . import library
+
+    path = library.default_path()
+    manifest = library.verify(path)
+    return {
+        "path": str(path),
+        "version": manifest["version"],
+        "tvm": manifest["tvm"],
+        "targets": manifest["targets"],
+        "target in use": _attempt(library.active_target),
+        "threads": _attempt(library.get_num_threads),
+    }
+
+
+def report() -> dict[str, Any]:
+    """Everything a bug report needs, as plain values.
+
+    Returns
+    -------
+    dict
+        Never raises: what cannot be read holds ``"failed: ..."``.
+    """
+    from . import __version__
+
+    return {
+        "dsa_tvm": __version__,
+        "library": _attempt(_library),
+        "python": sys.version.split()[0],
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
+        "cpu": _attempt(_cpu),
+        "cpus usable": _attempt(lambda: len(os.sched_getaffinity(0))),
+        "memory": _attempt(_memory),
+        "gpus": _attempt(_gpus),
+        "packages": {p: _attempt(lambda p=p: _version(p)) for p in _PACKAGES},
+        "tools": {t: _attempt(lambda t=t: _tool(t)) for t in _TOOLS},
+        "variables": {v: os.environ[v] for v in _VARIABLES if v in os.environ},
+    }
+
+
+def lines(values: dict[str, Any], indent: int = 0) -> list[str]:
+    """`report` as indented text."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += [" " * indent + f"{key}:", *lines(value, indent + 2)]
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            found.append(" " * indent + f"{key}: {'none' if text is None or text == '' else text}")
+    return found
