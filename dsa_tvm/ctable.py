@@ -46,7 +46,8 @@ def _op(op: OpSpec) -> str:
         return "{" + ",\n    ".join(items) + "}" if items else "{{0}}"
 
     return (
-        f'  {{"{op.name}", "{op.onnx_name}", {len(op.inputs)}, {len(op.outputs)}, {len(op.attrs)}, {len(op.variants)},\n'
+        f'  {{"{op.name}", "{op.onnx_name}",\n'
+        f"   {len(op.inputs)}, {len(op.outputs)}, {len(op.attrs)}, {len(op.variants)},\n"
         f"   {rows([_tensor(t) for t in op.inputs])},\n   {rows([_tensor(t) for t in op.outputs])},\n"
         f"   {rows([_attr(a) for a in op.attrs])},\n   variants_{op.name}}}"
     )
@@ -64,9 +65,7 @@ def _dim(dim: Dim, dims: Mapping[str, Dim]) -> str:
     values = f"values_{dim.name}" if dim.values else "NULL"
     at_most = list(dims).index(dim.at_most) if dim.at_most else -1
     flag = f"--{dim.name.replace('_', '-')}"
-    return (
-        f'  {{"{dim.name}", {dim.minimum}LL, {dim.maximum}LL, {values}, {len(dim.values)}, {at_most}, "{flag}"}}'
-    )
+    return f'  {{"{dim.name}", {dim.minimum}LL, {dim.maximum}LL, {values}, {len(dim.values)}, {at_most}, "{flag}"}}'
 
 
 def _array(declaration: str, rows: Iterable[str]) -> str:

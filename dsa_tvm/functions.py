@@ -7,124 +7,10 @@ are those of the package ml_dtypes.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import library
-from .errors import ArgumentError, KernelError, LibraryError
+from .calls import call
 from .ops import OPS
-from .spec import AttrSpec, OpSpec
-from .tensors import Tensor, as_tensor, is_torch
-
-_MAX_NDIM = 3
-_STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
-
-
-class _Attr(ctypes.Union):
-    _fields_ = (("i", ctypes.c_int64), ("f", ctypes.c_double))
-
-
-class _Options(ctypes.Structure):
-    _fields_ = (("size", ctypes.c_uint32), ("num_threads", ctypes.c_int32))
-
-
-def _attribute(op: str, attr: AttrSpec, value: Any) -> _Attr:
-    if isinstance(value, bool) or not hasattr(value, "__index__" if attr.kind is int else "__float__"):
-        raise ArgumentError(f"{op}: {attr.name}: expected {attr.kind.__name__}, got {type(value).__name__}")
-    if attr.kind is float:
-        return _Attr(f=float(value))
-    number = value.__index__()
-    if not -(2**63) <= number < 2**63:
-        raise ArgumentError(f"{op}: {attr.name}: expected a 64-bit integer, got {number}")
-    return _Attr(i=number)
-
-
-def _raise(lib: ctypes.CDLL, status: int) -> None:
-    raise _STATUS_ERRORS.get(status, KernelError)(lib.dsa_tvm_last_error().decode())
-
-
-def _empty(like: Any, dtype: str, shape: Sequence[int]) -> Any:
-    """An output tensor of the kind of `like`, whose own element type is used where `dtype` is "T"."""
-    if is_torch(like):
-        import torch
-
-        return torch.empty(shape, dtype=like.dtype if dtype == "T" else getattr(torch, dtype))
-    import numpy as np
-
-    if dtype != "T":
-        return np.empty(shape, dtype)
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, like.dtype)
-    raise ArgumentError(f"out: expected tensors to write to, because {type(like).__name__} inputs have no type to follow")
-
-
-def call(
-    spec: OpSpec,
-    inputs: Mapping[str, Any],
-    attrs: Mapping[str, Any],
-    out: Any = None,
-    num_threads: int = 0,
-) -> tuple[Any, ...]:
-    """Run one operator.
-
-    Parameters
-    ----------
-    spec : OpSpec
-    inputs, attrs : mapping
-        By name; an optional input may be None.
-    out : tensor or tuple of tensors, optional
-        Where the outputs go, one for each; by default they are made.
-    num_threads : int
-        Threads of this call; 0 for the process default.
-
-    Returns
-    -------
-    tuple
-        The outputs, in the operator's order.
-
-    Raises
-    ------
-    ArgumentError
-        An argument does not fit the operator; no output has been touched.
-    KernelError
-        No memory for the workspace.
-    LibraryError
-        The library is missing, damaged or has no kernels for this CPU.
-    """
-    lib = library.load()
-    keep: list[Any] = []
-    tensors = [
-        None if inputs[t.name] is None and t.optional else as_tensor(spec.name, t.name, inputs[t.name], keep)
-        for t in spec.inputs
-    ]
-    input_array = (ctypes.POINTER(Tensor) * len(tensors))(*(ctypes.pointer(t) if t is not None else None for t in tensors))
-    attr_array = (_Attr * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
-    arguments = (spec.name.encode(), input_array, len(tensors), attr_array, len(spec.attrs))
-    if out is None:
-        # The shapes come from the library, so that nothing is allocated for arguments that are refused.
-        shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
-        status = lib.dsa_tvm_output_shapes(*arguments, shapes, len(spec.outputs))
-        if status:
-            _raise(lib, status)
-        typed = next(t.name for t in reversed(spec.inputs) if t.dtype in ("T", spec.outputs[0].dtype))
-        outputs = tuple(
-            _empty(inputs[typed], t.dtype, list(shape[: len(t.shape)]))
-            for t, shape in zip(spec.outputs, shapes, strict=True)
-        )
-    else:
-        outputs = out if isinstance(out, tuple) else (out,)
-        if len(outputs) != len(spec.outputs):
-            raise ArgumentError(f"{spec.name}: out: expected {len(spec.outputs)} tensors, got {len(outputs)}")
-    output_tensors = [
-        as_tensor(spec.name, t.name, x, keep, writable=True) for t, x in zip(spec.outputs, outputs, strict=True)
-    ]
-    output_array = (ctypes.POINTER(Tensor) * len(outputs))(*map(ctypes.pointer, output_tensors))
-    options = _Options(ctypes.sizeof(_Options), num_threads)
-    status = lib.dsa_tvm_call(*arguments, output_array, len(outputs), ctypes.byref(options))
-    if status:
-        _raise(lib, status)
-    return outputs
 
 
 def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_threads=0):
@@ -155,7 +41,7 @@ def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_thre
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `call`.
+        See `dsa_tvm.calls.call`.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
     return call(OPS["lightning_indexer"], inputs, {}, out, num_threads)[0]
@@ -185,7 +71,7 @@ def topk(logits, ks, ke, topk, *, out=None, num_threads=0):
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `call`.
+        See `dsa_tvm.calls.call`.
     """
     inputs = {"logits": logits, "ks": ks, "ke": ke}
     return call(OPS["topk"], inputs, {"topk": topk}, out, num_threads)[0]
@@ -201,9 +87,7 @@ def indexer_topk(q, k, weights, ks, ke, k_scale=None, *, topk, out=None, num_thr
     return call(OPS["indexer_topk"], inputs, {"topk": topk}, out, num_threads)[0]
 
 
-def sparse_mla(
-    q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=None, d_v=512, out=None, num_threads=0
-):
+def sparse_mla(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=None, d_v=512, out=None, num_threads=0):
     """Attention of every head to the selected rows of the latent cache.
 
     DeepSeek-V2, section 2.1, in the absorbed form: a row's first d_qk entries are the key, its first d_v the value.
@@ -237,7 +121,7 @@ def sparse_mla(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `call`.
+        See `dsa_tvm.calls.call`.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
     attrs = {"sm_scale": _default_scale(q) if sm_scale is None else sm_scale, "d_v": d_v}
@@ -281,7 +165,7 @@ def dsa_attention(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `call`.
+        See `dsa_tvm.calls.call`.
     """
     inputs = {
         "index_q": index_q,

@@ -1,4 +1,4 @@
-"""Anything that holds a tensor, seen as a DLPack tensor: NumPy and torch directly, everything else through ``__dlpack__``.
+"""Anything that holds a tensor, as a DLPack tensor: NumPy and torch directly, the rest through ``__dlpack__``.
 
 Nothing is copied and nothing is checked beyond what the view itself needs; the library checks the rest.
 """
@@ -6,6 +6,7 @@ Nothing is copied and nothing is checked beyond what the view itself needs; the 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 from .errors import ArgumentError
@@ -65,8 +66,14 @@ def is_torch(x: Any) -> bool:
     return type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "data_ptr")
 
 
+@functools.cache
+def _numpy_type(dtype: Any) -> tuple[int, int]:
+    """DLPack (code, bits) of a NumPy type; cached, because NumPy works out a type's name anew each time."""
+    return DLPACK_TYPES.get(dtype.name) or (_KIND_CODES.get(dtype.kind, -1), dtype.itemsize * 8)
+
+
 def _from_numpy(x: Any, fail, writable: bool) -> Tensor:
-    dtype = DLPACK_TYPES.get(x.dtype.name) or (_KIND_CODES.get(x.dtype.kind, -1), x.dtype.itemsize * 8)
+    dtype = _numpy_type(x.dtype)
     if dtype[0] < 0 or dtype[1] > 255:
         fail("a numeric array", f"dtype {x.dtype}")
     if not x.dtype.isnative:
@@ -83,7 +90,9 @@ def _from_torch(x: Any, fail, writable: bool) -> Tensor:
     import torch
 
     if torch.is_grad_enabled() and x.requires_grad:
-        fail("a tensor without requires_grad (there is no backward; use torch.no_grad())", "one that asks for gradients")
+        fail(
+            "a tensor without requires_grad (there is no backward; use torch.no_grad())", "one that asks for gradients"
+        )
     if x.layout is not torch.strided:
         fail("a dense tensor", f"layout {x.layout}")
     if x.device.type != "cpu":

@@ -1,7 +1,7 @@
 """Every kernel of a target: which operator, for which element types, with which decisions.
 
-A kernel factory lives beside its decisions, not in `ops`: tile shapes and vector widths shape the code, and importing an
-operator's description must not import TVM.
+A kernel factory lives beside its decisions, not in `ops`: tile shapes and vector widths shape the code, and importing
+an operator's description must not import TVM.
 """
 
 from __future__ import annotations

@@ -49,6 +49,11 @@ DEFAULT = {
 }
 
 
+def relu(x):
+    """max(x, 0) that lets a NaN through."""
+    return T.Select(x <= T.float32(0), T.float32(0), x)
+
+
 def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     """The kernel for the queries [m0, m1) and the keys [n0, n1).
 
@@ -105,7 +110,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
-            # Heads past h_idx are zero: relu(0) * 0 adds nothing, so any head count runs the same tiles.
+            # Heads past h_idx are zero, so that any head count runs the same tiles. Their products are left out of the
+            # sum all the same: with an infinite key they are NaN.
             for i, hb, d, h in T.grid(m1 - m0, blocks, d_idx, HV):
                 if hb * HV + h < h_idx:
                     qp[i, hb, d, h] = widen(Q[m0 + i, hb * HV + h, d], q_type)
@@ -149,17 +155,20 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                     for u in T.unroll(UD):
                                         for j in T.unroll(TK):
                                             for h in T.vectorized(HV):
-                                                acc[j, h] = acc[j, h] + kp[t * TK + j, d * UD + u] * qp[i, hb, d * UD + u, h]
+                                                acc[j, h] = (
+                                                    acc[j, h] + kp[t * TK + j, d * UD + u] * qp[i, hb, d * UD + u, h]
+                                                )
                                 for j in T.unroll(TK):
                                     if hb == 0:
                                         for h in T.vectorized(LANES):
                                             lanes[t * TK + j, h] = T.float32(0)
                                     for p in T.unroll(HV // LANES):
                                         for h in T.vectorized(LANES):
-                                            # relu that lets a NaN through
                                             lanes[t * TK + j, h] = lanes[t * TK + j, h] + T.Select(
-                                                acc[j, p * LANES + h] <= T.float32(0), T.float32(0), acc[j, p * LANES + h]
-                                            ) * wp[i, hb, p * LANES + h]
+                                                hb * HV + p * LANES + h < h_idx,
+                                                relu(acc[j, p * LANES + h]) * wp[i, hb, p * LANES + h],
+                                                T.float32(0),
+                                            )
                         for j in T.serial(stop - start):
                             half = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
                             for h in T.vectorized(LANES):
@@ -169,7 +178,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                             OUT[row0 + i, start + j] = T.if_then_else(
                                 low <= start + j and start + j < high,
                                 (half[0] + half[1]) + (half[2] + half[3]),
-                                -T.infinity("float32")
+                                -T.infinity("float32"),
                             )
                         if scaled == T.int64(1):
                             for j in T.serial(stop - start):

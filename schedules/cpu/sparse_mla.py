@@ -57,7 +57,7 @@ _EXP_UNDERFLOW = -87.0
 
 
 def exp_nonpositive(x):
-    """exp of a non-positive f32 or NaN; 0 below -87. TVM's own exp becomes a scalar call for each element."""
+    """Exp of a non-positive f32 or NaN; 0 below -87. TVM's own exp becomes a scalar call for each element."""
     # The clamp keeps the conversion to an integer defined for NaN and -inf.
     clamped = T.Select(x >= T.float32(_EXP_UNDERFLOW), x, T.float32(_EXP_UNDERFLOW))
     n = T.floor(clamped * T.float32(math.log2(math.e)) + T.float32(0.5))

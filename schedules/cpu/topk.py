@@ -39,14 +39,11 @@ class Decisions:
     scan: int
 
 
-DEFAULT = {
-    target: Decisions(slack=2048, scan=32) for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
-}
+DEFAULT = {target: Decisions(slack=2048, scan=32) for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")}
 
 
 def order(x):
     """An int32 that sorts as the f32 `x` does, with -0 equal to +0."""
-
     bits = T.reinterpret("int32", x)
     # Negative numbers sort downward; flipping all but the sign turns them round. -0 would land below +0.
     return T.Select(x == T.float32(0), T.int32(0), bits ^ ((bits >> 31) & T.int32(0x7FFFFFFF)))
@@ -108,7 +105,7 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                 while at[0] < stop:
                     # Take keys until the buffer is full or the row ends.
                     if bounded[0] == 0:
-                        first: T.let = T.min(stop - at[0], topk + c.slack)
+                        first: T.let = T.min(stop - at[0], topk + c.slack - used[0])
                         for j in T.serial(first):
                             x: T.let = X[row0 + i, at[0] + j]
                             value[used[0]] = x
@@ -162,9 +159,7 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                                 count[l] = 0
                             for j in T.serial(padded):
                                 for l in T.vectorized(LANES):
-                                    count[l] = count[l] + T.Select(
-                                        rank[j * LANES + l] >= trial, T.int32(1), T.int32(0)
-                                    )
+                                    count[l] = count[l] + T.Select(rank[j * LANES + l] >= trial, T.int32(1), T.int32(0))
                             for l in T.vectorized(8):
                                 count[l] = count[l] + count[l + 8]
                             for l in T.vectorized(4):

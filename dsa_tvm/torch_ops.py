@@ -1,0 +1,78 @@
+"""``torch.ops.dsa_tvm.*``: importing this module registers every operator with torch.
+
+They work under `torch.compile(fullgraph=True)` and `torch.export`: each has a fake implementation that tells the output
+shapes. There is no backward: asking for gradients raises `NotImplementedError` with the operator's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .calls import call
+from .errors import ArgumentError
+from .ops import OPS
+from .spec import OpSpec
+
+_SCALARS = {int: "int", float: "float"}
+
+
+def _schema(spec: OpSpec) -> str:
+    inputs = [f"Tensor? {t.name}=None" if t.optional else f"Tensor {t.name}" for t in spec.inputs]
+    attrs = [f"{_SCALARS[a.kind]} {a.name}" for a in spec.attrs]
+    outputs = ", ".join(["Tensor"] * len(spec.outputs))
+    arguments = ", ".join(inputs + (["*", *attrs] if attrs else []))
+    return f"({arguments}) -> {outputs if len(spec.outputs) == 1 else f'({outputs})'}"
+
+
+def _named(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and attributes by name; torch passes them by position, without trailing defaults."""
+    given = dict(zip((t.name for t in spec.inputs), args, strict=False)) | kwargs
+    return {t.name: given.get(t.name) for t in spec.inputs}, {a.name: given[a.name] for a in spec.attrs}
+
+
+def _single(outputs: tuple[Any, ...]) -> Any:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _register(spec: OpSpec) -> None:
+    name = f"dsa_tvm::{spec.name}"
+    torch.library.define(name, _schema(spec))
+
+    # For every device: a tensor that is not on the CPU gets the package's own error, which names the argument.
+    @torch.library.impl(name, "CompositeExplicitAutograd")
+    def compute(*args, **kwargs):
+        inputs, attrs = _named(spec, args, kwargs)
+        with torch.no_grad():
+            return _single(call(spec, inputs, attrs))
+
+    @torch.library.register_fake(name)
+    def fake(*args, **kwargs):
+        inputs, attrs = _named(spec, args, kwargs)
+        dims = {a.dim: attrs[a.name] for a in spec.attrs if a.dim}
+        for t in spec.inputs:
+            x = inputs[t.name]
+            if x is None:
+                continue
+            if x.dim() != len(t.shape):
+                raise ArgumentError(f"{spec.name}: {t.name}: expected rank {len(t.shape)}, got {x.dim()}")
+            for dim, length in zip(t.shape, x.shape, strict=True):
+                dims.setdefault(dim, length)
+        variable = {t.dtype: inputs[t.name].dtype for t in reversed(spec.inputs) if inputs[t.name] is not None}
+        like = inputs[spec.inputs[0].name]
+        return _single(
+            tuple(
+                like.new_empty([dims[d] for d in t.shape], dtype=variable.get(t.dtype) or getattr(torch, t.dtype))
+                for t in spec.outputs
+            )
+        )
+
+    def backward(ctx, *gradients):
+        raise NotImplementedError(f"dsa_tvm.{spec.name} has no backward: it serves inference only")
+
+    torch.library.register_autograd(name, backward)
+
+
+for _spec in OPS.values():
+    _register(_spec)

@@ -1,0 +1,33 @@
+"""Seeded inputs of realistic scale."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+
+
+def indexer_inputs(rng, variant, *, s_q=5, s_kv=300, h_idx=64, d_idx=128, scaled=False):
+    """Arguments of `lightning_indexer`, causal, weights scaled as the contract says."""
+    q = rng.standard_normal((s_q, h_idx, d_idx)).astype(DTYPES[variant["T"]])
+    k = rng.standard_normal((s_kv, d_idx)).astype(DTYPES[variant["K"]])
+    weights = (rng.standard_normal((s_q, h_idx)) * h_idx**-0.5 * d_idx**-0.5).astype(np.float32)
+    ks = np.zeros(s_q, np.int32)
+    ke = np.arange(s_kv - s_q + 1, s_kv + 1, dtype=np.int32)
+    k_scale = rng.uniform(0.5, 2, s_kv).astype(np.float32) if scaled else None
+    return {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
+
+
+def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
+    """Arguments of `sparse_mla`, all indices valid."""
+    return {
+        "q": rng.standard_normal((s_q, h_q, d_qk)).astype(DTYPES[dtype]),
+        "kv": rng.standard_normal((s_kv, d_qk)).astype(DTYPES[dtype]),
+        "indices": rng.integers(0, max(s_kv, 1), (s_q, topk)).astype(np.int32),
+    }

@@ -1,0 +1,77 @@
+"""Imports point one way, and `import dsa_tvm` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dsa_tvm
+
+PACKAGE = Path(dsa_tvm.__file__).parent
+
+#: What each part of the package may import of the others, directly, anywhere in its code.
+ALLOWED = {
+    "errors": set(),
+    "files": set(),
+    "spec": {"errors"},
+    "ops": {"spec"},
+    "schedules": {"ops"},
+    "ctable": {"ops", "spec"},
+    "tensors": {"errors", "spec"},
+    "hostile": {"errors", "spec"},
+    "library": {"errors", "files", "ops"},
+    "calls": {"errors", "library", "spec", "tensors"},
+    "functions": {"calls", "ops"},
+    "torch_ops": {"calls", "errors", "ops", "spec"},
+    "export": {"errors", "library", "ops", "spec"},
+    "build": {"ctable", "errors", "files", "library", "ops", "schedules", "spec"},
+    "env": {"library"},
+}
+#: Free to import anything; nothing imports them.
+TOPS = {"bench", "cli", "demo"}
+#: Serve the tops only.
+SHARED = {"gate", "presets", "progress", "workload"}
+
+
+def parts():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part not in ("__init__", "tuning_logs"):
+            yield part, path
+
+
+def imported(path):
+    """First names below the package that a file imports, wherever in it."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            yield from [node.module.split(".")[0]] if node.module else [a.name for a in node.names]
+
+
+@pytest.mark.parametrize(("part", "path"), list(parts()), ids=lambda x: x.name if isinstance(x, Path) else x)
+def test_direction(part, path):
+    found = {name for name in imported(path) if name != "__version__"}
+    if part in TOPS:
+        return
+    if part in SHARED:
+        assert not found & TOPS
+        return
+    assert part in ALLOWED, f"{part} is new: say in ALLOWED what it may import"
+    assert found - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("module", ["dsa_tvm", "dsa_tvm.cli", "dsa_tvm.functions", "dsa_tvm.export", "dsa_tvm.env"])
+def test_light(module):
+    heavy = '{"tvm", "torch", "onnxruntime", "tvm_ffi"}'
+    code = f"import sys, {module}; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_stay_short():
+    long = {str(path.relative_to(PACKAGE)): n for _, path in parts() if (n := len(path.read_text().splitlines())) > 260}
+    assert not long

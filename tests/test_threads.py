@@ -1,0 +1,80 @@
+"""The same bits for any number of threads, from any number of callers."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from samples import attention_inputs, indexer_inputs
+
+import dsa_tvm
+from dsa_tvm.ops import OPS
+
+VARIANT = OPS["lightning_indexer"].variants[0]
+
+
+def arguments(s_q, s_kv=3000):
+    rng = np.random.default_rng(s_q)
+    index = indexer_inputs(rng, VARIANT, s_q=s_q, s_kv=s_kv, h_idx=16, d_idx=64)
+    attention = attention_inputs(rng, "float32", s_q=s_q, s_kv=s_kv, h_q=100)
+    return index, attention
+
+
+def everything(index, attention, num_threads):
+    logits = dsa_tvm.lightning_indexer(**index, num_threads=num_threads)
+    indices = dsa_tvm.indexer_topk(**index, topk=200, num_threads=num_threads)
+    chosen = dsa_tvm.topk(logits, index["ks"], index["ke"], 200, num_threads=num_threads)
+    attended = dsa_tvm.sparse_mla(attention["q"], attention["kv"], indices, num_threads=num_threads)
+    first = [index[name] for name in ("q", "k", "weights", "ks", "ke")]
+    whole = dsa_tvm.dsa_attention(*first, attention["q"], attention["kv"], topk=200, num_threads=num_threads)
+    return [logits, indices, chosen, *attended, *whole]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("s_q", [1, 2, 7, 8, 9, 40])
+def test_same_bits_for_any_number_of_threads(s_q):
+    inputs = arguments(s_q)
+    expected = everything(*inputs, 1)
+    for num_threads in (2, 3, 5, 16, 64):
+        assert same(everything(*inputs, num_threads), expected), num_threads
+
+
+def test_same_bits_on_every_run():
+    inputs = arguments(9)
+    expected = everything(*inputs, 2)
+    assert all(same(everything(*inputs, 2), expected) for _ in range(20))
+
+
+def test_many_callers_at_once():
+    inputs = [arguments(s_q, 1000) for s_q in range(1, 17)]
+    expected = [everything(*x, 1) for x in inputs]
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(3):
+            actual = list(pool.map(lambda x: everything(*x, 2), inputs))
+            assert all(map(same, actual, expected))
+
+
+def test_process_default():
+    before = dsa_tvm.get_num_threads()
+    try:
+        dsa_tvm.set_num_threads(3)
+        assert dsa_tvm.get_num_threads() == 3
+    finally:
+        dsa_tvm.set_num_threads(0)
+    assert dsa_tvm.get_num_threads() == before
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_computes():
+    """The parent's pool has run; the child has none of its threads and must not wait for them."""
+    inputs = arguments(9)
+    expected = everything(*inputs, 2)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same(everything(*inputs, 2), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
