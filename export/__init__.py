@@ -1,0 +1,20 @@
+"""ONNX models of the operators. Needs the onnx package; loads neither TVM, PyTorch nor ONNX Runtime."""
+
+from __future__ import annotations
+
+from .models import build_attention_model, build_model
+from .onnx import DOMAIN, VERSION, attach_bodies, function_body, get_library_path, operator_node
+from .plain import build_plain_attention_model, build_plain_model
+
+__all__ = [
+    "DOMAIN",
+    "VERSION",
+    "attach_bodies",
+    "build_attention_model",
+    "build_model",
+    "build_plain_attention_model",
+    "build_plain_model",
+    "function_body",
+    "get_library_path",
+    "operator_node",
+]

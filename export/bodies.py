@@ -1,0 +1,240 @@
+"""The operators as standard ONNX nodes, with the meaning of the references.
+
+ONNX Runtime runs these where the compiled library is absent. They hold to the references on every input, so they
+spend a few passes more than a graph written for speed alone (that one is in `plain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+_INT32_MAX = np.iinfo(np.int32).max
+_NEG_INF = np.float32(-np.inf)
+#: Stands for a -inf logit: below every finite float32, above the -inf that marks what may not be selected.
+_LOWEST = np.float64(-1e300)
+
+
+class Body:
+    """A list of nodes under construction; calling it appends one node and returns the names of its outputs."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.nodes: list[NodeProto] = []
+        self._prefix = prefix
+        self._constants: dict[tuple, str] = {}
+        self._casts: dict[tuple[str, int], str] = {}
+
+    def __call__(self, op_type: str, *inputs: str, outputs: int = 1, **attrs):
+        names = [f"{self._prefix}{op_type}_{len(self.nodes)}" + (f"_{i}" if i else "") for i in range(outputs)]
+        self.nodes.append(helper.make_node(op_type, list(inputs), names, name=names[0], **attrs))
+        return names[0] if outputs == 1 else names
+
+    def const(self, value) -> str:
+        """A constant; Python integers and lists of them become int64."""
+        array = np.asarray(value)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self("Constant", value=numpy_helper.from_array(array))
+        return self._constants[key]
+
+    def attribute(self, name: str, kind: type) -> str:
+        """The value of the calling node's attribute, as a scalar."""
+        value = self("Constant")
+        field, proto_type = {int: ("value_int", AttributeProto.INT), float: ("value_float", AttributeProto.FLOAT)}[kind]
+        self.nodes[-1].attribute.append(AttributeProto(name=field, ref_attr_name=name, type=proto_type))
+        return value
+
+    def length(self, tensor: str, axis: int) -> str:
+        """Length of one axis, as int64 of shape [1]."""
+        return self("Shape", tensor, start=axis, end=axis + 1)
+
+    def positions(self, matrix: str) -> str:
+        """0, 1, ... for the columns, as int32."""
+        # Where a length is fixed, ONNX Runtime carries it through a Cast as int64, and an int32 Range then fails.
+        stop = self("Squeeze", self.length(matrix, 1))
+        return self.cast(self("Range", self.const(0), stop, self.const(1)), TensorProto.INT32)
+
+    def vector(self, scalar: str) -> str:
+        return self("Reshape", scalar, self.const([1]))
+
+    def cast(self, tensor: str, to: int) -> str:
+        if (tensor, to) not in self._casts:
+            self._casts[tensor, to] = self("Cast", tensor, to=to)
+        return self._casts[tensor, to]
+
+    def unsqueeze(self, tensor: str, *axes: int) -> str:
+        return self("Unsqueeze", tensor, self.const(list(axes)))
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a value its final name."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [new if name == old else name for name in names]
+
+
+def scores(b: Body, q: str, k: str, weights: str, k_scale: str | None) -> str:
+    """Logits [s_q, s_kv] float32 of every pair of query and key, in range or not."""
+    q, k = b.cast(q, TensorProto.FLOAT), b.cast(k, TensorProto.FLOAT)
+    rows = b("Reshape", q, b("Concat", b.const([-1]), b.length(q, 2), axis=0))
+    heads = b("Relu", b("Gemm", rows, k, transB=1))
+    shape = b("Concat", b("Shape", q, start=0, end=2), b.length(k, 0), axis=0)
+    # allowzero: with the default, a length of 0 would mean "copy the input's".
+    heads = b("Reshape", heads, shape, allowzero=1)
+    logits = b("Squeeze", b("MatMul", b.unsqueeze(weights, 1), heads), b.const([1]))
+    return logits if k_scale is None else b("Mul", logits, k_scale)
+
+
+def visible(b: Body, logits: str) -> str:
+    """[s_q, s_kv] bool: which keys each query may see by the inputs ks and ke."""
+    keys = b.positions(logits)
+    return b("And", b("LessOrEqual", b.unsqueeze("ks", 1), keys), b("Less", keys, b.unsqueeze("ke", 1)))
+
+
+def select(b: Body, logits: str, topk: str) -> str:
+    """Indices [s_q, topk] int32 of the largest visible logits, ascending, -1 behind. `topk` is int64 of shape [1]."""
+    s_q = b.length(logits, 0)
+    candidates = b("And", visible(b, logits), b("Not", b("IsNaN", logits)))
+    # float64 has room below float32's lowest value to tell a -inf logit from an entry that is no candidate.
+    rank = b("Clip", b.cast(logits, TensorProto.DOUBLE), b.const(_LOWEST))
+    never = b.const(np.float64(-np.inf))
+    rank = b("Where", candidates, rank, never)
+    # TopK on zero rows divides by zero in older ONNX Runtime (1.28 and before) and kills the process: give it one.
+    zero = b.const([0])
+    rank = b("Pad", rank, b("Concat", zero, zero, _missing_row(b, s_q), zero, axis=0), never)
+    count = b("Min", topk, b.length(logits, 1))
+    # TopK breaks ties by lower index in every version.
+    values, found = b("TopK", rank, count, axis=1, largest=1, sorted=0, outputs=2)
+    behind = b.const(np.int32(_INT32_MAX))
+    found = b("Where", b("Greater", values, never), b.cast(found, TensorProto.INT32), behind)
+    found, _ = b("TopK", found, count, axis=1, largest=0, sorted=1, outputs=2)
+    none = b.const(np.int32(-1))
+    found = b("Where", b("Less", found, behind), found, none)
+    found = b("Slice", found, zero, s_q, zero)
+    return b("Pad", found, b("Concat", zero, zero, zero, b("Sub", topk, count), axis=0), none)
+
+
+def attend(
+    b: Body, q: str, kv: str, indices: str, attn_sink: str | None, topk_length: str | None
+) -> tuple[str, str, str]:
+    """(out like q, max_logits, lse) of sparse attention, as `sparse_mla` defines them."""
+    nan, infinity = b.const(np.float32(np.nan)), b.const(np.float32(np.inf))
+    zero, last, s_q = b.const([0]), b.const([-1]), b.length(q, 0)
+    # Older ONNX Runtime (1.22) gives a reduction of zero rows the wrong shape: compute one row then, and cut it off.
+    row = _missing_row(b, s_q)
+    rows = b("Concat", zero, zero, row, zero, axis=0)
+    queries = b("Mul", b.cast(q, TensorProto.FLOAT), b.attribute("sm_scale", float))
+    queries = b("Pad", queries, b("Concat", zero, zero, zero, row, zero, zero, axis=0))
+    indices = b("Pad", indices, rows)
+
+    s_kv = b.length(kv, 0)
+    valid = b("GreaterOrEqual", indices, b.const(np.int32(0)))
+    valid = b("And", valid, b("Less", indices, b.cast(s_kv, TensorProto.INT32)))
+    if topk_length is not None:
+        topk_length = b("Pad", topk_length, b("Concat", zero, row, axis=0))
+        valid = b("And", valid, b("Less", b.positions(indices), b.unsqueeze(topk_length, 1)))
+    # A skipped position reads a key that its row selects anyway, so nothing of any other key can reach the row.
+    stand_in = b("ReduceMax", b("Where", valid, indices, b.const(np.int32(-1))), last)
+    any_valid = b.unsqueeze(b("GreaterOrEqual", stand_in, b.const(np.int32(0))), 2)
+    indices = b("Where", valid, indices, b("Max", stand_in, b.const(np.int32(0))))
+
+    keys = _gather(b, kv, indices, s_kv)
+    logits = b("MatMul", queries, b("Transpose", keys, perm=[0, 2, 1]))
+    logits = b("Where", b.unsqueeze(valid, 1), logits, b.const(_NEG_INF))
+    # ONNX Runtime's ReduceMax drops a NaN that is not in front.
+    is_nan = b("ReduceMax", b.cast(b("IsNaN", logits), TensorProto.UINT8), last)
+    largest = b("Where", b.cast(is_nan, TensorProto.BOOL), nan, b("ReduceMax", logits, last))
+    # Where all scores are -inf the sum is 0 and lse -inf, not the NaN of -inf - -inf.
+    shift = b("Where", b("Equal", largest, b.const(_NEG_INF)), b.const(np.float32(0)), largest)
+    weights = b("Exp", b("Sub", logits, shift))
+    total = b("ReduceSum", weights, last)
+    lse = b("Where", any_valid, b("Add", largest, b("Log", total)), infinity)
+    if attn_sink is not None:
+        total = b("Add", total, b("Exp", b("Sub", b.unsqueeze(attn_sink, 0, 2), shift)))
+    # The values are the front of the keys. Cutting the product is cheaper than cutting the keys, which is a copy.
+    ends = b("Concat", s_q, b.vector(b.attribute("d_v", int)), axis=0)
+    out = b("Slice", b("MatMul", weights, keys), b.const([0, 0]), ends, b.const([0, 2]))
+    total, any_valid, largest, lse = (b("Slice", x, zero, s_q, zero) for x in (total, any_valid, largest, lse))
+    out = b("Where", any_valid, b("Div", out, total), b.const(np.float32(0)))
+    return b("CastLike", out, q), b("Squeeze", largest, last), b("Squeeze", lse, last)
+
+
+def _missing_row(b: Body, s_q: str) -> str:
+    """int64 [1]: 1 where there are no rows, else 0."""
+    return b.cast(b("Equal", s_q, b.const([0])), TensorProto.INT64)
+
+
+def _gather(b: Body, kv: str, indices: str, s_kv: str) -> str:
+    """float32 rows [s_q, topk, d_qk] of kv; zeros if kv is empty, which Gather refuses. Reads selected rows only."""
+    # A subgraph must not reuse names of the graph around it.
+    some, none = Body("some_"), Body("none_")
+    gathered = some("Gather", kv, indices, axis=0)
+    zeros = none("ConstantOfShape", none("Concat", none("Shape", indices), none.length(kv, 1), axis=0))
+    zeros = none("CastLike", zeros, kv)
+    then_branch, else_branch = (
+        # Without a type, since the element type is the caller's: it is inferred.
+        helper.make_graph(part.nodes, name, [], [ValueInfoProto(name=result)])
+        for part, name, result in ((some, "some_keys", gathered), (none, "no_keys", zeros))
+    )
+    condition = b("Squeeze", b("Greater", s_kv, b.const([0])))
+    keys = b("If", condition, then_branch=then_branch, else_branch=else_branch)
+    # Out here ONNX Runtime drops the cast for float32; on the way out of a subgraph it would copy.
+    return b.cast(keys, TensorProto.FLOAT)
+
+
+def _lightning_indexer(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    logits = scores(b, "q", "k", "weights", has("k_scale"))
+    return (b("Where", visible(b, logits), logits, b.const(_NEG_INF)),)
+
+
+def _topk(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    return (select(b, "logits", b.vector(b.attribute("topk", int))),)
+
+
+def _indexer_topk(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    return (_indices(b, "q", "k", has("k_scale")),)
+
+
+def _indices(b: Body, q: str, k: str, k_scale: str | None) -> str:
+    return select(b, scores(b, q, k, "weights", k_scale), b.vector(b.attribute("topk", int)))
+
+
+def _sparse_mla(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    return attend(b, "q", "kv", "indices", has("attn_sink"), has("topk_length"))
+
+
+def _dsa_attention(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    indices = _indices(b, "index_q", "index_k", has("index_k_scale"))
+    out, _, lse = attend(b, "q", "kv", indices, has("attn_sink"), None)
+    return out, lse
+
+
+_BODIES: Mapping[str, Callable[[Body, Callable[[str], str | None]], tuple[str, ...]]] = {
+    "lightning_indexer": _lightning_indexer,
+    "topk": _topk,
+    "indexer_topk": _indexer_topk,
+    "sparse_mla": _sparse_mla,
+    "dsa_attention": _dsa_attention,
+}
+
+
+def make_function(spec, domain: str, present: Collection[str], opset: int) -> FunctionProto:
+    """The function of one operator for nodes that have the optional inputs named in `present`.
+
+    Its inputs are all inputs of the operator in order: a node may leave the absent ones out at the end, or pass the
+    empty name in the middle. One body serves all element types.
+    """
+    b = Body()
+    results = _BODIES[spec.name](b, lambda name: name if name in present else None)
+    for result, output in zip(results, spec.outputs, strict=True):
+        b.rename(result, output.name)
+    return helper.make_function(
+        domain,
+        spec.onnx_name,
+        [t.name for t in spec.inputs],
+        [t.name for t in spec.outputs],
+        b.nodes,
+        [helper.make_opsetid("", opset)],
+        [a.name for a in spec.attrs],
+    )

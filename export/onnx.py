@@ -1,0 +1,206 @@
+"""The operators in ONNX: nodes of the domain ``ai.dsa`` together with their function bodies.
+
+A model runs in ONNX Runtime with the compiled library registered, and, more slowly, without it: the bodies hold the
+same meaning in standard operators, and ONNX Runtime prefers a registered kernel to a body of the same name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from ..errors import ArgumentError
+from ..ops import OPS
+from ..spec import OpSpec, TensorSpec
+from .bodies import make_function
+from .checks import check_optional, checked_attrs, known_spec, served_variant
+
+#: The ONNX domain of the operators, and its version.
+DOMAIN = "ai.dsa"
+VERSION = 1
+#: What the built models use: old enough for ONNX Runtime 1.18, new enough for float8 tensors.
+IR_VERSION = 9
+OPSET = 20
+_MIN_OPSET = 19  # the first whose Cast knows float8
+
+ELEMENT_TYPES: Mapping[str, int] = {
+    "float32": TensorProto.FLOAT,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
+    "int32": TensorProto.INT32,
+}
+
+
+def get_library_path(path: str | os.PathLike | None = None):
+    """Path of the compiled library, for ``SessionOptions.register_custom_ops_library``.
+
+    See `dsa_tvm.library.get_library_path`, which this calls.
+    """
+    from ..library import get_library_path as find
+
+    return find(path)
+
+
+def function_body(
+    op_name: str, variant: Mapping[str, str] | None = None, *, with_inputs: Collection[str] = (), opset: int = OPSET
+) -> FunctionProto:
+    """An operator as an ONNX function of standard operators.
+
+    Parameters
+    ----------
+    op_name : str
+        Name of the operator in `dsa_tvm.ops.OPS`, such as ``"sparse_mla"``.
+    variant : mapping, optional
+        An element type for each type variable. Checked only: one body serves all served variants.
+    with_inputs : collection of str
+        The optional inputs that the calling nodes have.
+    opset : int
+        Version of the standard operators, at least 19: that of the model the function goes into.
+
+    Returns
+    -------
+    onnx.FunctionProto
+        In the domain ``ai.dsa``. Its inputs are all inputs of the operator, in order; those absent are not read.
+
+    Raises
+    ------
+    dsa_tvm.errors.ArgumentError
+        No such operator, variant, optional input or opset.
+    """
+    spec = known_spec(op_name)
+    served_variant(spec, variant)
+    check_optional(spec, with_inputs)
+    if opset < _MIN_OPSET:
+        raise ArgumentError(f"{op_name}: opset: expected at least {_MIN_OPSET}, got {opset}")
+    return make_function(spec, DOMAIN, with_inputs, opset)
+
+
+def operator_node(
+    op_name: str, inputs: Sequence[str | None], outputs: Sequence[str], *, name: str | None = None, **attrs
+) -> NodeProto:
+    """One node of the domain ``ai.dsa``.
+
+    Parameters
+    ----------
+    op_name : str
+        Name of the operator in `dsa_tvm.ops.OPS`.
+    inputs : sequence of str
+        Names of the values, in the operator's order. None or ``""`` for an absent optional one; those at the end may
+        be left out.
+    outputs : sequence of str
+        Names of the results. Those at the end may be left out: a kernel writes them all the same, so the node names
+        them after the first, as in ``out.lse``.
+    name : str, optional
+        Name of the node.
+    **attrs
+        The operator's attributes, all required.
+
+    Returns
+    -------
+    onnx.NodeProto
+
+    Raises
+    ------
+    dsa_tvm.errors.ArgumentError
+        Wrong number of inputs or outputs, a required input absent, an attribute missing, unknown, of the wrong type
+        or out of range.
+    """
+    spec = known_spec(op_name)
+    names = [name or "" for name in inputs]
+    required = sum(not t.optional for t in spec.inputs)
+    if not required <= len(names) <= len(spec.inputs):
+        expected = f"{required} to {len(spec.inputs)}" if required < len(spec.inputs) else str(required)
+        raise ArgumentError(f"{op_name}: inputs: expected {expected}, got {len(names)}")
+    for tensor, given in zip(spec.inputs, names, strict=False):
+        if not given and not tensor.optional:
+            raise ArgumentError(f"{op_name}: input {tensor.name}: expected the name of a value, got none")
+    if not 1 <= len(outputs) <= len(spec.outputs) or not all(outputs):
+        raise ArgumentError(f"{op_name}: outputs: expected 1 to {len(spec.outputs)} names, got {list(outputs)}")
+    while not names[-1]:
+        names.pop()
+    results = [*outputs, *(f"{outputs[0]}.{t.name}" for t in spec.outputs[len(outputs) :])]
+    return helper.make_node(spec.onnx_name, names, results, name=name, domain=DOMAIN, **checked_attrs(spec, attrs))
+
+
+def attach_bodies(model: ModelProto) -> None:
+    """Add, in place, the function bodies and the opset import that the operators in a model need.
+
+    Each operator's body is added once; one that is there already is replaced. Without nodes of ``ai.dsa`` nothing
+    changes.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        IR version 9 or later, standard operators of version 19 or later. Nodes in subgraphs and in other functions
+        count.
+
+    Raises
+    ------
+    dsa_tvm.errors.ArgumentError
+        The model's IR version or opset is too old, a node names an unknown operator, or two nodes of one operator
+        differ in the optional inputs they have: a function has one body, and it reads an input or it does not.
+        The model is then unchanged.
+    """
+    by_onnx_name = {spec.onnx_name: spec for spec in OPS.values()}
+    present: dict[str, frozenset[str]] = {}
+    own = {(DOMAIN, name) for name in by_onnx_name}
+    graphs = [model.graph.node, *(f.node for f in model.functions if (f.domain, f.name) not in own)]
+    for node in (node for nodes in graphs for node in _walk(nodes)):
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type not in by_onnx_name:
+            raise ArgumentError(f"{node.op_type}: node {node.name!r}: expected one of {', '.join(by_onnx_name)}")
+        spec = by_onnx_name[node.op_type]
+        found = frozenset(t.name for t, given in zip(spec.inputs, node.input, strict=False) if given and t.optional)
+        if present.setdefault(spec.name, found) != found:
+            raise ArgumentError(
+                f"{spec.name}: node {node.name!r}: expected the optional inputs of the model's other nodes "
+                f"({', '.join(sorted(present[spec.name])) or 'none'}), got {', '.join(sorted(found)) or 'none'}"
+            )
+    if not present:
+        return
+    if model.ir_version < IR_VERSION:
+        raise ArgumentError(f"model: ir_version: expected at least {IR_VERSION}, got {model.ir_version}")
+    opset = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
+    functions = [function_body(op_name, with_inputs=inputs, opset=opset) for op_name, inputs in present.items()]
+    kept = [f for f in model.functions if (f.domain, f.name) not in {(DOMAIN, f.name) for f in functions}]
+    del model.functions[:]
+    model.functions.extend([*kept, *functions])
+    if all(i.domain != DOMAIN for i in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+
+
+def make_model(
+    name: str,
+    nodes: Sequence[NodeProto],
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    between: Sequence[ValueInfoProto] = (),
+) -> ModelProto:
+    """A model of these nodes in the versions this package emits, with the bodies its nodes need."""
+    graph = helper.make_graph(nodes, name, inputs, outputs, value_info=between)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="dsa_tvm"
+    )
+    attach_bodies(model)
+    return model
+
+
+def value_info(
+    spec: OpSpec, tensor: TensorSpec, variant: Mapping[str, str], lengths: Mapping[str, int]
+) -> ValueInfoProto:
+    """Type and shape of one argument; a dimension without a length keeps its name."""
+    shape = [lengths.get(d, d) for d in tensor.shape]
+    return helper.make_tensor_value_info(tensor.name, ELEMENT_TYPES[spec.dtype_of(tensor, variant)], shape)
+
+
+def _walk(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """The nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _walk(graph.node)
