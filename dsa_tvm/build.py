@@ -21,10 +21,9 @@ from . import ctable
 from .errors import BuildError
 from .files import sha256, write_atomically
 from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
-from .ops import OPS
 from .spec import DIMS, Dim, with_values
 
-SOURCES = ("api.c", "check.c", "kernels.c", "operators.c", "ort.c", "ort_schema.c", "threads.c")
+SOURCES = ("api.c", "check.c", "kernels.c", "operators.c", "ort.c", "ort_schema.c", "stages.c", "threads.c")
 
 #: Targets a library has by default, by the machine it is built for.
 DEFAULT_TARGETS = {

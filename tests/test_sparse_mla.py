@@ -96,7 +96,7 @@ def test_large_scores_do_not_overflow(sm_scale):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [0.0, -3.0, 5.0, np.inf, -np.inf, 300.0])
+@pytest.mark.parametrize("value", [0.0, -3.0, 5.0, np.inf, -np.inf, 30.0])
 def test_attn_sink_changes_out_only(value):
     arguments = attention_inputs(np.random.default_rng(0), "float32", h_q=4)
     arguments["indices"][0] = -1

@@ -1,13 +1,7 @@
-/* How each operator is cut into tasks for the compiled kernels. Every value is computed by one kernel call in one order,
- * so the results do not depend on the number of threads or on how the tasks were cut. */
+/* The operators: what of a checked call each stage gets, and how much of it is in the workspace at a time. */
 #include <stdlib.h>
 
-#include "internal.h"
-
-enum { TASKS_PER_THREAD = 4 }; /* enough for dynamic scheduling to even out tasks of different lengths */
-
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+#include "stages.h"
 
 /* What a kernel takes for an input that is absent or empty: a valid address that is never read. */
 static float nothing[16];
@@ -44,51 +38,6 @@ static dsa_tvm_status finish(const struct dsa_call *call, const struct dsa_outco
   return dsa_fail(outcome->status, "%s: %s", call->op->name, outcome->message);
 }
 
-/* Scoring: queries [m0, m1) against all keys, written to the rows of `logits` from row 0 on. */
-struct scoring {
-  struct dsa_outcome *outcome;
-  dsa_kernel kernel;
-  dsa_tvm_tensor q, k, weights, ks, ke, k_scale, logits;
-  int64_t m0, m1, rows, keys, key_tasks, s_kv;
-  int scaled;
-  int only_visible; /* nobody reads a logit outside [ks, ke) */
-};
-
-static int any_visible(const struct scoring *s, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-  const int32_t *ks = s->ks.data, *ke = s->ke.data;
-  for (int64_t m = m0; m < m1; m++)
-    if (ks[m] < ke[m] && ks[m] < n1 && n0 < ke[m]) return 1;
-  return 0;
-}
-
-static void score_task(void *arg, int64_t index) {
-  struct scoring *s = arg;
-  int64_t m0 = s->m0 + index / s->key_tasks * s->rows, m1 = minimum(m0 + s->rows, s->m1);
-  int64_t n0 = index % s->key_tasks * s->keys, n1 = minimum(n0 + s->keys, s->s_kv);
-  if (s->only_visible && !any_visible(s, m0, m1, n0, n1)) return;
-  const struct tvm_any args[] = {dsa_arg_tensor(&s->q),  dsa_arg_tensor(&s->k),       dsa_arg_tensor(&s->weights),
-                                 dsa_arg_tensor(&s->ks), dsa_arg_tensor(&s->ke),      dsa_arg_tensor(&s->k_scale),
-                                 dsa_arg_tensor(&s->logits), dsa_arg_int(m0),         dsa_arg_int(m1),
-                                 dsa_arg_int(n0),        dsa_arg_int(n1),             dsa_arg_int(m0 - s->m0),
-                                 dsa_arg_int(s->scaled)};
-  dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
-}
-
-static void score(struct scoring *s, const struct kernel_set *kernels, const struct dsa_executor *executor) {
-  int64_t queries = s->m1 - s->m0;
-  if (!queries || !s->s_kv) return;
-  s->rows = minimum(kernels->indexer_rows, queries);
-  int64_t row_tasks = divide_up(queries, s->rows), wanted = (int64_t)TASKS_PER_THREAD * executor->threads;
-  /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
-  s->keys = kernels->indexer_task_keys;
-  if (row_tasks * divide_up(s->s_kv, s->keys) < wanted)
-    s->keys = divide_up(divide_up(s->s_kv * row_tasks, wanted), kernels->indexer_block_keys) *
-              kernels->indexer_block_keys;
-  if (s->keys < 256) s->keys = divide_up(256, kernels->indexer_block_keys) * kernels->indexer_block_keys;
-  s->key_tasks = divide_up(s->s_kv, s->keys);
-  executor->parallel_for(executor->state, row_tasks * s->key_tasks, score_task, s);
-}
-
 static struct scoring scoring_of(const struct dsa_call *call, int k_scale, const struct kernel_set *kernels,
                                  struct dsa_outcome *outcome) {
   struct scoring s = {.outcome = outcome,
@@ -110,24 +59,8 @@ static dsa_tvm_status run_lightning_indexer(const struct dsa_call *call, const s
   struct scoring s = scoring_of(call, 5, kernels, &outcome);
   s.logits = view(&call->out[0]);
   s.m1 = call->dim[DIM_S_Q];
-  score(&s, kernels, executor);
+  dsa_score(&s, kernels, executor);
   return finish(call, &outcome);
-}
-
-/* Selection: queries [m0, m1), whose logits stand from row 0 on, into the rows of `indices` from out0 on. */
-struct selection {
-  struct dsa_outcome *outcome;
-  dsa_kernel kernel;
-  dsa_tvm_tensor logits, ks, ke, indices;
-  int64_t m0, out0;
-};
-
-static void select_task(void *arg, int64_t index) {
-  struct selection *s = arg;
-  const struct tvm_any args[] = {dsa_arg_tensor(&s->logits), dsa_arg_tensor(&s->ks),    dsa_arg_tensor(&s->ke),
-                                 dsa_arg_tensor(&s->indices), dsa_arg_int(s->m0 + index), dsa_arg_int(s->m0 + index + 1),
-                                 dsa_arg_int(index),         dsa_arg_int(s->out0 + index)};
-  dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
 }
 
 static dsa_tvm_status run_topk(const struct dsa_call *call, const struct kernel_set *kernels,
@@ -139,7 +72,7 @@ static dsa_tvm_status run_topk(const struct dsa_call *call, const struct kernel_
                         .ks = view(&call->in[1]),
                         .ke = view(&call->in[2]),
                         .indices = view(&call->out[0])};
-  executor->parallel_for(executor->state, call->dim[DIM_S_Q], select_task, &s);
+  dsa_select(&s, call->dim[DIM_S_Q], executor);
   return finish(call, &outcome);
 }
 
@@ -185,8 +118,8 @@ static void index_group(struct indexing *x, int64_t m0, int64_t m1, int64_t out0
   x->scoring.m0 = x->selection.m0 = m0;
   x->scoring.m1 = m1;
   x->selection.out0 = out0;
-  score(&x->scoring, kernels, executor);
-  if (!x->scoring.outcome->failed) executor->parallel_for(executor->state, m1 - m0, select_task, &x->selection);
+  dsa_score(&x->scoring, kernels, executor);
+  if (!x->scoring.outcome->failed) dsa_select(&x->selection, m1 - m0, executor);
 }
 
 static dsa_tvm_status run_indexer_topk(const struct dsa_call *call, const struct kernel_set *kernels,
@@ -200,48 +133,6 @@ static dsa_tvm_status run_indexer_topk(const struct dsa_call *call, const struct
     index_group(&x, m, minimum(m + x.group, call->dim[DIM_S_Q]), m, kernels, executor);
   free(x.scoring.logits.data);
   return finish(call, &outcome);
-}
-
-/* Attention: queries [m0, ...), whose indices and maxima stand in the rows from row0 on. */
-struct attention {
-  struct dsa_outcome *outcome;
-  dsa_kernel kernel;
-  dsa_tvm_tensor q, kv, indices, sink, length, out, max_logits, lse;
-  int64_t m0, row0, heads, head_tasks, h_q;
-  double sm_scale;
-  int has_sink, has_length;
-};
-
-static void attend_task(void *arg, int64_t index) {
-  struct attention *a = arg;
-  int64_t m = index / a->head_tasks, h0 = index % a->head_tasks * a->heads;
-  const struct tvm_any args[] = {dsa_arg_tensor(&a->q),
-                                 dsa_arg_tensor(&a->kv),
-                                 dsa_arg_tensor(&a->indices),
-                                 dsa_arg_tensor(&a->sink),
-                                 dsa_arg_tensor(&a->length),
-                                 dsa_arg_tensor(&a->out),
-                                 dsa_arg_tensor(&a->max_logits),
-                                 dsa_arg_tensor(&a->lse),
-                                 dsa_arg_int(a->m0 + m),
-                                 dsa_arg_int(h0),
-                                 dsa_arg_int(minimum(h0 + a->heads, a->h_q)),
-                                 dsa_arg_int(a->row0 + m),
-                                 dsa_arg_float(a->sm_scale),
-                                 dsa_arg_int(a->has_sink),
-                                 dsa_arg_int(a->has_length)};
-  dsa_call_kernel(a->outcome, a->kernel, args, sizeof args / sizeof args[0]);
-}
-
-static void attend(struct attention *a, int64_t queries, const struct kernel_set *kernels,
-                   const struct dsa_executor *executor) {
-  int64_t tile = kernels->mla_heads;
-  a->heads = kernels->mla_task_heads;
-  /* Few queries: fewer heads to a task, down to one register tile, until every thread has work. */
-  while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < executor->threads)
-    a->heads = divide_up(a->heads / 2, tile) * tile;
-  a->head_tasks = divide_up(a->h_q, a->heads);
-  executor->parallel_for(executor->state, queries * a->head_tasks, attend_task, a);
 }
 
 static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct kernel_set *kernels,
@@ -262,7 +153,7 @@ static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct k
                         .has_sink = call->present[3],
                         .has_length = call->present[4]};
   if (!a.has_length) a.length.dtype.code = DSA_TVM_INT;
-  attend(&a, call->dim[DIM_S_Q], kernels, executor);
+  dsa_attend(&a, call->dim[DIM_S_Q], kernels, executor);
   return finish(call, &outcome);
 }
 
@@ -295,7 +186,7 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
       int64_t stop = minimum(m + x.group, s_q);
       index_group(&x, m, stop, 0, kernels, executor);
       a.m0 = m;
-      if (!outcome.failed) attend(&a, stop - m, kernels, executor);
+      if (!outcome.failed) dsa_attend(&a, stop - m, kernels, executor);
     }
     status = finish(call, &outcome);
   } else {

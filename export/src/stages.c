@@ -1,0 +1,84 @@
+/* How each stage is cut into tasks. Every value is computed by one kernel call in one order, so the results do not
+ * depend on the number of threads or on where the cuts fall. */
+#include "stages.h"
+
+enum { TASKS_PER_THREAD = 4 }; /* enough for dynamic scheduling to even out tasks of different lengths */
+
+static int any_visible(const struct scoring *s, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+  const int32_t *ks = s->ks.data, *ke = s->ke.data;
+  for (int64_t m = m0; m < m1; m++)
+    if (ks[m] < ke[m] && ks[m] < n1 && n0 < ke[m]) return 1;
+  return 0;
+}
+
+static void score_task(void *arg, int64_t index) {
+  struct scoring *s = arg;
+  int64_t m0 = s->m0 + index / s->key_tasks * s->rows, m1 = minimum(m0 + s->rows, s->m1);
+  int64_t n0 = index % s->key_tasks * s->keys, n1 = minimum(n0 + s->keys, s->s_kv);
+  if (s->only_visible && !any_visible(s, m0, m1, n0, n1)) return;
+  const struct tvm_any args[] = {dsa_arg_tensor(&s->q),  dsa_arg_tensor(&s->k),       dsa_arg_tensor(&s->weights),
+                                 dsa_arg_tensor(&s->ks), dsa_arg_tensor(&s->ke),      dsa_arg_tensor(&s->k_scale),
+                                 dsa_arg_tensor(&s->logits), dsa_arg_int(m0),         dsa_arg_int(m1),
+                                 dsa_arg_int(n0),        dsa_arg_int(n1),             dsa_arg_int(m0 - s->m0),
+                                 dsa_arg_int(s->scaled)};
+  dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
+}
+
+void dsa_score(struct scoring *s, const struct kernel_set *kernels, const struct dsa_executor *executor) {
+  int64_t queries = s->m1 - s->m0;
+  if (!queries || !s->s_kv) return;
+  s->rows = minimum(kernels->indexer_rows, queries);
+  int64_t row_tasks = divide_up(queries, s->rows), wanted = (int64_t)TASKS_PER_THREAD * executor->threads;
+  /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
+  s->keys = kernels->indexer_task_keys;
+  if (row_tasks * divide_up(s->s_kv, s->keys) < wanted)
+    s->keys = divide_up(divide_up(s->s_kv * row_tasks, wanted), kernels->indexer_block_keys) *
+              kernels->indexer_block_keys;
+  if (s->keys < 256) s->keys = divide_up(256, kernels->indexer_block_keys) * kernels->indexer_block_keys;
+  s->key_tasks = divide_up(s->s_kv, s->keys);
+  executor->parallel_for(executor->state, row_tasks * s->key_tasks, score_task, s);
+}
+
+static void select_task(void *arg, int64_t index) {
+  struct selection *s = arg;
+  const struct tvm_any args[] = {dsa_arg_tensor(&s->logits), dsa_arg_tensor(&s->ks),    dsa_arg_tensor(&s->ke),
+                                 dsa_arg_tensor(&s->indices), dsa_arg_int(s->m0 + index), dsa_arg_int(s->m0 + index + 1),
+                                 dsa_arg_int(index),         dsa_arg_int(s->out0 + index)};
+  dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
+}
+
+void dsa_select(struct selection *s, int64_t queries, const struct dsa_executor *executor) {
+  executor->parallel_for(executor->state, queries, select_task, s);
+}
+
+static void attend_task(void *arg, int64_t index) {
+  struct attention *a = arg;
+  int64_t m = index / a->head_tasks, h0 = index % a->head_tasks * a->heads;
+  const struct tvm_any args[] = {dsa_arg_tensor(&a->q),
+                                 dsa_arg_tensor(&a->kv),
+                                 dsa_arg_tensor(&a->indices),
+                                 dsa_arg_tensor(&a->sink),
+                                 dsa_arg_tensor(&a->length),
+                                 dsa_arg_tensor(&a->out),
+                                 dsa_arg_tensor(&a->max_logits),
+                                 dsa_arg_tensor(&a->lse),
+                                 dsa_arg_int(a->m0 + m),
+                                 dsa_arg_int(h0),
+                                 dsa_arg_int(minimum(h0 + a->heads, a->h_q)),
+                                 dsa_arg_int(a->row0 + m),
+                                 dsa_arg_float(a->sm_scale),
+                                 dsa_arg_int(a->has_sink),
+                                 dsa_arg_int(a->has_length)};
+  dsa_call_kernel(a->outcome, a->kernel, args, sizeof args / sizeof args[0]);
+}
+
+void dsa_attend(struct attention *a, int64_t queries, const struct kernel_set *kernels,
+                const struct dsa_executor *executor) {
+  int64_t tile = kernels->mla_heads;
+  a->heads = kernels->mla_task_heads;
+  /* Few queries: fewer heads to a task, down to one register tile, until every thread has work. */
+  while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < executor->threads)
+    a->heads = divide_up(a->heads / 2, tile) * tile;
+  a->head_tasks = divide_up(a->h_q, a->heads);
+  executor->parallel_for(executor->state, queries * a->head_tasks, attend_task, a);
+}

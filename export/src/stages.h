@@ -1,0 +1,42 @@
+/* The three stages that the operators are made of. Each is cut into tasks for the compiled kernels. */
+#ifndef DSA_TVM_STAGES_H_
+#define DSA_TVM_STAGES_H_
+
+#include "internal.h"
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Scoring: queries [m0, m1) against all keys, written to the rows of `logits` from row 0 on. */
+struct scoring {
+  struct dsa_outcome *outcome;
+  dsa_kernel kernel;
+  dsa_tvm_tensor q, k, weights, ks, ke, k_scale, logits;
+  int64_t m0, m1, rows, keys, key_tasks, s_kv;
+  int scaled;
+  int only_visible; /* nobody reads a logit outside [ks, ke) */
+};
+void dsa_score(struct scoring *s, const struct kernel_set *kernels, const struct dsa_executor *executor);
+
+/* Selection: queries [m0, m1), whose logits stand from row 0 on, into the rows of `indices` from out0 on. */
+struct selection {
+  struct dsa_outcome *outcome;
+  dsa_kernel kernel;
+  dsa_tvm_tensor logits, ks, ke, indices;
+  int64_t m0, out0;
+};
+void dsa_select(struct selection *s, int64_t queries, const struct dsa_executor *executor);
+
+/* Attention: queries [m0, ...), whose indices and maxima stand in the rows from row0 on. */
+struct attention {
+  struct dsa_outcome *outcome;
+  dsa_kernel kernel;
+  dsa_tvm_tensor q, kv, indices, sink, length, out, max_logits, lse;
+  int64_t m0, row0, heads, head_tasks, h_q;
+  double sm_scale;
+  int has_sink, has_length;
+};
+void dsa_attend(struct attention *a, int64_t queries, const struct kernel_set *kernels,
+                const struct dsa_executor *executor);
+
+#endif
