@@ -112,7 +112,9 @@ def link(built: Mapping[str, dict], dims: Mapping[str, Dim], version: str, work:
             *(str(export / "src" / name) for name in SOURCES),
             str(work / "specs.c"),
             *(str(parts["object"]) for parts in built.values()),
-            *("-Wl,-z,defs", "-Wl,-z,noexecstack", f"-Wl,-soname,{LIBRARY_NAME}"),
+            # nodelete: ONNX Runtime unloads the library with the last SessionOptions, and whoever else does so may
+            # have its OpenMP threads alive; each time it came back it would leave some memory behind.
+            *("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
             f"-Wl,--version-script={export / 'exports.map'}",
             *("-lm", "-lpthread", "-o", str(library)),
         ]

@@ -1,13 +1,13 @@
-"""The CPU token selector: one vectorized scan against a rising threshold.
+"""The CPU token selector: one vectorized scan against a threshold.
 
 A buffer holds the best keys so far. Once it has been filled, its topk-th value is a lower bound for the row's, so the
-scan only looks for larger values, sixteen at a time, and most blocks hold none. A full buffer is cut back to its topk
-best and the threshold rises. For a row in random order a few cuts suffice; in the worst order (ascending) there is one
-for every `slack` keys.
+scan only looks for larger values, a vector at a time, and most vectors hold none. A full buffer is cut back to its topk
+best and the threshold rises. A long row starts with a threshold guessed from a sample, a little below the expected one;
+should fewer than topk keys exceed it, the row is done again without.
 
 A cut finds the exact topk-th value bit by bit: counting is a vector loop, takes no histogram, and costs the same for
 any data. Everything stays in index order, so that among equal values the lower indices are kept and the result comes
-out ascending.
+out ascending. In the worst order (ascending) there is a cut for every `slack` keys.
 """
 
 from __future__ import annotations
@@ -33,13 +33,22 @@ class Decisions:
         Candidates the buffer takes beyond topk before it is cut.
     scan : int
         Keys compared at a time before the scan asks whether any was larger; a multiple of 16.
+    sample : int
+        Keys the first threshold of a row is guessed from; a multiple of 16, at most `slack`.
     """
 
     slack: int
     scan: int
+    sample: int
 
 
-DEFAULT = {target: Decisions(slack=2048, scan=32) for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")}
+DEFAULT = {
+    target: Decisions(slack=2048, scan=64, sample=2048)
+    for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
+}
+
+# What the next piece of a row is taken for.
+SAMPLE, FILL, SCAN = 0, 1, 2
 
 
 def order(x):
@@ -59,8 +68,8 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
         ``m - m0 + out0`` of indices.
     """
     s_q, s_kv, s_rows, s_out, topk = (tirx.Var(n, "int64") for n in ("s_q", "s_kv", "s_rows", "s_out", "topk"))
-    SCAN = c.scan
-    capacity = (topk + c.slack + SCAN + LANES - 1) // LANES * LANES
+    STEP = c.scan
+    capacity = (topk + c.slack + STEP + LANES - 1) // LANES * LANES
 
     @T.prim_func(s_tir=True)
     def topk_rows(
@@ -89,9 +98,12 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
             count = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
             used = T.sblock_alloc_buffer((1,), "int64", scope="local")
             bound = T.sblock_alloc_buffer((1,), "float32", scope="local")
-            bounded = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            phase = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            guessed = T.sblock_alloc_buffer((1,), "int32", scope="local")
             at = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            wanted = T.sblock_alloc_buffer((1,), "int64", scope="local")
             cut = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            exact = T.sblock_alloc_buffer((1,), "int32", scope="local")
             ties = T.sblock_alloc_buffer((1,), "int64", scope="local")
             kept = T.sblock_alloc_buffer((1,), "int64", scope="local")
             bit = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -100,11 +112,20 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                 stop: T.let = T.min(T.Cast("int64", KE[m0 + i]), s_kv)
                 used[0] = T.int64(0)
                 bound[0] = -T.infinity("float32")
-                bounded[0] = 0
+                guessed[0] = 0
+                phase[0] = T.Select(stop - start > topk + c.slack, SAMPLE, FILL)
                 at[0] = start
                 while at[0] < stop:
-                    # Take keys until the buffer is full or the row ends.
-                    if bounded[0] == 0:
+                    wanted[0] = topk
+                    if phase[0] == SAMPLE:
+                        # The keys of a sample that are expected among the topk, and three standard deviations more.
+                        share: T.let = T.Cast("float32", topk) * T.float32(c.sample) / T.Cast("float32", stop - start)
+                        wanted[0] = T.Cast("int64", share + T.float32(3) * T.sqrt(share)) + T.int64(8)
+                        for j in T.serial(c.sample):
+                            x: T.let = X[row0 + i, start + j * ((stop - start) // c.sample)]
+                            value[j] = T.Select(is_nan(x), -T.infinity("float32"), x)
+                        used[0] = T.int64(c.sample)
+                    if phase[0] == FILL:
                         first: T.let = T.min(stop - at[0], topk + c.slack - used[0])
                         for j in T.serial(first):
                             x: T.let = X[row0 + i, at[0] + j]
@@ -112,13 +133,13 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                             index[used[0]] = T.Cast("int32", at[0] + j)
                             used[0] = used[0] + T.Select(is_nan(x), T.int64(0), T.int64(1))
                         at[0] = at[0] + first
-                    else:
+                    if phase[0] == SCAN:
                         while at[0] < stop and used[0] < topk + c.slack:
-                            width: T.let = T.min(stop - at[0], T.int64(SCAN))
-                            if width == T.int64(SCAN):
+                            width: T.let = T.min(stop - at[0], T.int64(STEP))
+                            if width == T.int64(STEP):
                                 for l in T.vectorized(LANES):
                                     hits[l] = 0
-                                for p in T.unroll(SCAN // LANES):
+                                for p in T.unroll(STEP // LANES):
                                     for l in T.vectorized(LANES):
                                         hits[l] = hits[l] | T.Select(
                                             X[row0 + i, at[0] + p * LANES + l] > bound[0], T.int32(1), T.int32(0)
@@ -139,8 +160,7 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                                     index[used[0]] = T.Cast("int32", at[0] + j)
                                     used[0] = used[0] + T.Select(x > bound[0], T.int64(1), T.int64(0))
                             at[0] = at[0] + width
-                    # Cut the buffer back to its topk best.
-                    if used[0] > topk and (at[0] >= stop or used[0] >= topk + c.slack):
+                    if phase[0] == SAMPLE or (used[0] > topk and (at[0] >= stop or used[0] >= topk + c.slack)):
                         padded: T.let = (used[0] + LANES - 1) // LANES
                         for j in T.serial(padded * LANES - used[0]):
                             value[used[0] + j] = -T.infinity("float32")
@@ -149,8 +169,9 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                                 rank[j * LANES + l] = order(value[j * LANES + l])
                         for j in T.serial(padded * LANES - used[0]):
                             rank[used[0] + j] = T.int32(INT32_MIN)
-                        # The largest value that at least topk ranks reach, from the sign bit down.
+                        # The largest value that at least that many ranks reach, from the sign bit down.
                         cut[0] = T.int32(INT32_MIN)
+                        exact[0] = 0
                         bit[0] = 32
                         while bit[0] > 0:
                             bit[0] = bit[0] - 1
@@ -159,30 +180,50 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                                 count[l] = 0
                             for j in T.serial(padded):
                                 for l in T.vectorized(LANES):
-                                    count[l] = count[l] + T.Select(rank[j * LANES + l] >= trial, T.int32(1), T.int32(0))
+                                    count[l] = count[l] + T.Select(
+                                        rank[j * LANES + l] >= trial, T.int32(1), T.int32(0)
+                                    )
                             for l in T.vectorized(8):
                                 count[l] = count[l] + count[l + 8]
                             for l in T.vectorized(4):
                                 count[l] = count[l] + count[l + 4]
                             reached: T.let = T.Cast("int64", (count[0] + count[1]) + (count[2] + count[3]))
-                            if reached >= topk:
+                            if reached >= wanted[0]:
                                 cut[0] = trial
-                            if reached == topk:
+                            if reached == wanted[0]:
+                                exact[0] = 1
                                 bit[0] = 0
-                        ties[0] = topk
-                        for j in T.serial(used[0]):
-                            ties[0] = ties[0] - T.Select(rank[j] > cut[0], T.int64(1), T.int64(0))
                         kept[0] = T.int64(0)
-                        for j in T.serial(used[0]):
-                            r: T.let = rank[j]
-                            tie: T.let = T.Select(r == cut[0] and ties[0] > T.int64(0), T.int64(1), T.int64(0))
-                            value[kept[0]] = value[j]
-                            index[kept[0]] = index[j]
-                            kept[0] = kept[0] + T.Select(r > cut[0], T.int64(1), tie)
-                            ties[0] = ties[0] - tie
-                        used[0] = topk
+                        if phase[0] != SAMPLE:
+                            if exact[0] == 1:
+                                for j in T.serial(used[0]):
+                                    r: T.let = rank[j]
+                                    value[kept[0]] = value[j]
+                                    index[kept[0]] = index[j]
+                                    kept[0] = kept[0] + T.Select(r >= cut[0], T.int64(1), T.int64(0))
+                            else:
+                                # More keys equal the cut than there is room for: the first ones stay.
+                                ties[0] = topk
+                                for j in T.serial(used[0]):
+                                    ties[0] = ties[0] - T.Select(rank[j] > cut[0], T.int64(1), T.int64(0))
+                                for j in T.serial(used[0]):
+                                    r: T.let = rank[j]
+                                    tie: T.let = T.Select(r == cut[0] and ties[0] > T.int64(0), T.int64(1), T.int64(0))
+                                    value[kept[0]] = value[j]
+                                    index[kept[0]] = index[j]
+                                    kept[0] = kept[0] + T.Select(r > cut[0], T.int64(1), tie)
+                                    ties[0] = ties[0] - tie
+                        guessed[0] = T.Select(phase[0] == SAMPLE, T.int32(1), T.int32(0))
+                        used[0] = kept[0]
+                        # A guess is the value just below the sample's: keys that equal it must be found too.
+                        cut[0] = cut[0] - guessed[0]
                         bound[0] = T.reinterpret("float32", cut[0] ^ ((cut[0] >> 31) & T.int32(0x7FFFFFFF)))
-                        bounded[0] = 1
+                        phase[0] = SCAN
+                    if at[0] >= stop and guessed[0] == 1 and used[0] < topk:
+                        at[0] = start
+                        used[0] = T.int64(0)
+                        guessed[0] = 0
+                        phase[0] = FILL
                 for j in T.serial(used[0]):
                     OUT[out0 + i, j] = index[j]
                 for j in T.serial(topk - used[0]):
