@@ -66,7 +66,7 @@ def compile_objects(targets: Sequence[str], directory: Path, progress: Callable[
 def _kernel_table(built: Mapping[str, dict]) -> str:
     """``kernels.h``: the entry of every kernel, and what the cutting into tasks must know of each target."""
     declarations, sets = [], []
-    for target, parts in reversed(built.items()):
+    for target, parts in reversed(list(built.items())):
         rows = []
         for kernel in parts["kernels"]:
             entry = f"__tvm_ffi_{kernel.symbol}"

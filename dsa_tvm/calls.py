@@ -94,9 +94,8 @@ def call(
         None if inputs[t.name] is None and t.optional else as_tensor(spec.name, t.name, inputs[t.name], keep)
         for t in spec.inputs
     ]
-    input_array = (ctypes.POINTER(Tensor) * len(tensors))(
-        *(ctypes.pointer(t) if t is not None else None for t in tensors)
-    )
+    pointers = [ctypes.pointer(t) if t is not None else ctypes.POINTER(Tensor)() for t in tensors]
+    input_array = (ctypes.POINTER(Tensor) * len(tensors))(*pointers)
     attr_array = (_Attr * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
     arguments = (spec.name.encode(), input_array, len(tensors), attr_array, len(spec.attrs))
     if out is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -98,8 +99,8 @@ def report() -> dict[str, Any]:
         "cpus usable": _attempt(lambda: len(os.sched_getaffinity(0))),
         "memory": _attempt(_memory),
         "gpus": _attempt(_gpus),
-        "packages": {p: _attempt(lambda p=p: _version(p)) for p in _PACKAGES},
-        "tools": {t: _attempt(lambda t=t: _tool(t)) for t in _TOOLS},
+        "packages": {p: _attempt(functools.partial(_version, p)) for p in _PACKAGES},
+        "tools": {t: _attempt(functools.partial(_tool, t)) for t in _TOOLS},
         "variables": {v: os.environ[v] for v in _VARIABLES if v in os.environ},
     }
 

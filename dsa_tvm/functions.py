@@ -183,6 +183,6 @@ def dsa_attention(
 
 
 def _default_scale(q: Any) -> float:
-    shape = getattr(q, "shape", ())
+    shape = list(getattr(q, "shape", []))
     # Any number will do where the shape is wrong: the library says so.
-    return float(shape[-1]) ** -0.5 if len(shape) and shape[-1] > 0 else 1.0
+    return float(shape[-1]) ** -0.5 if shape and shape[-1] > 0 else 1.0

@@ -19,9 +19,10 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance 
         assert not len(wrong), f"{len(wrong)} of {actual.size} differ, the first at {tuple(wrong[0])}"
         return
     x, y = (np.asarray(a).astype(np.float64) for a in (actual, expected))
-    for name, test in {"NaN": np.isnan, "+inf": np.isposinf, "-inf": np.isneginf}.items():
+    for name in ("isnan", "isposinf", "isneginf"):
+        test = getattr(np, name)
         wrong = np.argwhere(test(x) != test(y))
-        assert not len(wrong), f"{name} in different places, the first at {tuple(wrong[0])}"
+        assert not len(wrong), f"{name} differs, the first at {tuple(wrong[0])}"
     finite = np.isfinite(y)
     x, y = x[finite], y[finite]
     excess = np.abs(x - y) - (tolerance.abs + tolerance.rel * np.abs(y))

@@ -44,7 +44,7 @@ class Decisions:
 DEFAULT = {
     "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, unroll_d=4, rows=8, task_keys=6144),
     "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=8, rows=8, task_keys=6144),
-    "x86-64-v4": Decisions(tile_keys=6, heads=64, block_keys=24, unroll_d=4, rows=8, task_keys=6144),
+    "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, unroll_d=4, rows=8, task_keys=6144),
     "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=4, rows=8, task_keys=6144),
 }
 
