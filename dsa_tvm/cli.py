@@ -75,8 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--s-q", type=int, nargs="+", default=[1, 16, 128], help="query tokens")
     bench.add_argument("--s-kv", type=int, nargs="+", default=[2048, 32768], help="key tokens")
     bench.add_argument("--threads", type=int, nargs="+", default=[], help="threads (default: 1 and all)")
-    bench.add_argument("--preset", default="deepseek-v3.2", help="sizes of the model (default: deepseek-v3.2)")
-    bench.add_argument("--dtype", default="float32", help="element type of ours (default: float32)")
+    bench.add_argument(
+        "--preset",
+        default="deepseek-v3.2",
+        help="sizes of a model: deepseek-v3.2 (the default), glm-5, deepseek-v4-512, deepseek-v4-1024",
+    )
+    bench.add_argument(
+        "--dtype", default="float32", help="element type of ours: float32 (the default), bfloat16, float16"
+    )
     bench.add_argument("--seconds", type=float, default=1.0, help="time for each figure (default: 1)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
 

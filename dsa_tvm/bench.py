@@ -1,0 +1,233 @@
+"""``dsa-tvm bench``: the operators against torch and plain ONNX Runtime, in one run on one machine."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from . import env, functions, gate, library, presets, workload
+from .errors import ArgumentError, DsaError
+from .files import write_atomically
+from .ops import OPS
+from .peers import Skipped, peer
+from .progress import Progress
+from .report import aligned, digits
+from .workload import Workload
+
+#: Turns that every contender gets.
+ROUNDS = 3
+_PEERS = {"torch": "torch", "ort": "ORT", "numpy": "numpy"}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time what the command line asks for; print a table, and write it with ``--json``.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        op, s_q, s_kv, threads, preset, dtype, seconds and json, as `dsa_tvm.cli` parses them.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown operator, preset or type, or a number out of range.
+    gate.CheckError
+        An operator gave a wrong result. It has no time in the table; the others do.
+    LibraryError
+        As `dsa_tvm.library.load`.
+    """
+    ops, threads, preset = _checked(args)
+    shapes = list(itertools.product(ops, args.s_q, args.s_kv))
+    disturbed = workload.load_notes()
+    peers = [name for name in _PEERS if name != "numpy" or "topk" in ops]
+    print(f"{library.active_target()}, {args.preset}, {args.dtype}; times are medians, x is the peer's time over ours")
+    widths = [17, 5, 7, 7, 9, 13, *(w for _ in peers for w in (9, 7))]
+    header = ["operator", "s_q", "s_kv", "threads", "ours ms", "rate"]
+    header += [title for name in peers for title in (f"{_PEERS[name]} ms", f"x {_PEERS[name]}")]
+    rows: list[dict[str, Any]] = []
+    try:
+        with Progress(len(shapes) * len(threads)) as progress:
+            progress.say(aligned(header, widths))
+            for op, s_q, s_kv in shapes:
+                for row in _measure(op, s_q, s_kv, threads, peers, preset, args, progress):
+                    rows.append(row)
+                    progress.say(aligned(_cells(row, peers), widths))
+    finally:
+        # After Ctrl-C as well: what has been measured has been measured.
+        if args.json and rows:
+            _write(args, rows)
+    for line in [*_notes(rows), *disturbed]:
+        print(line)
+    failed = [f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}: {row['failed']}" for row in rows if row["failed"]]
+    if failed:
+        raise gate.CheckError(f"bench: {len(failed)} of {len(rows)} results are wrong; the first: {failed[0]}")
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median time of each call, taken in turns, so that a change of the machine's speed meets all of them.
+
+    Parameters
+    ----------
+    calls : mapping
+        Functions without arguments, by name.
+    seconds : float
+        Time for each, spread over `ROUNDS` turns; a turn has at least one call.
+
+    Returns
+    -------
+    dict
+        Seconds by name.
+    """
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            turn: list[float] = []
+            begin = now = time.perf_counter()
+            while not turn or now - begin < seconds / ROUNDS:
+                start = now
+                call()
+                now = time.perf_counter()
+                turn.append(now - start)
+            # The first call of a turn meets the caches and the spinning threads that the one before it left.
+            times[name] += turn[1:] or turn
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _checked(args: argparse.Namespace) -> tuple[list[str], list[int], presets.Preset]:
+    for op in args.op:
+        if op not in OPS:
+            raise ArgumentError(f"bench: operator: expected one of {', '.join(OPS)}, got {op!r}")
+    for name in ("s_q", "s_kv", "threads"):
+        for value in getattr(args, name):
+            if value < 1:
+                raise ArgumentError(f"bench: {name}: expected at least 1, got {value}")
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise ArgumentError(f"bench: seconds: expected a positive number, got {args.seconds}")
+    if args.dtype not in workload.DTYPES:
+        raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {args.dtype!r}")
+    if args.json and args.json.is_dir():
+        # Now, not after minutes of measuring.
+        raise ArgumentError(f"bench: json: expected a file, got the directory {args.json}")
+    threads = args.threads or sorted({1, workload.usable_cpus()})
+    return list(dict.fromkeys(args.op or OPS)), list(dict.fromkeys(threads)), presets.get(args.preset)
+
+
+def _measure(
+    op: str,
+    s_q: int,
+    s_kv: int,
+    threads: list[int],
+    peers: list[str],
+    preset: presets.Preset,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """A row for each number of threads."""
+    plain = workload.make(op, preset, s_q, s_kv)
+    work = workload.with_dtype(plain, args.dtype)
+    for count in threads:
+        progress.step(f"{op}  s_q {s_q}  s_kv {s_kv}  threads {count}")
+        row: dict[str, Any] = {"op": op, "s_q": s_q, "s_kv": s_kv, "threads": count, "dtype": args.dtype}
+        row |= {"failed": None, "ours_ms": None, "gflops": None, "us_per_row": None, "peers": {}}
+        ours = _ours(work, count)
+        try:
+            outputs = ours()
+            finding = gate.check(work, outputs if isinstance(outputs, tuple) else (outputs,), gate.sample(s_q))
+        except gate.CheckError as error:
+            yield row | {"failed": str(error)}
+            continue
+        calls = {"ours": ours}
+        for name in peers:
+            if name == "numpy" and op != "topk":
+                continue
+            try:
+                calls[name] = peer(name, plain, count)
+            except Skipped as reason:
+                row["peers"][name] = {"skipped": str(reason)}
+        del outputs
+        times = interleaved(calls, args.seconds)
+        seconds = times.pop("ours")
+        row["peers"] |= {name: {"ms": 1e3 * taken, "ratio": taken / seconds} for name, taken in times.items()}
+        row |= {
+            "ours_ms": 1e3 * seconds,
+            "max_error": finding.error,
+            "error_of_allowed": finding.of_allowed,
+            "near_ties": finding.near_ties,
+        }
+        if op == "topk":
+            yield row | {"us_per_row": 1e6 * seconds / s_q}
+        else:
+            ks, ke = _ranges(op, preset, plain)
+            yield row | {"gflops": workload.flops(op, plain.lengths, ks, ke) / seconds / 1e9}
+
+
+def _ours(work: Workload, threads: int) -> Callable[[], Any]:
+    function = getattr(functions, work.op)
+    return lambda: function(**work.inputs, **work.attrs, num_threads=threads)
+
+
+def _ranges(op: str, preset: presets.Preset, work: Workload) -> tuple[Any, Any]:
+    if "ke" in work.inputs:
+        return work.inputs["ks"], work.inputs["ke"]
+    # The attention alone is not told what is visible: what it was given to attend to counts.
+    selected = (work.inputs["indices"] >= 0).sum(1)
+    return 0 * selected, selected
+
+
+def _cells(row: Mapping[str, Any], peers: list[str]) -> list[str]:
+    cells = [row["op"], *(str(row[n]) for n in ("s_q", "s_kv", "threads"))]
+    if row["failed"]:
+        return [*cells, "FAILED", "-", *("-" for _ in peers for _ in range(2))]
+    cells.append(digits(row["ours_ms"]))
+    cells.append(
+        f"{digits(row['gflops'])} GFLOP/s" if row["us_per_row"] is None else f"{digits(row['us_per_row'])} us/row"
+    )
+    for name in peers:
+        figures = row["peers"].get(name, {})
+        cells += ["-", "-"] if "ms" not in figures else [digits(figures["ms"]), _ratio(figures["ratio"])]
+    return cells
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else digits(value)
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Why there is a dash, once for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for name, figures in row["peers"].items():
+            if "skipped" in figures:
+                where = f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}"
+                reasons.setdefault(f"{_PEERS[name]}: {figures['skipped']}", []).append(where)
+    notes = []
+    for reason, places in reasons.items():
+        first, *others = dict.fromkeys(places)
+        notes.append(f"-  {reason} ({first}{f' and {len(others)} more' if others else ''})")
+    ties = sum(row.get("near_ties", 0) for row in rows)
+    if ties:
+        notes.append(f"{ties} selected keys of the sampled rows differ from float64's selection, all within rounding")
+    return notes
+
+
+def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    document = {
+        "environment": env.report(),
+        "target": library.active_target(),
+        "preset": {"name": args.preset, **asdict(presets.get(args.preset))},
+        "seconds": args.seconds,
+        "rows": rows,
+    }
+    try:
+        write_atomically(args.json, (json.dumps(document, indent=2) + "\n").encode())
+    except OSError as error:
+        raise DsaError(f"bench: json: {error}") from error

@@ -1,0 +1,31 @@
+"""Results as text: aligned columns and numbers of three digits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of an aligned table: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return [aligned(row, widths) for row in (header, *rows)]
+
+
+def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table."""
+    padded = [c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+    return "  ".join(padded).rstrip()
+
+
+def digits(value: float) -> str:
+    """Three significant digits, never in exponent form above 0.001."""
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:#.3g}" if value >= 0.001 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    units = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
+    unit, factor = next((u for u in units if seconds * u[1] >= 1), units[-1])
+    return f"{digits(seconds * factor)} {unit}"

@@ -1,0 +1,185 @@
+"""Seeded inputs of the operators, how much work they are, and how much memory is there for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .errors import ArgumentError
+from .ops import OPS
+from .presets import Preset
+from .spec import INT32_MAX, OpSpec
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of one operator.
+
+    Parameters
+    ----------
+    op : str
+        Name of the operator.
+    inputs : mapping
+        The required inputs by name: C-contiguous float32 (or `with_dtype`) and int32 arrays.
+    attrs : mapping
+        The attributes by name.
+    lengths : mapping
+        Length of every dimension by name.
+    """
+
+    op: str
+    inputs: Mapping[str, np.ndarray]
+    attrs: Mapping[str, Any]
+    lengths: Mapping[str, int]
+
+    @property
+    def spec(self) -> OpSpec:
+        """The operator."""
+        return OPS[self.op]
+
+
+def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workload:
+    """Random inputs: the last `s_q` tokens of a causal sequence of `s_kv`.
+
+    Parameters
+    ----------
+    op : str
+        Name of an operator.
+    preset : Preset
+    s_q, s_kv : int
+        Query and key tokens, at least 1.
+    seed : int
+
+    Returns
+    -------
+    Workload
+        float32. Query m sees the keys ``[0, s_kv - s_q + m + 1)``.
+
+    Raises
+    ------
+    ArgumentError
+        The inputs would not fit into the memory that is available.
+    """
+    spec = OPS[op]
+    lengths = {"s_q": s_q, "s_kv": s_kv, **asdict(preset)}
+    required = [t for t in spec.inputs if not t.optional]
+    size = 4 * sum(_product(lengths[d] for d in t.shape) for t in required)
+    # Twice: the generator's own copies, and the operator's outputs.
+    if max(s_q, s_kv) > INT32_MAX or 2 * size > available_memory():
+        raise ArgumentError(
+            f"{op}: s_q, s_kv: expected inputs that fit {available_memory() / 2**30:.1f} GiB of available memory "
+            f"twice, got {s_q} and {s_kv}, which are {size / 2**30:.1f} GiB"
+        )
+    rng = np.random.default_rng(seed)
+    ke = np.clip(np.arange(s_q) + (s_kv - s_q + 1), 0, s_kv).astype(np.int32)
+    inputs = {}
+    for tensor in required:
+        shape = tuple(lengths[d] for d in tensor.shape)
+        if tensor.name == "ks":
+            value = np.zeros(shape, np.int32)
+        elif tensor.name == "ke":
+            value = ke
+        elif tensor.name == "indices":
+            value = _random_indices(rng, ke, s_kv, preset.topk)
+        else:
+            value = rng.standard_normal(shape, np.float32)
+        if tensor.name == "weights":
+            value *= np.float32(preset.h_idx**-0.5 * preset.d_idx**-0.5)
+        if tensor.name == "logits":
+            value[np.arange(s_kv) >= ke[:, None]] = -np.inf
+        inputs[tensor.name] = value
+    values = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
+    return Workload(op, inputs, {a.name: values[a.name] for a in spec.attrs}, lengths)
+
+
+def with_dtype(work: Workload, dtype: str) -> Workload:
+    """The same inputs rounded to another element type, where the operator has a choice.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown type, or bfloat16 without the package ml_dtypes.
+    """
+    if dtype not in DTYPES:
+        raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "float32":
+        return work
+    numpy_type: Any = np.float16
+    if dtype == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ArgumentError("dtype: bfloat16: expected the package ml_dtypes, got none; pip install it") from error
+        numpy_type = ml_dtypes.bfloat16
+    free = {t.name for t in work.spec.inputs if t.dtype in ("T", "K")}
+    return replace(work, inputs={n: x.astype(numpy_type) if n in free else x for n, x in work.inputs.items()})
+
+
+def flops(op: str, lengths: Mapping[str, int], ks: np.ndarray, ke: np.ndarray) -> int:
+    """Floating-point operations that the formula asks for: visible keys in the indexer, selected ones in the attention.
+
+    Parameters
+    ----------
+    op : str
+        Name of the operator; `topk` has none.
+    lengths : mapping
+        Head sizes and topk by dimension name.
+    ks, ke : ndarray [s_q], int32
+
+    Returns
+    -------
+    int
+        A multiplication and an addition count as two.
+    """
+    visible = np.maximum(ke.astype(np.int64) - ks, 0)
+    count = 0
+    if op in ("lightning_indexer", "indexer_topk", "dsa_attention"):
+        count += 2 * lengths["h_idx"] * lengths["d_idx"] * int(visible.sum())
+    if op in ("sparse_mla", "dsa_attention"):
+        selected = int(np.minimum(visible, lengths["topk"]).sum())
+        count += 2 * lengths["h_q"] * (lengths["d_qk"] + lengths["d_v"]) * selected
+    return count
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping, as the kernel estimates it."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_notes() -> list[str]:
+    """A line for a report of times where other processes keep the CPUs busy, else nothing."""
+    load, cpus = os.getloadavg()[0], usable_cpus()
+    if load < cpus / 2:
+        return []
+    return [f"the load average was {load:.1f} on {cpus} CPUs before this began: the times may be disturbed"]
+
+
+def _random_indices(rng: np.random.Generator, ke: np.ndarray, s_kv: int, topk: int) -> np.ndarray:
+    indices = np.full((len(ke), topk), -1, np.int32)
+    for row, stop in zip(indices, ke, strict=True):
+        count = min(int(stop), topk)
+        row[:count] = np.sort(rng.choice(int(stop), count, replace=False)) if count else ()
+    return indices
+
+
+def _product(values) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result
