@@ -9,7 +9,7 @@ from typing import Any
 from . import library
 from .errors import ArgumentError, KernelError, LibraryError
 from .spec import AttrSpec, OpSpec
-from .tensors import Tensor, as_tensor, is_torch
+from .tensors import Pack, as_tensor, is_torch
 
 _MAX_NDIM = 3
 _STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
@@ -90,14 +90,14 @@ def call(
     """
     lib = library.load()
     keep: list[Any] = []
-    tensors = [
-        None if inputs[t.name] is None and t.optional else as_tensor(spec.name, t.name, inputs[t.name], keep)
-        for t in spec.inputs
-    ]
-    pointers = [ctypes.pointer(t) if t is not None else ctypes.POINTER(Tensor)() for t in tensors]
-    input_array = (ctypes.POINTER(Tensor) * len(tensors))(*pointers)
+    given = Pack(
+        [
+            None if inputs[t.name] is None and t.optional else as_tensor(spec.name, t.name, inputs[t.name], keep)
+            for t in spec.inputs
+        ]
+    )
     attr_array = (_Attr * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
-    arguments = (spec.name.encode(), input_array, len(tensors), attr_array, len(spec.attrs))
+    arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
     if out is None:
         # The shapes come from the library, so that nothing is allocated for arguments that are refused.
         shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
@@ -112,12 +112,11 @@ def call(
         outputs = out if isinstance(out, tuple) else (out,)
         if len(outputs) != len(spec.outputs):
             raise ArgumentError(f"{spec.name}: out: expected {len(spec.outputs)} tensors, got {len(outputs)}")
-    output_tensors = [
-        as_tensor(spec.name, t.name, x, keep, writable=True) for t, x in zip(spec.outputs, outputs, strict=True)
-    ]
-    output_array = (ctypes.POINTER(Tensor) * len(outputs))(*map(ctypes.pointer, output_tensors))
+    taken = Pack(
+        [as_tensor(spec.name, t.name, x, keep, writable=True) for t, x in zip(spec.outputs, outputs, strict=True)]
+    )
     options = _Options(ctypes.sizeof(_Options), num_threads)
-    status = lib.dsa_tvm_call(*arguments, output_array, len(outputs), ctypes.byref(options))
+    status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
     if status:
         _raise(lib, status)
     return outputs

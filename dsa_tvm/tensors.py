@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from .errors import ArgumentError
 from .spec import DLPACK_TYPES
@@ -54,11 +57,50 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
-def _make(data: int, device: tuple[int, int], dtype: tuple[int, int], shape, strides) -> Tensor:
-    ndim = len(shape)
-    lengths = ctypes.c_int64 * ndim
-    # The structure keeps the arrays alive: ctypes records what a pointer field was assigned from.
-    return Tensor(data, *device, ndim, *dtype, 1, lengths(*shape), lengths(*strides), 0)
+class View(NamedTuple):
+    """The fields of a `Tensor`; strides None where the tensor is contiguous."""
+
+    data: int
+    device: tuple[int, int]
+    dtype: tuple[int, int]
+    shape: Sequence[int]
+    strides: Sequence[int] | None
+
+
+_FIELDS = struct.Struct("@QiiiBBHQQQ")
+assert _FIELDS.size == ctypes.sizeof(Tensor)
+
+
+class Pack:
+    """Views as an array of pointers to `Tensor`, null for None. Made with few ctypes objects: they cost a microsecond.
+
+    Attributes
+    ----------
+    pointers : ctypes array of void pointers
+        Valid while the `Pack` lives.
+    """
+
+    def __init__(self, views: Sequence[View | None]) -> None:
+        lengths: list[int] = []
+        for view in views:
+            if view is not None:
+                lengths += view.shape
+                lengths += view.strides or ()
+        self._lengths = (ctypes.c_int64 * len(lengths))(*lengths)
+        self._tensors = ctypes.create_string_buffer(_FIELDS.size * len(views))
+        address, at = ctypes.addressof(self._tensors), ctypes.addressof(self._lengths)
+        pointers = []
+        for i, view in enumerate(views):
+            if view is None:
+                pointers.append(None)
+                continue
+            data, device, dtype, shape, strides = view
+            ndim, offset = len(shape), i * _FIELDS.size
+            strides_at = at + 8 * ndim if strides else 0
+            _FIELDS.pack_into(self._tensors, offset, data, *device, ndim, *dtype, 1, at, strides_at, 0)
+            at += 16 * ndim if strides else 8 * ndim
+            pointers.append(address + offset)
+        self.pointers = (ctypes.c_void_p * len(views))(*pointers)
 
 
 def is_torch(x: Any) -> bool:
@@ -72,7 +114,7 @@ def _numpy_type(dtype: Any) -> tuple[int, int]:
     return DLPACK_TYPES.get(dtype.name) or (_KIND_CODES.get(dtype.kind, -1), dtype.itemsize * 8)
 
 
-def _from_numpy(x: Any, fail, writable: bool) -> Tensor:
+def _from_numpy(x: Any, fail, writable: bool) -> View:
     dtype = _numpy_type(x.dtype)
     if dtype[0] < 0 or dtype[1] > 255:
         fail("a numeric array", f"dtype {x.dtype}")
@@ -80,13 +122,23 @@ def _from_numpy(x: Any, fail, writable: bool) -> Tensor:
         fail("native byte order", f"dtype {x.dtype.str}")
     if writable and not x.flags.writeable:
         fail("a writable array", "a read-only one")
-    size = x.dtype.itemsize
-    if any(s % size for s in x.strides):
-        fail("a contiguous array", f"strides of {x.strides} bytes")
-    return _make(x.__array_interface__["data"][0], (CPU, 0), dtype, x.shape, [s // size for s in x.strides])
+    strides = None
+    if not x.flags.c_contiguous:
+        size = x.dtype.itemsize
+        if any(s % size for s in x.strides):
+            fail("a contiguous array", f"strides of {x.strides} bytes")
+        strides = [s // size for s in x.strides]
+    return View(x.ctypes.data, (CPU, 0), dtype, x.shape, strides)
 
 
-def _from_torch(x: Any, fail, writable: bool) -> Tensor:
+@functools.cache
+def _torch_type(dtype: Any) -> tuple[int, int]:
+    """DLPack (code, bits) of a torch type."""
+    kind = 2 if dtype.is_floating_point else 5 if dtype.is_complex else 6 if str(dtype) == "torch.bool" else 0
+    return DLPACK_TYPES.get(str(dtype).removeprefix("torch.")) or (kind, dtype.itemsize * 8)
+
+
+def _from_torch(x: Any, fail, writable: bool) -> View:
     import torch
 
     if torch.is_grad_enabled() and x.requires_grad:
@@ -99,13 +151,11 @@ def _from_torch(x: Any, fail, writable: bool) -> Tensor:
         fail("a tensor on the CPU", f"device {x.device}")
     if x.is_conj() or x.is_neg():
         fail("a resolved tensor", "one with its conjugate or negative bit set")
-    name = str(x.dtype).removeprefix("torch.")
-    kind = 2 if x.dtype.is_floating_point else 5 if x.dtype.is_complex else 6 if x.dtype is torch.bool else 0
-    dtype = DLPACK_TYPES.get(name) or (kind, x.element_size() * 8)
-    return _make(x.data_ptr(), (CPU, 0), dtype, x.shape, x.stride())
+    strides = None if x.is_contiguous() else x.stride()
+    return View(x.data_ptr(), (CPU, 0), _torch_type(x.dtype), x.shape, strides)
 
 
-def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> Tensor:
+def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> View:
     device = tuple(int(v) for v in x.__dlpack_device__())
     if device[0] != CPU:
         fail("a tensor on the CPU (DLPack device 1)", f"DLPack device {device[0]}")
@@ -124,12 +174,17 @@ def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> Tensor:
             fail("DLPack version 1", f"version {managed.major}")
         if writable and managed.flags & _READ_ONLY:
             fail("a writable tensor", "a read-only one")
-        return managed.tensor
-    # The unversioned DLManagedTensor starts with its DLTensor.
-    return Tensor.from_address(pointer)
+        tensor = managed.tensor
+    else:  # the unversioned DLManagedTensor starts with its DLTensor
+        tensor = Tensor.from_address(pointer)
+    if tensor.lanes != 1:
+        fail("one lane", f"{tensor.lanes}")
+    n = tensor.ndim
+    strides = tensor.strides[:n] if tensor.strides else None
+    return View((tensor.data or 0) + tensor.byte_offset, device, (tensor.code, tensor.bits), tensor.shape[:n], strides)
 
 
-def as_tensor(op: str, name: str, x: Any, keep: list[Any], *, writable: bool = False) -> Tensor:
+def as_tensor(op: str, name: str, x: Any, keep: list[Any], *, writable: bool = False) -> View:
     """A view of `x`; what must outlive the call is appended to `keep`.
 
     Raises
@@ -141,7 +196,8 @@ def as_tensor(op: str, name: str, x: Any, keep: list[Any], *, writable: bool = F
     def fail(expected: str, got: str):
         raise ArgumentError(f"{op}: {name}: expected {expected}, got {got}")
 
-    if type(x).__module__ == "numpy" and hasattr(x, "__array_interface__"):
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(x, numpy.ndarray):
         return _from_numpy(x, fail, writable)
     if is_torch(x):
         return _from_torch(x, fail, writable)
