@@ -1,0 +1,67 @@
+"""Tensors of any package with DLPack, old protocol and new, without copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import dsa_tvm
+
+
+class Foreign:
+    """Some package's tensor: nothing but the protocol."""
+
+    def __init__(self, array, versioned=True, device=(1, 0)):
+        self.array, self.versioned, self.device = array, versioned, device
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, **kwargs):
+        if kwargs and not self.versioned:
+            raise TypeError("this producer is from before DLPack 1.0")
+        return self.array.__dlpack__(**kwargs)
+
+
+N = np.array([6], np.int32)
+LOGITS = np.array([[1, 9, 3, 8, 2, 7]], np.float32)
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_both_protocols(versioned):
+    arguments = [Foreign(x, versioned) for x in (LOGITS, N * 0, N)]
+    assert dsa_tvm.topk(*arguments, 3).tolist() == [[1, 3, 5]]
+
+
+def test_output_is_written_in_place():
+    out = np.zeros((1, 3), np.int32)
+    dsa_tvm.topk(LOGITS, N * 0, N, 3, out=Foreign(out))
+    assert out.tolist() == [[1, 3, 5]]
+
+
+def test_read_only_output_is_refused():
+    out = np.zeros((1, 3), np.int32)
+    out.flags.writeable = False
+    for target in (out, Foreign(out)):
+        with pytest.raises(dsa_tvm.ArgumentError, match="topk: indices: expected a "):
+            dsa_tvm.topk(LOGITS, N * 0, N, 3, out=target)
+
+
+def test_strides_and_offset_are_read():
+    wide = np.arange(24, dtype=np.float32).reshape(2, 12)
+    with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected a contiguous tensor"):
+        dsa_tvm.topk(Foreign(wide[:, ::2]), *np.zeros((2, 2), np.int32), 3)
+    assert dsa_tvm.topk(Foreign(wide[1:, :]), N * 0, N, 2).tolist() == [[4, 5]]
+
+
+def test_other_device_is_refused_before_it_is_asked():
+    with pytest.raises(
+        dsa_tvm.ArgumentError, match=r"topk: logits: expected a tensor on the CPU .* got DLPack device 2"
+    ):
+        dsa_tvm.topk(Foreign(LOGITS, device=(2, 0)), N * 0, N, 3)
+
+
+@pytest.mark.parametrize("thing", [None, 3, [1.0], "logits", object()])
+def test_things_that_are_no_tensors(thing):
+    with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected a tensor"):
+        dsa_tvm.topk(thing, N * 0, N, 3)
