@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,15 +24,26 @@ class _Options(ctypes.Structure):
     _fields_ = (("size", ctypes.c_uint32), ("num_threads", ctypes.c_int32))
 
 
+def _integer(op: str, name: str, value: Any, bits: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as error:  # an array of several elements has an __index__ that raises
+        raise ArgumentError(f"{op}: {name}: expected int, got {type(value).__name__}") from error
+    if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+        raise ArgumentError(f"{op}: {name}: expected a {bits}-bit integer, got {number}")
+    return number
+
+
 def _attribute(op: str, attr: AttrSpec, value: Any) -> _Attr:
-    if isinstance(value, bool) or not hasattr(value, "__index__" if attr.kind is int else "__float__"):
+    if isinstance(value, bool) or (attr.kind is float and not hasattr(value, "__float__")):
         raise ArgumentError(f"{op}: {attr.name}: expected {attr.kind.__name__}, got {type(value).__name__}")
-    if attr.kind is float:
+    if attr.kind is int:
+        return _Attr(i=_integer(op, attr.name, value, 64))
+    try:
         return _Attr(f=float(value))
-    number = value.__index__()
-    if not -(2**63) <= number < 2**63:
-        raise ArgumentError(f"{op}: {attr.name}: expected a 64-bit integer, got {number}")
-    return _Attr(i=number)
+    except (TypeError, ValueError, OverflowError) as error:  # an array of several elements, or 10**400
+        got = f"{type(value).__name__} ({error})"
+        raise ArgumentError(f"{op}: {attr.name}: expected a finite number in float32, got {got}") from error
 
 
 def _raise(lib: ctypes.CDLL, status: int) -> None:
@@ -89,6 +101,7 @@ def call(
         The library is missing, damaged or has no kernels for this CPU.
     """
     lib = library.load()
+    num_threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
     given = Pack(
         [

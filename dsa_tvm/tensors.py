@@ -165,8 +165,10 @@ def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> View:
         capsule = x.__dlpack__()
     except BufferError as error:
         fail("a tensor that can be exported", str(error))
+    name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None
+    if name not in (b"dltensor", b"dltensor_versioned"):  # used_dltensor: another consumer has taken the tensor
+        fail("a DLPack capsule that has not been used", f"one named {name!r}" if name else type(capsule).__name__)
     keep.append(capsule)
-    name = _capsule_name(capsule)
     pointer = _capsule_pointer(capsule, name)
     if name == b"dltensor_versioned":
         managed = _Versioned.from_address(pointer)

@@ -1,4 +1,4 @@
-"""A C program built against the installed package, through CMake and through pkg-config, and what the C calls refuse."""
+"""A C program built against the installed package, through CMake, pkg-config and `dsa-tvm config`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "schedules": {"ops"},
     "ctable": {"ops", "spec"},
     "tensors": {"errors", "spec"},
-    "hostile": {"errors", "spec"},
+    "hostile": {"spec"},
     "library": {"errors", "files", "ops"},
     "calls": {"errors", "library", "spec", "tensors"},
     "functions": {"calls", "ops"},
@@ -34,7 +34,7 @@ ALLOWED = {
 #: Free to import anything; nothing imports them.
 TOPS = {"bench", "cli", "demo"}
 #: Serve the tops only.
-SHARED = {"gate", "presets", "progress", "workload"}
+SHARED = {"gate", "peers", "presets", "progress", "prompt", "report", "workload"}
 
 
 def parts():

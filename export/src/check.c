@@ -152,6 +152,7 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   *checked = *x;
   checked->data = (char *)x->data + (x->data ? x->byte_offset : 0);
   checked->byte_offset = 0;
+  checked->device.device_id = 0; /* there is one CPU, whatever its number; the kernels want all numbers equal */
   checked->strides = NULL;
   if ((uintptr_t)checked->data % (x->dtype.bits / 8u))
     return INVALID("%s: %s: expected an address that is a multiple of the element's %d bytes, got %p", op, spec->name,
@@ -172,8 +173,8 @@ static int overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
 }
 
 static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, dsa_tvm_attr attr) {
-  if (spec->is_float && !isfinite(attr.f))
-    return INVALID("%s: %s: expected a finite number, got %g", call->op->name, spec->name, attr.f);
+  if (spec->is_float && !isfinite((float)attr.f)) /* the kernels compute in float */
+    return INVALID("%s: %s: expected a finite number in float32, got %g", call->op->name, spec->name, attr.f);
   if (spec->dim < 0) return DSA_TVM_OK;
   return bind(call, spec->name, spec->dim, attr.i);
 }

@@ -5,6 +5,10 @@
 
 #include "internal.h"
 
+/* More are never of use, and OpenMP ends the process when it cannot make a thread it was asked for. The results do not
+ * depend on the number. */
+enum { MOST_THREADS = 1024 };
+
 static atomic_int process_threads;
 
 /* A child made by fork has none of the pool's threads, and OpenMP waits for them for ever: compute alone there. */
@@ -36,6 +40,7 @@ static void openmp_for(void *state, int64_t count, dsa_task task, void *arg) {
 
 struct dsa_executor dsa_openmp_executor(int32_t num_threads) {
   int threads = num_threads > 0 ? num_threads : dsa_default_threads();
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
   if (in_forked_child) threads = 1;
   struct dsa_executor executor = {threads, openmp_for, (void *)(intptr_t)threads};
   return executor;
