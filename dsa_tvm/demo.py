@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         from .export import build_attention_model, build_model
     except ImportError as error:
         raise DsaError(f"demo: expected {error.name} to be installed, got none; pip install 'dsa_tvm[onnx]'") from error
-    attrs = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
+    attrs: dict[str, Any] = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
     began = time.perf_counter()
     notes, disturbed = [], workload.load_notes()
     with Progress(8) as progress:

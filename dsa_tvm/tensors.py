@@ -89,7 +89,7 @@ class Pack:
         self._lengths = (ctypes.c_int64 * len(lengths))(*lengths)
         self._tensors = ctypes.create_string_buffer(_FIELDS.size * len(views))
         address, at = ctypes.addressof(self._tensors), ctypes.addressof(self._lengths)
-        pointers = []
+        pointers: list[int | None] = []
         for i, view in enumerate(views):
             if view is None:
                 pointers.append(None)
@@ -156,9 +156,9 @@ def _from_torch(x: Any, fail, writable: bool) -> View:
 
 
 def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> View:
-    device = tuple(int(v) for v in x.__dlpack_device__())
-    if device[0] != CPU:
-        fail("a tensor on the CPU (DLPack device 1)", f"DLPack device {device[0]}")
+    kind, number = (int(v) for v in x.__dlpack_device__())
+    if kind != CPU:
+        fail("a tensor on the CPU (DLPack device 1)", f"DLPack device {kind}")
     try:
         capsule = x.__dlpack__(max_version=(1, 0))
     except TypeError:  # a producer from before DLPack 1.0
@@ -183,7 +183,9 @@ def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> View:
         fail("one lane", f"{tensor.lanes}")
     n = tensor.ndim
     strides = tensor.strides[:n] if tensor.strides else None
-    return View((tensor.data or 0) + tensor.byte_offset, device, (tensor.code, tensor.bits), tensor.shape[:n], strides)
+    return View(
+        (tensor.data or 0) + tensor.byte_offset, (kind, number), (tensor.code, tensor.bits), tensor.shape[:n], strides
+    )
 
 
 def as_tensor(op: str, name: str, x: Any, keep: list[Any], *, writable: bool = False) -> View:

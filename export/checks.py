@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from ..errors import ArgumentError
 from ..ops import OPS
 from ..spec import DIMS, OpSpec
+
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def known_spec(op_name: str) -> OpSpec:
@@ -102,8 +103,9 @@ def _real(where: str, value: object) -> float:
         if isinstance(value, (bool, str)):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentError(f"{where}: expected float, got {value!r}") from None
-    if not math.isfinite(number):
-        raise ArgumentError(f"{where}: expected a finite number, got {value!r}")
+    # A float attribute holds float32: a larger number would become infinite in the model.
+    if not abs(number) <= _FLOAT32_MAX:
+        raise ArgumentError(f"{where}: expected a finite number in float32, got {value!r}")
     return number

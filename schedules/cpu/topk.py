@@ -43,8 +43,7 @@ class Decisions:
 
 
 DEFAULT = {
-    target: Decisions(slack=2048, scan=64, sample=2048)
-    for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
+    target: Decisions(slack=2048, scan=64, sample=2048) for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
 }
 
 # What the next piece of a row is taken for.
@@ -180,9 +179,7 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
                                 count[l] = 0
                             for j in T.serial(padded):
                                 for l in T.vectorized(LANES):
-                                    count[l] = count[l] + T.Select(
-                                        rank[j * LANES + l] >= trial, T.int32(1), T.int32(0)
-                                    )
+                                    count[l] = count[l] + T.Select(rank[j * LANES + l] >= trial, T.int32(1), T.int32(0))
                             for l in T.vectorized(8):
                                 count[l] = count[l] + count[l + 8]
                             for l in T.vectorized(4):
