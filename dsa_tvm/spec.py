@@ -140,10 +140,10 @@ DIMS: Mapping[str, Dim] = {
         Dim("s_q"),
         Dim("s_kv"),
         Dim("h_idx", 1, 64),
-        Dim("d_idx", 8, 1024, (32, 64, 128), multiple=8),
+        Dim("d_idx", 32, 1024, (32, 64, 128), multiple=32),
         Dim("topk", 1, 4096),
         Dim("h_q", 1, 128),
-        Dim("d_qk", 8, 1024, (512, 576), multiple=8),
+        Dim("d_qk", 32, 1024, (512, 576), multiple=32),
         Dim("d_v", 32, 1024, (512,), multiple=32, at_most="d_qk"),
     )
 }

@@ -49,7 +49,7 @@ def test_other_sizes(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["--target", "z80"], "target: expected one of"),
-        (["--d-idx", "7"], "d_idx: expected a multiple of 8"),
+        (["--d-idx", "7"], "d_idx: expected a multiple of 32"),
         (["--d-v", "2048"], "d_v: expected a multiple of 32 in 32..1024, got 2048"),
         (["--cc", "no-such-compiler"], "cc: expected a C compiler"),
     ],

@@ -42,7 +42,7 @@ ATTRS = {
     "sparse_mla": {"sm_scale": 0.125, "d_v": 32},
     "dsa_attention": {"topk": 8, "sm_scale": 0.125, "d_v": 32},
 }
-SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 48, "topk": 8}
+SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 64, "topk": 8}
 ALL_VARIANTS = [pytest.param(op, v, id=f"{op}-{'-'.join(v.values())}") for op in OPS for v in OPS[op].variants]
 EMPTY = [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_kv": 3}, {"s_kv": 1, "s_q": 1}]
 

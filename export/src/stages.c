@@ -28,7 +28,8 @@ void dsa_score(struct scoring *s, const struct kernel_set *kernels, const struct
   int64_t queries = s->m1 - s->m0;
   if (!queries || !s->s_kv) return;
   s->rows = minimum(kernels->indexer_rows, queries);
-  int64_t row_tasks = divide_up(queries, s->rows), wanted = (int64_t)TASKS_PER_THREAD * executor->threads;
+  int64_t row_tasks = divide_up(queries, s->rows);
+  int64_t wanted = executor->threads > 1 ? (int64_t)TASKS_PER_THREAD * executor->threads : 1;
   /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
   s->keys = kernels->indexer_task_keys;
   if (row_tasks * divide_up(s->s_kv, s->keys) < wanted)

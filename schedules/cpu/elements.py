@@ -20,6 +20,9 @@ STORAGE = {
 #: Bytes an element takes; also the alignment every pointer has at least.
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
+#: Elements that are converted or copied at a time. Every width (d_idx, d_qk, d_v) is a multiple of it.
+STEP = 32
+
 
 def u32(x):
     return T.Cast("uint32", x)

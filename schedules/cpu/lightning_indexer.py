@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import STORAGE, WIDTH, widen
+from .elements import STEP, STORAGE, WIDTH, widen
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Decisions:
     block_keys : int
         Keys widened at a time; a multiple of `tile_keys`. The block should stay in the second-level cache.
     unroll_d : int
-        Steps of the product over d_idx in one loop body; divides 8.
+        Steps of the product over d_idx in one loop body; divides 32.
     rows : int
         Queries a task takes: each block of keys is widened once for all of them.
     task_keys : int
@@ -134,14 +134,14 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                 stop: T.let = T.min(start + BK, n1)
                 if start < span[1] and span[0] < stop:
                     for j in T.serial(stop - start):
-                        for d in T.serial(d_idx // 8):
-                            for l in T.vectorized(8):
-                                kp[j, d * 8 + l] = widen(K[start + j, d * 8 + l], k_type)
+                        for d in T.serial(d_idx // STEP):
+                            for l in T.vectorized(STEP):
+                                kp[j, d * STEP + l] = widen(K[start + j, d * STEP + l], k_type)
                     # The rest of the last tile: any finite value will do, its results are not stored.
                     for j in T.serial((stop - start + TK - 1) // TK * TK - (stop - start)):
-                        for d in T.serial(d_idx // 8):
-                            for l in T.vectorized(8):
-                                kp[stop - start + j, d * 8 + l] = T.float32(0)
+                        for d in T.serial(d_idx // STEP):
+                            for l in T.vectorized(STEP):
+                                kp[stop - start + j, d * STEP + l] = T.float32(0)
                 for i in T.serial(m1 - m0):
                     low: T.let = T.Cast("int64", KS[m0 + i])
                     high: T.let = T.Cast("int64", KE[m0 + i])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import STORAGE, WIDTH, is_nan, narrow, widen
+from .elements import STEP, STORAGE, WIDTH, is_nan, narrow, widen
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Decisions:
     tile_heads, values : int
         Register tile of the output; `tile_heads` divides `heads`, `values` divides 32 (of which d_v is a multiple).
     unroll_d : int
-        Steps of the product over d_qk in one loop body; divides 8.
+        Steps of the product over d_qk in one loop body; divides 32.
     task_heads : int
         Heads a task takes; a multiple of `heads`.
     """
@@ -148,9 +148,9 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                     top[hb, h] = -T.infinity("float32")
                 for h in T.vectorized(HV):
                     total[hb, h] = T.float32(0)
-            for h, d in T.grid((h1 - h0 + HV - 1) // HV * HV, d_v // 8):
-                for l in T.vectorized(8):
-                    sums[h, d * 8 + l] = T.float32(0)
+            for h, d in T.grid((h1 - h0 + HV - 1) // HV * HV, d_v // STEP):
+                for l in T.vectorized(STEP):
+                    sums[h, d * STEP + l] = T.float32(0)
             length[0] = topk
             if has_length == T.int64(1):
                 length[0] = T.min(T.max(T.Cast("int64", LENGTH[m]), T.int64(0)), topk)
@@ -161,17 +161,17 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                 while at[0] < length[0] and got[0] < T.int64(BK):
                     row: T.let = T.Cast("int64", INDEX[index_row, at[0]])
                     if T.int64(0) <= row and row < s_kv:
-                        for d in T.serial(d_qk // 8):
-                            for l in T.vectorized(8):
-                                kp[got[0], d * 8 + l] = widen(KV[row, d * 8 + l], dtype)
+                        for d in T.serial(d_qk // STEP):
+                            for l in T.vectorized(STEP):
+                                kp[got[0], d * STEP + l] = widen(KV[row, d * STEP + l], dtype)
                         got[0] = got[0] + T.int64(1)
                     at[0] = at[0] + T.int64(1)
                 seen[0] = seen[0] + got[0]
                 keys: T.let = got[0]
                 for j in T.serial((keys + TK - 1) // TK * TK - keys):
-                    for d in T.serial(d_qk // 8):
-                        for l in T.vectorized(8):
-                            kp[keys + j, d * 8 + l] = T.float32(0)
+                    for d in T.serial(d_qk // STEP):
+                        for l in T.vectorized(STEP):
+                            kp[keys + j, d * STEP + l] = T.float32(0)
                 for hb in T.serial((h1 - h0 + HV - 1) // HV):
                     for t in T.serial((keys + TK - 1) // TK):
                         for j in T.unroll(TK):
@@ -229,14 +229,14 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                         shift[0] = mass + T.exp(
                             SINK[h0 + h] - T.Select(best == -T.infinity("float32"), T.float32(0), best)
                         )
-                    for d in T.serial(d_v // 8):
-                        for l in T.vectorized(8):
-                            OUT[m, h0 + h, d * 8 + l] = narrow(sums[h, d * 8 + l] / shift[0], dtype)
+                    for d in T.serial(d_v // STEP):
+                        for l in T.vectorized(STEP):
+                            OUT[m, h0 + h, d * STEP + l] = narrow(sums[h, d * STEP + l] / shift[0], dtype)
                     LSE[m, h0 + h] = best + T.log(mass)
                 else:
-                    for d in T.serial(d_v // 8):
-                        for l in T.vectorized(8):
-                            OUT[m, h0 + h, d * 8 + l] = narrow(T.float32(0), dtype)
+                    for d in T.serial(d_v // STEP):
+                        for l in T.vectorized(STEP):
+                            OUT[m, h0 + h, d * STEP + l] = narrow(T.float32(0), dtype)
                     LSE[m, h0 + h] = T.infinity("float32")
                 MAX[index_row, h0 + h] = best
 
