@@ -1,0 +1,102 @@
+"""What TVM 0.27 gets wrong and this package works around. A test that fails here means a workaround can go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("tvm", reason="the workarounds are for the build, which needs apache-tvm")
+
+
+# TVMScript reads its source from a file.
+HEADER = """
+import numpy as np, tvm
+from tvm import tirx
+from tvm.script import tirx as T
+
+def compiled(func):
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+    with target:
+        return tvm.compile(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}), target=target)["main"]
+"""
+
+FP8_CAST = """
+@T.prim_func(s_tir=True)
+def func(x: T.handle, y: T.handle):
+    X = T.match_buffer(x, (256,), "float8_e4m3fn", align=1)
+    Y = T.match_buffer(y, (256,), "float32", align=4)
+    for i in range(256):
+        with T.sblock("cast"):
+            v = T.axis.spatial(256, i)
+            Y[v] = T.Cast("float32", X[v])
+
+import ml_dtypes
+codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+y = tvm.runtime.tensor(np.zeros(256, np.float32))
+compiled(func)(tvm.runtime.tensor(codes), y)
+expected = codes.astype(np.float32)
+print((~((y.numpy() == expected) | (np.isnan(y.numpy()) & np.isnan(expected)))).sum())
+"""
+
+NAN_TEST = """
+@T.prim_func(s_tir=True)
+def func(x: T.handle, y: T.handle):
+    X = T.match_buffer(x, (1,), "float32", align=4)
+    Y = T.match_buffer(y, (1,), "int32", align=4)
+    with T.sblock("test"):
+        T.reads(X[0])
+        T.writes(Y[0])
+        Y[0] = T.Select(X[0] != X[0], 1, 0)
+
+y = tvm.runtime.tensor(np.full(1, 7, np.int32))
+compiled(func)(tvm.runtime.tensor(np.full(1, np.nan, np.float32)), y)
+print(y.numpy()[0])
+"""
+
+LET = """
+def let(value, body):
+    var = tirx.Var("v", value.dtype)
+    return tirx.Let(var, value, body(var))
+
+@T.prim_func(s_tir=True)
+def func(x: T.handle, y: T.handle):
+    X = T.match_buffer(x, (16,), "int32", align=4)
+    Y = T.match_buffer(y, (16,), "int32", align=4)
+    with T.sblock("test"):
+        T.reads(X[0:16])
+        T.writes(Y[0:16])
+        for i in T.vectorized(16):
+            Y[i] = let(X[i], lambda v: v * v + v)
+
+y = tvm.runtime.tensor(np.zeros(16, np.int32))
+compiled(func)(tvm.runtime.tensor(np.arange(16, dtype=np.int32)), y)
+print(y.numpy()[3])
+"""
+
+
+def outcome(tmp_path, body):
+    (tmp_path / "case.py").write_text(HEADER + body)
+    command = [sys.executable, "-P", str(tmp_path / "case.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_fp8_cast_is_wrong(tmp_path):
+    """So elements.py converts with integer arithmetic."""
+    done = outcome(tmp_path, FP8_CAST)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0, "TVM's float8_e4m3fn cast is right now: elements.widen can use it"
+
+
+def test_a_number_is_taken_to_equal_itself(tmp_path):
+    """So elements.is_nan looks at the bits."""
+    done = outcome(tmp_path, NAN_TEST)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0, "TVM no longer folds x != x: elements.is_nan can be that"
+
+
+def test_let_in_a_vectorized_loop_crashes(tmp_path):
+    """So elements.py repeats its argument instead of binding it."""
+    done = outcome(tmp_path, LET)
+    assert done.returncode != 0 or done.stdout.split() != ["12"], "Let works in vectorized loops: elements can use it"
