@@ -23,7 +23,18 @@ from .files import sha256, write_atomically
 from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
 from .spec import DIMS, Dim, with_values
 
-SOURCES = ("api.c", "check.c", "kernels.c", "operators.c", "ort.c", "ort_schema.c", "stages.c", "threads.c")
+SOURCES = (
+    "api.c",
+    "check.c",
+    "error.c",
+    "kernels.c",
+    "operators.c",
+    "ort.c",
+    "ort_kernel.c",
+    "ort_schema.c",
+    "stages.c",
+    "threads.c",
+)
 
 #: Targets a library has by default, by the machine it is built for.
 DEFAULT_TARGETS = {

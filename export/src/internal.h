@@ -74,7 +74,7 @@ struct dsa_call {
   int8_t type[MAX_TYPE_VARS];
 };
 
-/* One line for dsa_tvm_last_error(); returns `status`. */
+/* error.c: one line for dsa_tvm_last_error(); returns `status`. */
 dsa_tvm_status dsa_fail(dsa_tvm_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* check.c: every property of every argument, against the operator's spec. call->op is set by the caller; the inputs

@@ -1,6 +1,4 @@
-/* The ONNX Runtime door: every operator in every choice of element types, in the domain ai.dsa, computed on ONNX
- * Runtime's own thread pool. */
-#include <omp.h>
+/* The ONNX Runtime door: every operator in every choice of element types, registered in the domain ai.dsa. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,182 +7,21 @@
 
 #define DOMAIN "ai.dsa"
 
-enum { OLDEST_MINOR = 18, MINOR_WITH_BORROWED_SHAPES = 24 };
-
-static OrtStatus *status_of(const OrtApi *api, dsa_tvm_status status) {
-  static const int codes[] = {[DSA_TVM_INVALID_ARGUMENT] = ORT_INVALID_ARGUMENT,
-                              [DSA_TVM_OUT_OF_MEMORY] = ORT_FAIL,
-                              [DSA_TVM_UNSUPPORTED] = ORT_NOT_IMPLEMENTED,
-                              [DSA_TVM_INTERNAL] = ORT_FAIL};
-  return status == DSA_TVM_OK ? NULL : api->CreateStatus(codes[status], dsa_tvm_last_error());
-}
-
-/* A node's kernel. */
-struct kernel {
-  const struct ort_runtime *runtime;
-  const struct op_spec *spec;
-  dsa_tvm_attr attrs[MAX_ATTRS];
-};
-
-static OrtStatus *read_attr(const OrtApi *api, const OrtKernelInfo *info, const struct op_spec *op,
-                            const struct attr_spec *spec, dsa_tvm_attr *attr) {
-  OrtStatus *status;
-  if (spec->is_float) {
-    float value = 0;
-    status = api->KernelInfoGetAttribute_float(info, spec->name, &value);
-    attr->f = value;
-  } else {
-    status = api->KernelInfoGetAttribute_int64(info, spec->name, &attr->i);
-  }
-  if (!status) return NULL;
-  dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: %s: expected the node to have this attribute as %s (%s)", op->name,
-           spec->name, spec->is_float ? "a float" : "an integer", api->GetErrorMessage(status));
-  api->ReleaseStatus(status);
-  return status_of(api, DSA_TVM_INVALID_ARGUMENT);
-}
-
-static OrtStatus *create_kernel(const OrtCustomOp *self, const OrtApi *passed, const OrtKernelInfo *info, void **out) {
-  (void)passed; /* that of the operator's version, which lacks the newer slots */
-  const struct ort_op *op = (const struct ort_op *)self;
-  const OrtApi *api = op->runtime->api;
-  *out = NULL;
-  if (!dsa_kernels()) return status_of(api, DSA_TVM_UNSUPPORTED);
-  struct kernel *kernel = calloc(1, sizeof *kernel);
-  if (!kernel) return status_of(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for a kernel", op->spec->name));
-  kernel->runtime = op->runtime;
-  kernel->spec = op->spec;
-  for (int i = 0; i < op->spec->num_attrs; i++) {
-    OrtStatus *status = read_attr(api, info, op->spec, &op->spec->attrs[i], &kernel->attrs[i]);
-    if (!status) continue;
-    free(kernel);
-    return status;
-  }
-  *out = kernel;
-  return NULL;
-}
-
-static OrtStatus *read_shape(const struct ort_runtime *runtime, const OrtValue *value, int *type, int64_t *buffer,
-                             const int64_t **shape, size_t *rank) {
-  const OrtApi *api = runtime->api;
-  if (runtime->minor >= MINOR_WITH_BORROWED_SHAPES)
-    return api->GetTensorElementTypeAndShapeDataReference(value, type, shape, rank);
-  OrtTensorTypeAndShapeInfo *info;
-  OrtStatus *status = api->GetTensorTypeAndShape(value, &info);
-  if (status) return status;
-  status = api->GetTensorElementType(info, type);
-  if (!status) status = api->GetDimensionsCount(info, rank);
-  /* The check refuses a higher rank without looking at the shape. */
-  if (!status && *rank <= MAX_NDIM) status = api->GetDimensions(info, buffer, *rank);
-  api->ReleaseTensorTypeAndShapeInfo(info);
-  *shape = buffer;
-  return status;
-}
-
-static dsa_tvm_tensor cpu_tensor(int onnx_type, const int64_t *shape, size_t rank) {
-  dsa_tvm_tensor x = {0};
-  x.device.device_type = 1;
-  for (int i = 0; i < NUM_DTYPES; i++)
-    if (dsa_dtypes[i].onnx == onnx_type) {
-      x.dtype.code = dsa_dtypes[i].code;
-      x.dtype.bits = dsa_dtypes[i].bits;
-      x.dtype.lanes = 1;
-    }
-  x.ndim = (int32_t)rank;
-  x.shape = (int64_t *)shape;
-  return x;
-}
-
-/* Parallel loops on the session's pool. */
-struct session_pool {
-  const OrtApi *api;
-  const OrtKernelContext *context;
-};
-
-struct loop {
-  dsa_task task;
-  void *arg;
-};
-
-static void run_task(void *arg, size_t index) {
-  const struct loop *loop = arg;
-  loop->task(loop->arg, (int64_t)index);
-}
-
-static void session_for(void *state, int64_t count, dsa_task task, void *arg) {
-  const struct session_pool *pool = state;
-  struct loop loop = {task, arg};
-  /* 0 batches: threads take one task after the other, so that tasks of different lengths even out. */
-  OrtStatus *status = pool->api->KernelContext_ParallelFor(pool->context, run_task, (size_t)count, 0, &loop);
-  if (!status) return;
-  /* A pool that refuses work must not cost the result; a task that ran already may run again. */
-  pool->api->ReleaseStatus(status);
-  for (int64_t i = 0; i < count; i++) task(arg, i);
-}
-
-static struct dsa_executor session_executor(struct session_pool *pool) {
-  /* How work is cut must suit a pool whose size cannot be asked. No pool gains from more threads than this process has
-   * CPUs, and too many tasks cost little; OMP_NUM_THREADS, often 1 beside another pool, would give too few. */
-  struct dsa_executor executor = {omp_get_num_procs(), session_for, pool};
-  return executor;
-}
-
-static OrtStatus *compute(void *state, OrtKernelContext *context) {
-  const struct kernel *kernel = state;
-  const OrtApi *api = kernel->runtime->api;
-  const struct op_spec *op = kernel->spec;
-  struct dsa_call call = {.op = op};
-  dsa_tvm_tensor tensors[MAX_INPUTS > MAX_OUTPUTS ? MAX_INPUTS : MAX_OUTPUTS];
-  const dsa_tvm_tensor *inputs[MAX_INPUTS] = {0};
-  dsa_tvm_tensor *outputs[MAX_OUTPUTS] = {0};
-  int64_t shapes[MAX_INPUTS][MAX_NDIM], output_shapes[MAX_OUTPUTS][MAX_NDIM];
-  size_t count;
-  OrtStatus *status = api->KernelContext_GetInputCount(context, &count);
-  if (status) return status;
-  for (int i = 0; i < op->num_inputs && (size_t)i < count; i++) {
-    const OrtValue *value = NULL;
-    const int64_t *shape = NULL;
-    size_t rank = 0;
-    int type = 0;
-    if ((status = api->KernelContext_GetInput(context, (size_t)i, &value))) return status;
-    if (!value) continue;
-    if ((status = read_shape(kernel->runtime, value, &type, shapes[i], &shape, &rank))) return status;
-    tensors[i] = cpu_tensor(type, shape, rank);
-    if ((status = api->GetTensorMutableData((OrtValue *)value, &tensors[i].data))) return status;
-    inputs[i] = &tensors[i];
-  }
-  /* Before there are outputs: a wrong shape must neither size one nor be hidden behind its allocation. */
-  if ((status = status_of(api, dsa_check_inputs(&call, inputs, kernel->attrs)))) return status;
-  for (int i = 0; i < op->num_outputs; i++) {
-    const struct tensor_spec *spec = &op->outputs[i];
-    OrtValue *value = NULL;
-    dsa_output_shape(&call, i, output_shapes[i]);
-    if ((status = api->KernelContext_GetOutput(context, (size_t)i, output_shapes[i], (size_t)spec->ndim, &value)))
-      return status;
-    if (!value) continue;
-    int type = spec->dtype >= 0 ? spec->dtype : call.type[-1 - spec->dtype];
-    tensors[i] = cpu_tensor(dsa_dtypes[type].onnx, output_shapes[i], (size_t)spec->ndim);
-    if ((status = api->GetTensorMutableData(value, &tensors[i].data))) return status;
-    outputs[i] = &tensors[i];
-  }
-  if ((status = status_of(api, dsa_check_outputs(&call, outputs)))) return status;
-  struct session_pool pool = {api, context};
-  struct dsa_executor executor = session_executor(&pool);
-  return status_of(api, dsa_run(&call, &executor));
-}
+enum { OLDEST_MINOR = 18 };
 
 static OrtStatus *add_operators(struct ort_runtime *runtime) {
   const OrtApi *api = runtime->api;
   size_t count = 0;
   for (int i = 0; i < NUM_OPS; i++) count += (size_t)dsa_ops[i].num_variants;
   runtime->ops = calloc(count, sizeof *runtime->ops);
-  if (!runtime->ops) return status_of(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "no memory for the operators"));
+  if (!runtime->ops) return dsa_ort_status(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "no memory for the operators"));
   OrtStatus *status = api->CreateCustomOpDomain(DOMAIN, &runtime->domain);
   struct ort_op *op = runtime->ops;
   for (int i = 0; i < NUM_OPS; i++)
     for (int v = 0; v < dsa_ops[i].num_variants && !status; v++, op++) {
       dsa_ort_describe(op, runtime, &dsa_ops[i], dsa_ops[i].variants[v]);
-      op->base.CreateKernelV2 = create_kernel;
-      op->base.KernelComputeV2 = compute;
+      op->base.CreateKernelV2 = dsa_ort_create_kernel;
+      op->base.KernelComputeV2 = dsa_ort_compute;
       op->base.KernelDestroy = free;
       status = api->CustomOpDomain_Add(runtime->domain, &op->base);
     }
@@ -205,7 +42,7 @@ static OrtStatus *domain_of(const OrtApi *api, int minor, OrtCustomOpDomain **do
       *runtime = (struct ort_runtime){.api = api, .minor = minor, .next = runtimes};
       status = add_operators(runtime);
     } else {
-      status = status_of(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "no memory for the operators"));
+      status = dsa_ort_status(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "no memory for the operators"));
     }
     if (!status) {
       runtimes = runtime;
@@ -231,7 +68,7 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
   if (!api) return NULL; /* the interface is one of another major version: there is no way to say so */
   if (major != 1 || minor < OLDEST_MINOR) {
     dsa_fail(DSA_TVM_UNSUPPORTED, "dsa_tvm: expected ONNX Runtime 1.%d or a newer 1.x, got %s", OLDEST_MINOR, version);
-    return status_of(api, DSA_TVM_UNSUPPORTED);
+    return dsa_ort_status(api, DSA_TVM_UNSUPPORTED);
   }
   api = base->GetApi(minor >= MINOR_WITH_BORROWED_SHAPES ? MINOR_WITH_BORROWED_SHAPES : OLDEST_MINOR);
   OrtCustomOpDomain *domain;

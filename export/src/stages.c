@@ -43,8 +43,9 @@ void dsa_score(struct scoring *s, const struct kernel_set *kernels, const struct
 static void select_task(void *arg, int64_t index) {
   struct selection *s = arg;
   const struct tvm_any args[] = {dsa_arg_tensor(&s->logits), dsa_arg_tensor(&s->ks),    dsa_arg_tensor(&s->ke),
-                                 dsa_arg_tensor(&s->indices), dsa_arg_int(s->m0 + index), dsa_arg_int(s->m0 + index + 1),
-                                 dsa_arg_int(index),         dsa_arg_int(s->out0 + index)};
+                                 dsa_arg_tensor(&s->indices), dsa_arg_int(s->m0 + index),
+                                 dsa_arg_int(s->m0 + index + 1), dsa_arg_int(index),
+                                 dsa_arg_int(s->out0 + index)};
   dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
 }
 

@@ -1,4 +1,4 @@
-/* The library's own executor: OpenMP, so that there is one pool in the process and OMP_NUM_THREADS means what it says. */
+/* The library's own executor: OpenMP, so that there is one pool in the process and OMP_NUM_THREADS is heeded. */
 #include <omp.h>
 #include <pthread.h>
 #include <stdatomic.h>
