@@ -67,7 +67,7 @@ def test_every_level_this_cpu_runs(target):
         pytest.skip(f"the library has no kernels for {target}")
     if target == dsa_tvm.active_target():
         pytest.skip(f"{target} is in use: the other tests ran on it")
-    files = [HERE / f"test_{name}.py" for name in ("lightning_indexer", "topk", "sparse_mla", "threads")]
+    files = [HERE / f"test_{name}.py" for name in ("lightning_indexer", "topk", "sparse_mla", "threads", "guard_pages")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DSA_TVM_TARGET": target})
     if "expected a target this CPU runs" in done.stdout:
