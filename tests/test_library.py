@@ -163,3 +163,29 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = use(code)
     # 4 MiB of logits; whole they would be 64 MiB.
     assert float(done.stdout) < 16, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("dsa_tvm.indexer_topk(q, k, w, n * 0, n, topk=16, num_threads=1)", "no memory for the logits"),
+        ("dsa_tvm.sparse_mla(a, kv, i, out=out, num_threads=1)", "no memory for the workspace of a task"),
+    ],
+)
+def test_no_memory_is_an_error(call, words):
+    code = f"""
+import resource, numpy as np, dsa_tvm
+q, k, w = np.ones((8, 1, 32), np.float32), np.ones((2**20, 32), np.float32), np.ones((8, 1), np.float32)
+n = np.full(8, 2**20, np.int32)
+a, kv, i = np.ones((1, 128, 576), np.float32), np.ones((9, 576), np.float32), np.zeros((1, 4), np.int32)
+out = np.ones((1, 128, 512), np.float32), np.ones((1, 128), np.float32), np.ones((1, 128), np.float32)
+dsa_tvm.topk(w, n * 0, n, 1)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**18, size + 2**18))
+try:
+    {call}
+except dsa_tvm.KernelError as error:
+    print(error)
+"""
+    done = use(code)
+    assert words in done.stdout, done.stdout + done.stderr
