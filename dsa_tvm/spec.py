@@ -144,7 +144,7 @@ DIMS: Mapping[str, Dim] = {
         Dim("topk", 1, 4096),
         Dim("h_q", 1, 128),
         Dim("d_qk", 32, 1024, (512, 576), multiple=32),
-        Dim("d_v", 32, 1024, (512,), multiple=32, at_most="d_qk"),
+        Dim("d_v", 64, 1024, (512,), multiple=64, at_most="d_qk"),
     )
 }
 

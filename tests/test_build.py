@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_other_sizes(tmp_path, monkeypatch):
     [
         (["--target", "z80"], "target: expected one of"),
         (["--d-idx", "7"], "d_idx: expected a multiple of 32"),
-        (["--d-v", "2048"], "d_v: expected a multiple of 32 in 32..1024, got 2048"),
+        (["--d-v", "2048"], "d_v: expected a multiple of 64 in 64..1024, got 2048"),
         (["--cc", "no-such-compiler"], "cc: expected a C compiler"),
     ],
 )
@@ -73,6 +74,19 @@ def test_every_level_this_cpu_runs(target):
     if "expected a target this CPU runs" in done.stdout:
         pytest.skip(f"this CPU does not run {target}")
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_decisions_that_do_not_divide_are_refused():
+    """A tile that does not fit would leave part of the output unwritten."""
+    from dsa_tvm.schedules import CPU, default_decisions
+
+    decisions = default_decisions("x86-64-v3")
+    wrong = {"lightning_indexer": {"block_keys": 49}, "topk": {"scan": 17}, "sparse_mla": {"values": 48}}
+    for op, module in CPU.items():
+        changed = replace(decisions[op], **wrong[op])
+        variant = OPS[op].variants[0]
+        with pytest.raises(ValueError, match=f"{op}: decisions that do not divide"):
+            module.tensor_ir(*((variant, changed) if variant else (changed,)))
 
 
 AARCH64_CC = "aarch64-linux-gnu-gcc"

@@ -19,7 +19,7 @@ ALLOWED = {
     "files": set(),
     "spec": {"errors"},
     "ops": {"spec"},
-    "schedules": {"ops"},
+    "schedules": {"ops", "spec"},
     "ctable": {"ops", "spec"},
     "tensors": {"errors", "spec"},
     "hostile": {"spec"},

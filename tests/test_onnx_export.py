@@ -39,10 +39,10 @@ ATTRS = {
     "lightning_indexer": {},
     "topk": {"topk": 8},
     "indexer_topk": {"topk": 8},
-    "sparse_mla": {"sm_scale": 0.125, "d_v": 32},
-    "dsa_attention": {"topk": 8, "sm_scale": 0.125, "d_v": 32},
+    "sparse_mla": {"sm_scale": 0.125, "d_v": 64},
+    "dsa_attention": {"topk": 8, "sm_scale": 0.125, "d_v": 64},
 }
-SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 64, "topk": 8}
+SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 96, "topk": 8}
 ALL_VARIANTS = [pytest.param(op, v, id=f"{op}-{'-'.join(v.values())}") for op in OPS for v in OPS[op].variants]
 EMPTY = [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_kv": 3}, {"s_kv": 1, "s_q": 1}]
 
@@ -298,7 +298,7 @@ def test_bodies_go_into_a_users_model(opset):
     base = export.build_model("sparse_mla", **ATTRS["sparse_mla"])
     nodes = [
         export.operator_node("sparse_mla", ["q", "kv", "indices"], ["first"], **ATTRS["sparse_mla"]),
-        export.operator_node("sparse_mla", ["q", "kv", "indices", None], ["second"], sm_scale=0.25, d_v=32),
+        export.operator_node("sparse_mla", ["q", "kv", "indices", None], ["second"], sm_scale=0.25, d_v=64),
         onnx.helper.make_node("Add", ["first", "second"], ["out"]),
     ]
     graph = onnx.helper.make_graph(nodes, "layers", base.graph.input, base.graph.output[:1])
@@ -309,7 +309,7 @@ def test_bodies_go_into_a_users_model(opset):
     assert len(model.functions) == 1
     feeds = make_feeds("sparse_mla")
     (got,) = evaluate(model, feeds)
-    expected = sum(OPS["sparse_mla"].reference(**feeds, sm_scale=s, d_v=32)[0] for s in (0.125, 0.25))
+    expected = sum(OPS["sparse_mla"].reference(**feeds, sm_scale=s, d_v=64)[0] for s in (0.125, 0.25))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -332,9 +332,9 @@ BAD = [
     ("topk", {"topk": 4, "dims": {"topk": 5}}, r"topk: dimension topk: expected 4.*got 5"),
     ("topk", {"topk": 4, "variant": {"T": "float32"}}, r"topk: variant"),
     ("topk", {"topk": 4, "optional": ["k_scale"]}, r"topk: optional inputs: .*got 'k_scale'"),
-    ("sparse_mla", {"sm_scale": "x", "d_v": 32}, r"sparse_mla: attribute sm_scale: expected float, got 'x'"),
-    ("sparse_mla", {"sm_scale": float("nan"), "d_v": 32}, r"sparse_mla: attribute sm_scale: expected a finite"),
-    ("sparse_mla", {"sm_scale": 1, "d_v": 7}, r"sparse_mla: attribute d_v: expected .*32\.\.1024, got 7"),
+    ("sparse_mla", {"sm_scale": "x", "d_v": 64}, r"sparse_mla: attribute sm_scale: expected float, got 'x'"),
+    ("sparse_mla", {"sm_scale": float("nan"), "d_v": 64}, r"sparse_mla: attribute sm_scale: expected a finite"),
+    ("sparse_mla", {"sm_scale": 1, "d_v": 7}, r"sparse_mla: attribute d_v: expected .*64\.\.1024, got 7"),
     ("sparse_mla", {"sm_scale": 1, "d_v": 64, "dims": {"d_qk": 32}}, r"d_v: expected at most d_qk"),
     ("nothing", {}, r"nothing: operator: expected one of"),
 ]
@@ -350,7 +350,7 @@ def test_bad_nodes():
     with pytest.raises(ArgumentError, match="topk: inputs: expected 3, got 2"):
         export.operator_node("topk", ["logits", "ks"], ["i"], topk=4)
     with pytest.raises(ArgumentError, match="sparse_mla: input kv: expected the name of a value"):
-        export.operator_node("sparse_mla", ["q", None, "i"], ["o"], sm_scale=1, d_v=32)
+        export.operator_node("sparse_mla", ["q", None, "i"], ["o"], sm_scale=1, d_v=64)
     with pytest.raises(ArgumentError, match="opset: expected at least 19, got 18"):
         export.function_body("topk", opset=18)
 

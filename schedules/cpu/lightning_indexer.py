@@ -68,7 +68,14 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     PrimFunc
         ``(q, k, weights, ks, ke, k_scale, logits, m0, m1, n0, n1, row0, scaled)``; query m writes row ``m - m0 + row0``
         of logits, and k_scale is read only when `scaled` is 1. Keys outside a query's [ks, ke) get -inf.
+
+    Raises
+    ------
+    ValueError
+        Decisions that do not divide what they must.
     """
+    if c.heads % 8 or c.block_keys % c.tile_keys or STEP % c.unroll_d:
+        raise ValueError(f"lightning_indexer: decisions that do not divide: {c}")
     q_type, k_type = variant["T"], variant["K"]
     TK, HV, BK, UD = c.tile_keys, c.heads, c.block_keys, c.unroll_d
     LANES = 8

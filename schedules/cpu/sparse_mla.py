@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
+from ...spec import DIMS
 from .elements import STEP, STORAGE, WIDTH, is_nan, narrow, widen
 
 
@@ -28,7 +29,7 @@ class Decisions:
     tile_keys, heads : int
         Register tile of the scores.
     tile_heads, values : int
-        Register tile of the output; `tile_heads` divides `heads`, `values` divides 32 (of which d_v is a multiple).
+        Register tile of the output; `tile_heads` divides `heads`, `values` divides 64, of which d_v is a multiple.
     unroll_d : int
         Steps of the product over d_qk in one loop body; divides 32.
     task_heads : int
@@ -47,7 +48,7 @@ class Decisions:
 DEFAULT = {
     "x86-64-v2": Decisions(block_keys=48, tile_keys=4, heads=8, tile_heads=4, values=8, unroll_d=4, task_heads=64),
     "x86-64-v3": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=8, task_heads=128),
-    "x86-64-v4": Decisions(block_keys=48, tile_keys=12, heads=32, tile_heads=8, values=32, unroll_d=4, task_heads=128),
+    "x86-64-v4": Decisions(block_keys=48, tile_keys=12, heads=32, tile_heads=4, values=64, unroll_d=4, task_heads=128),
     "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
 }
 
@@ -85,7 +86,14 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         ``(q, kv, indices, attn_sink, topk_length, out, max_logits, lse, m, h0, h1, index_row, sm_scale, has_sink,
         has_length)``; `index_row` is the row of query m in indices and max_logits, and attn_sink and topk_length are
         read only when their flags are 1.
+
+    Raises
+    ------
+    ValueError
+        Decisions that do not divide what they must.
     """
+    if DIMS["d_v"].multiple % c.values or c.heads % c.tile_heads or c.block_keys % c.tile_keys or STEP % c.unroll_d:
+        raise ValueError(f"sparse_mla: decisions that do not divide: {c}")
     dtype = variant["T"]
     BK, TK, HV, PH, PV, UD = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values, c.unroll_d
     LANES = 16

@@ -65,8 +65,15 @@ def tensor_ir(c: Decisions) -> tirx.PrimFunc:
     PrimFunc
         ``(logits, ks, ke, indices, m0, m1, row0, out0)``; query m reads row ``m - m0 + row0`` of logits and writes row
         ``m - m0 + out0`` of indices.
+
+    Raises
+    ------
+    ValueError
+        Decisions that do not divide what they must.
     """
     s_q, s_kv, s_rows, s_out, topk = (tirx.Var(n, "int64") for n in ("s_q", "s_kv", "s_rows", "s_out", "topk"))
+    if c.scan % LANES or c.sample % LANES or c.sample > c.slack:
+        raise ValueError(f"topk: decisions that do not divide: {c}")
     STEP = c.scan
     capacity = (topk + c.slack + STEP + LANES - 1) // LANES * LANES
 
