@@ -8,7 +8,6 @@ Running maximum and sum are kept per head, vectorized over the heads (Milakov an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -16,6 +15,7 @@ from tvm.script import tirx as T
 
 from ...spec import DIMS
 from .elements import STEP, STORAGE, WIDTH, is_nan, narrow, widen
+from .exponential import exp_nonpositive
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,6 @@ DEFAULT = {
     "x86-64-v4": Decisions(block_keys=48, tile_keys=12, heads=32, tile_heads=4, values=64, unroll_d=4, task_heads=128),
     "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
 }
-
-# exp(x) = 2**n * exp(f), n = round(x / ln 2), |f| <= ln(2) / 2. The Taylor sum to the 6th power is then within 2e-7.
-_EXP = [1 / math.factorial(i) for i in range(7)]
-_EXP_UNDERFLOW = -87.0
-
-
-def exp_nonpositive(x):
-    """Exp of a non-positive f32 or NaN; 0 below -87. TVM's own exp becomes a scalar call for each element."""
-    # The clamp keeps the conversion to an integer defined for NaN and -inf.
-    clamped = T.Select(x >= T.float32(_EXP_UNDERFLOW), x, T.float32(_EXP_UNDERFLOW))
-    n = T.floor(clamped * T.float32(math.log2(math.e)) + T.float32(0.5))
-    # ln 2 in two parts: the first has few enough bits for n * part to be exact.
-    f = clamped - n * T.float32(0.693359375) - n * T.float32(-2.12194440e-4)
-    poly = T.float32(_EXP[6])
-    for c in reversed(_EXP[:6]):
-        poly = poly * f + T.float32(c)
-    power = T.reinterpret("float32", (T.Cast("int32", n) + T.int32(127)) << T.int32(23))
-    return T.Select(x >= T.float32(_EXP_UNDERFLOW), poly * power, T.Select(is_nan(x), x, T.float32(0)))
 
 
 def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
