@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from .ops import OPS
-from .spec import DLPACK_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
+from .spec import DLPACK_TYPES, ONNX_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
 
-#: ONNX TensorProto.DataType and the DLPack code of a kernel's buffer (unsigned integers for all but f32 and i32).
-_ONNX_TYPES = {"float32": 1, "bfloat16": 16, "float16": 10, "float8_e4m3fn": 17, "int32": 6}
-_STORAGE_CODES = {"float32": 2, "bfloat16": 1, "float16": 1, "float8_e4m3fn": 1, "int32": 0}
+_UNSIGNED = 1  # DLPack's code
 _DTYPES = tuple(DLPACK_TYPES)
 _TYPE_VARS = ("T", "K")
 
@@ -75,7 +73,7 @@ def _array(declaration: str, rows: Iterable[str]) -> str:
 def source(dims: Mapping[str, Dim]) -> str:
     """``specs.c``: the tables themselves."""
     dtypes = [
-        f'  {{"{name}", {code}, {bits}, {_STORAGE_CODES[name]}, {_ONNX_TYPES[name]}}}'
+        f'  {{"{name}", {code}, {bits}, {_UNSIGNED if bits < 32 else code}, {ONNX_TYPES[name]}}}'
         for name, (code, bits) in DLPACK_TYPES.items()
     ]
     values = [

@@ -20,6 +20,15 @@ DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
     "int32": (0, 32),
 }
 
+#: ONNX TensorProto.DataType of the same.
+ONNX_TYPES: Mapping[str, int] = {
+    "float32": 1,
+    "bfloat16": 16,
+    "float16": 10,
+    "float8_e4m3fn": 17,
+    "int32": 6,
+}
+
 
 @dataclass(frozen=True)
 class Dim:
@@ -50,7 +59,17 @@ class Dim:
         """Whether `value` is a length this dimension may have."""
         if self.values:
             return value in self.values
-        return self.minimum <= value <= self.maximum
+        return self.admits(value)
+
+    def admits(self, value: int) -> bool:
+        """Whether kernels can be built for this length."""
+        return self.minimum <= value <= self.maximum and value % self.multiple == 0
+
+    @property
+    def range(self) -> str:
+        """What `admits` admits, for a message."""
+        multiple = f"a multiple of {self.multiple} in " if self.multiple > 1 else ""
+        return f"{multiple}{self.minimum}..{self.maximum}"
 
 
 @dataclass(frozen=True)
@@ -161,8 +180,7 @@ def with_values(dims: Mapping[str, Dim], extra: Mapping[str, tuple[int, ...]]) -
     for name, values in extra.items():
         dim = dims[name]
         for value in values:
-            if not dim.minimum <= value <= dim.maximum or value % dim.multiple:
-                expected = f"a multiple of {dim.multiple} in {dim.minimum}..{dim.maximum}"
-                raise ValueError(f"{name}: expected {expected}, got {value}")
+            if not dim.admits(value):
+                raise ValueError(f"{name}: expected {dim.range}, got {value}")
         widened[name] = replace(dim, values=tuple(sorted({*dim.values, *values})))
     return widened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -69,7 +70,7 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
     spec = OPS[op]
     lengths = {"s_q": s_q, "s_kv": s_kv, **asdict(preset)}
     required = [t for t in spec.inputs if not t.optional]
-    size = 4 * sum(_product(lengths[d] for d in t.shape) for t in required)
+    size = 4 * sum(math.prod(lengths[d] for d in t.shape) for t in required)
     # Twice: the generator's own copies, and the operator's outputs.
     if max(s_q, s_kv) > INT32_MAX or 2 * size > available_memory():
         raise ArgumentError(
@@ -176,10 +177,3 @@ def _random_indices(rng: np.random.Generator, ke: np.ndarray, s_kv: int, topk: i
         count = min(int(stop), topk)
         row[:count] = np.sort(rng.choice(int(stop), count, replace=False)) if count else ()
     return indices
-
-
-def _product(values) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result

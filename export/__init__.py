@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..library import get_library_path
 from .models import build_attention_model, build_model
-from .onnx import DOMAIN, VERSION, attach_bodies, function_body, get_library_path, operator_node
+from .onnx import DOMAIN, VERSION, attach_bodies, function_body, operator_node
 from .plain import build_plain_attention_model, build_plain_model
 
 __all__ = [

@@ -92,9 +92,8 @@ def _integer(where: str, value: object) -> int:
 def _length(where: str, name: str, value: object) -> int:
     # The shipped library serves only some of these; a body serves all, and so can a library built for them.
     value, dim = _integer(where, value), DIMS[name]
-    if not dim.minimum <= value <= dim.maximum or value % dim.multiple:
-        multiple = f"a multiple of {dim.multiple} in " if dim.multiple > 1 else ""
-        raise ArgumentError(f"{where}: expected {multiple}{dim.minimum}..{dim.maximum}, got {value}")
+    if not dim.admits(value):
+        raise ArgumentError(f"{where}: expected {dim.range}, got {value}")
     return value
 
 

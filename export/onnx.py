@@ -6,14 +6,13 @@ same meaning in standard operators, and ONNX Runtime prefers a registered kernel
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from ..errors import ArgumentError
 from ..ops import OPS
-from ..spec import OpSpec, TensorSpec
+from ..spec import ONNX_TYPES, OpSpec, TensorSpec
 from .bodies import make_function
 from .checks import check_optional, checked_attrs, known_spec, served_variant
 
@@ -24,24 +23,6 @@ VERSION = 1
 IR_VERSION = 9
 OPSET = 20
 _MIN_OPSET = 19  # the first whose Cast knows float8
-
-ELEMENT_TYPES: Mapping[str, int] = {
-    "float32": TensorProto.FLOAT,
-    "bfloat16": TensorProto.BFLOAT16,
-    "float16": TensorProto.FLOAT16,
-    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
-    "int32": TensorProto.INT32,
-}
-
-
-def get_library_path(path: str | os.PathLike | None = None):
-    """Path of the compiled library, for ``SessionOptions.register_custom_ops_library``.
-
-    See `dsa_tvm.library.get_library_path`, which this calls.
-    """
-    from ..library import get_library_path as find
-
-    return find(path)
 
 
 def function_body(
@@ -194,7 +175,7 @@ def value_info(
 ) -> ValueInfoProto:
     """Type and shape of one argument; a dimension without a length keeps its name."""
     shape = [lengths.get(d, d) for d in tensor.shape]
-    return helper.make_tensor_value_info(tensor.name, ELEMENT_TYPES[spec.dtype_of(tensor, variant)], shape)
+    return helper.make_tensor_value_info(tensor.name, ONNX_TYPES[spec.dtype_of(tensor, variant)], shape)
 
 
 def _walk(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:

@@ -84,11 +84,6 @@ struct indexing {
   int64_t group;
 };
 
-static int64_t group_size(const struct dsa_call *call, const struct kernel_set *kernels,
-                          const struct dsa_executor *executor) {
-  return minimum(call->dim[DIM_S_Q], kernels->indexer_rows * executor->threads);
-}
-
 static dsa_tvm_status no_memory(const struct dsa_call *call, const char *what) {
   return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the %s of a group of queries", call->op->name, what);
 }
@@ -97,7 +92,7 @@ static dsa_tvm_status no_memory(const struct dsa_call *call, const char *what) {
 static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *call, int k_scale,
                                      const struct kernel_set *kernels, const struct dsa_executor *executor,
                                      struct dsa_outcome *outcome) {
-  x->group = group_size(call, kernels, executor);
+  x->group = minimum(call->dim[DIM_S_Q], kernels->indexer_rows * executor->threads);
   x->scoring = scoring_of(call, k_scale, kernels, outcome);
   x->scoring.only_visible = 1;
   x->logits_shape[0] = x->group;
