@@ -20,6 +20,9 @@ STORAGE = {name: name if width == 4 else f"uint{8 * width}" for name, width in W
 #: Elements that are converted or copied at a time. Every width (d_idx, d_qk, d_v) is a multiple of it.
 STEP = 32
 
+#: f32 elements that a vector register of each CPU target holds.
+VECTOR = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "aarch64": 4}
+
 
 def u32(x):
     return T.Cast("uint32", x)

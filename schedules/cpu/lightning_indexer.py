@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import STEP, STORAGE, WIDTH, widen
+from .elements import STEP, STORAGE, VECTOR, WIDTH, widen
+
+#: Partial sums over the heads that a key's result is reduced from.
+LANES = 8
 
 
 @dataclass(frozen=True)
@@ -25,28 +28,66 @@ class Decisions:
         Register tile: keys by heads (f32 accumulators).
     block_keys : int
         Keys widened at a time; a multiple of `tile_keys`. The block should stay in the second-level cache.
+    in_place : int
+        1: float32 keys are read where they are, which saves a copy that few queries do not repay. 0: copied, too.
     unroll_d : int
         Steps of the product over d_idx in one loop body; divides 32.
     rows : int
         Queries a task takes: each block of keys is widened once for all of them.
     task_keys : int
-        Keys a task takes.
+        Keys a task takes at most.
+    min_keys : int
+        Keys a task takes at least, however many threads there are: each task packs its queries again.
+    tasks_per_thread : int
+        Tasks a call is cut into for each thread, so that uneven ones even out.
+
+    Raises
+    ------
+    ValueError
+        Decisions that do not divide what they must.
     """
 
     tile_keys: int
     heads: int
     block_keys: int
+    in_place: int
     unroll_d: int
     rows: int
     task_keys: int
+    min_keys: int
+    tasks_per_thread: int
+
+    def __post_init__(self) -> None:
+        if self.in_place not in (0, 1):
+            raise ValueError(f"lightning_indexer: in_place: expected 0 or 1, got {self.in_place}")
+        if self.heads % LANES or self.block_keys % self.tile_keys or STEP % self.unroll_d:
+            raise ValueError(f"lightning_indexer: decisions that do not divide: {self}")
 
 
+_COMMON = {"in_place": 0, "rows": 8, "task_keys": 6144, "min_keys": 256, "tasks_per_thread": 4}
 DEFAULT = {
-    "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, unroll_d=4, rows=8, task_keys=6144),
-    "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=8, rows=8, task_keys=6144),
-    "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, unroll_d=4, rows=8, task_keys=6144),
-    "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=4, rows=8, task_keys=6144),
+    "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, unroll_d=4, **_COMMON),
+    "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=8, **_COMMON),
+    "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, unroll_d=4, **_COMMON),
+    "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=4, **_COMMON),
 }
+
+
+def choices(target: str) -> dict[str, tuple[int, ...]]:
+    """The values of each decision that are worth trying on `target`."""
+    floats = VECTOR[target]
+    return {
+        # 16 vector registers, 32 with AVX-512 and NEON; the tile has to leave room for the operands.
+        "tile_keys": (2, 3, 4, 6, 8, 12, 14) if floats == 16 else (2, 3, 4, 6, 8),
+        "heads": tuple(n for n in (8, 16, 32, 64) if floats <= n <= 4 * floats),
+        "block_keys": (12, 24, 48, 56, 84, 96, 192),
+        "in_place": (0, 1),
+        "unroll_d": (1, 2, 4, 8, 16),
+        "rows": (1, 2, 4, 8, 16, 32),
+        "task_keys": (1536, 3072, 6144, 12288, 49152),
+        "min_keys": (64, 256, 1024, 4096),
+        "tasks_per_thread": (1, 2, 4, 8),
+    }
 
 
 def relu(x):
@@ -68,21 +109,25 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     PrimFunc
         ``(q, k, weights, ks, ke, k_scale, logits, m0, m1, n0, n1, row0, scaled)``; query m writes row ``m - m0 + row0``
         of logits, and k_scale is read only when `scaled` is 1. Keys outside a query's [ks, ke) get -inf.
-
-    Raises
-    ------
-    ValueError
-        Decisions that do not divide what they must.
     """
-    if c.heads % 8 or c.block_keys % c.tile_keys or STEP % c.unroll_d:
-        raise ValueError(f"lightning_indexer: decisions that do not divide: {c}")
     q_type, k_type = variant["T"], variant["K"]
     TK, HV, BK, UD = c.tile_keys, c.heads, c.block_keys, c.unroll_d
-    LANES = 8
     s_q, s_kv, h_idx, d_idx, s_out, s_scale = (
         tirx.Var(n, "int64") for n in ("s_q", "s_kv", "h_idx", "d_idx", "s_out", "s_scale")
     )
     blocks = (h_idx + HV - 1) // HV
+    # Narrower keys cost more to convert in the inner loop than to copy.
+    IN_PLACE = c.in_place if k_type == "float32" else 0
+
+    @T.macro
+    def add_products(acc, keys, first, qp, i, hb):
+        for d in T.serial(d_idx // UD):
+            for u in T.unroll(UD):
+                for j in T.unroll(TK):
+                    for h in T.vectorized(HV):
+                        acc[j, h] = (
+                            acc[j, h] + T.Cast("float32", keys[first + j, d * UD + u]) * qp[i, hb, d * UD + u, h]
+                        )
 
     @T.prim_func(s_tir=True)
     def lightning_indexer(
@@ -139,8 +184,10 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
             for b in T.serial((n1 - n0 + BK - 1) // BK):
                 start: T.let = n0 + b * BK
                 stop: T.let = T.min(start + BK, n1)
+                # Tiles whose keys need no copy; the last one may end behind the keys.
+                in_place: T.let = (stop - start) // TK * IN_PLACE
                 if start < span[1] and span[0] < stop:
-                    for j in T.serial(stop - start):
+                    for j in T.serial(in_place * TK, stop - start):
                         for d in T.serial(d_idx // STEP):
                             for l in T.vectorized(STEP):
                                 kp[j, d * STEP + l] = widen(K[start + j, d * STEP + l], k_type)
@@ -158,13 +205,10 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                 for j in T.unroll(TK):
                                     for h in T.vectorized(HV):
                                         acc[j, h] = T.float32(0)
-                                for d in T.serial(d_idx // UD):
-                                    for u in T.unroll(UD):
-                                        for j in T.unroll(TK):
-                                            for h in T.vectorized(HV):
-                                                acc[j, h] = (
-                                                    acc[j, h] + kp[t * TK + j, d * UD + u] * qp[i, hb, d * UD + u, h]
-                                                )
+                                if t < in_place:
+                                    add_products(acc, K, start + t * TK, qp, i, hb)
+                                else:
+                                    add_products(acc, kp, t * TK, qp, i, hb)
                                 for j in T.unroll(TK):
                                     if hb == 0:
                                         for h in T.vectorized(LANES):

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from ...spec import DIMS
-from .elements import STEP, STORAGE, WIDTH, is_nan, narrow, widen
+from .elements import STEP, STORAGE, VECTOR, WIDTH, is_nan, narrow, widen
 from .exponential import exp_nonpositive
 
 
@@ -34,6 +34,11 @@ class Decisions:
         Steps of the product over d_qk in one loop body; divides 32.
     task_heads : int
         Heads a task takes; a multiple of `heads`.
+
+    Raises
+    ------
+    ValueError
+        Decisions that do not divide what they must.
     """
 
     block_keys: int
@@ -44,6 +49,11 @@ class Decisions:
     unroll_d: int
     task_heads: int
 
+    def __post_init__(self) -> None:
+        tiles = self.heads % self.tile_heads or self.block_keys % self.tile_keys or self.task_heads % self.heads
+        if tiles or DIMS["d_v"].multiple % self.values or STEP % self.unroll_d:
+            raise ValueError(f"sparse_mla: decisions that do not divide: {self}")
+
 
 DEFAULT = {
     "x86-64-v2": Decisions(block_keys=48, tile_keys=4, heads=8, tile_heads=4, values=8, unroll_d=4, task_heads=64),
@@ -51,6 +61,20 @@ DEFAULT = {
     "x86-64-v4": Decisions(block_keys=48, tile_keys=12, heads=32, tile_heads=4, values=64, unroll_d=4, task_heads=128),
     "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
 }
+
+
+def choices(target: str) -> dict[str, tuple[int, ...]]:
+    """The values of each decision that are worth trying on `target`."""
+    floats = VECTOR[target]
+    return {
+        "block_keys": (12, 24, 36, 48, 56, 64, 96, 128),
+        "tile_keys": (2, 3, 4, 6, 8, 12, 14) if floats == 16 else (2, 3, 4, 6, 8),
+        "heads": tuple(n for n in (8, 16, 32, 64) if floats <= n <= 4 * floats),
+        "tile_heads": (2, 4, 8, 16),
+        "values": tuple(n for n in (8, 16, 32, 64) if floats <= n <= 4 * floats),
+        "unroll_d": (1, 2, 4, 8, 16),
+        "task_heads": (16, 32, 64, 128),
+    }
 
 
 def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
@@ -68,14 +92,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         ``(q, kv, indices, attn_sink, topk_length, out, max_logits, lse, m, h0, h1, index_row, sm_scale, has_sink,
         has_length)``; `index_row` is the row of query m in indices and max_logits, and attn_sink and topk_length are
         read only when their flags are 1.
-
-    Raises
-    ------
-    ValueError
-        Decisions that do not divide what they must.
     """
-    if DIMS["d_v"].multiple % c.values or c.heads % c.tile_heads or c.block_keys % c.tile_keys or STEP % c.unroll_d:
-        raise ValueError(f"sparse_mla: decisions that do not divide: {c}")
     dtype = variant["T"]
     BK, TK, HV, PH, PV, UD = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values, c.unroll_d
     LANES = 16

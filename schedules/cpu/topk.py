@@ -35,16 +35,35 @@ class Decisions:
         Keys compared at a time before the scan asks whether any was larger; a multiple of 16.
     sample : int
         Keys the first threshold of a row is guessed from; a multiple of 16, at most `slack`.
+
+    Raises
+    ------
+    ValueError
+        Decisions that do not divide what they must.
     """
 
     slack: int
     scan: int
     sample: int
 
+    def __post_init__(self) -> None:
+        if self.scan % LANES or self.sample % LANES or self.sample > self.slack:
+            raise ValueError(f"topk: decisions that do not divide: {self}")
+
 
 DEFAULT = {
     target: Decisions(slack=2048, scan=64, sample=2048) for target in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
 }
+
+
+def choices(target: str) -> dict[str, tuple[int, ...]]:
+    """The values of each decision that are worth trying on `target`."""
+    return {
+        "slack": (256, 512, 1024, 2048, 4096, 8192),
+        "scan": (16, 32, 48, 64, 96, 128, 256),
+        "sample": (128, 256, 512, 1024, 2048, 4096, 8192),
+    }
+
 
 # What the next piece of a row is taken for.
 SAMPLE, FILL, SCAN = 0, 1, 2
@@ -57,23 +76,22 @@ def order(x):
     return T.Select(x == T.float32(0), T.int32(0), bits ^ ((bits >> 31) & T.int32(0x7FFFFFFF)))
 
 
-def tensor_ir(c: Decisions) -> tirx.PrimFunc:
+def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     """The kernel for the rows [m0, m1).
+
+    Parameters
+    ----------
+    variant : dict
+        Empty: logits are f32.
+    c : Decisions
 
     Returns
     -------
     PrimFunc
         ``(logits, ks, ke, indices, m0, m1, row0, out0)``; query m reads row ``m - m0 + row0`` of logits and writes row
         ``m - m0 + out0`` of indices.
-
-    Raises
-    ------
-    ValueError
-        Decisions that do not divide what they must.
     """
     s_q, s_kv, s_rows, s_out, topk = (tirx.Var(n, "int64") for n in ("s_q", "s_kv", "s_rows", "s_out", "topk"))
-    if c.scan % LANES or c.sample % LANES or c.sample > c.slack:
-        raise ValueError(f"topk: decisions that do not divide: {c}")
     STEP = c.scan
     capacity = (topk + c.slack + STEP + LANES - 1) // LANES * LANES
 
