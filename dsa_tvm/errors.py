@@ -22,3 +22,7 @@ class KernelError(DsaError, RuntimeError):
 
 class BuildError(DsaError, RuntimeError):
     """Compiling or linking a library failed; the message holds the tool's own words."""
+
+
+class RecordError(DsaError, ValueError):
+    """A tuning log cannot be read or written, or a record in it is damaged, foreign or implausible."""

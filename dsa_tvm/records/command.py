@@ -1,0 +1,205 @@
+"""``dsa-tvm records``: check, compare, join and look at tuning logs."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..errors import ArgumentError, RecordError
+from ..files import write_atomically
+from ..ops import OPS
+from ..presets import PRESETS
+from ..report import digits, table
+from . import curve, selection
+from .log import Damage, Log, Record, default_directory, logs, merge
+
+_FIGURES = ("threads", "x DEFAULT", "ms", "of roof")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommands of ``dsa-tvm records``."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, action, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(action=action)
+        return sub
+
+    def place(sub, **kwargs):
+        sub.add_argument("path", type=Path, metavar="DIR", help="logs (default: those of the package)", **kwargs)
+
+    verify = command("verify", _verify, "read logs and report every line that cannot be believed")
+    place(verify, nargs="*")
+
+    best = command("best", _best, "the best finals for each size, and which of them a library would hold")
+    place(best, nargs="?")
+    best.add_argument("--target", help="only this target")
+    best.add_argument("--op", choices=list(selection.BUCKETS), help="only this operator")
+
+    merging = command("merge", _merge, "add the lines of logs to those of a directory")
+    merging.add_argument("source", nargs="+", type=Path, help="a log or a directory of logs")
+    merging.add_argument("--into", type=Path, required=True, metavar="DIR", help="the directory to add to")
+
+    show = command("show", _show, "the trials of searches, and how the best speedup grew")
+    place(show, nargs="?")
+    show.add_argument("--op", choices=list(selection.BUCKETS), help="only this operator")
+    show.add_argument("--shape", type=_shape, metavar="S_QxS_KV", help="only this size, such as 1x32768")
+    show.add_argument("--png", type=Path, metavar="FILE", help="draw the curve of one search into FILE")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises
+    ------
+    RecordError
+        There is no such directory, a file cannot be written, or `verify` found damage.
+    ArgumentError
+        A picture of more or less than one search.
+    """
+    args.action(args)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    found = [log for path in args.path or [default_directory()] for log in _logs(path)]
+    total = 0
+    for log in found:
+        records, damage = log.read()
+        finals = sum(record.kind == "final" for record in records)
+        failed = sum(record.error is not None for record in records)
+        counts = f"{len(records) - finals} trials, {finals} finals, {failed} failed"
+        print(f"{log.path}: {counts}, {len(damage)} damaged")
+        for item in damage:
+            print(f"  {item}")
+        total += len(damage)
+    if not found:
+        print("no logs")
+    if total:
+        raise RecordError(f"records verify: expected no damaged lines, got {total}")
+
+
+def _best(args: argparse.Namespace) -> None:
+    searches: dict[tuple, list[Record]] = {}
+    for record in _read(args):
+        if record.kind == "final" and args.target in (None, record.target) and record.op in selection.BUCKETS:
+            lengths = tuple((n, length) for n, length in record.shape.items() if n not in ("s_q", "s_kv"))
+            searches.setdefault((record.target, record.op, record.types, tuple(sorted(lengths))), []).append(record)
+    for (target, op, types, lengths), records in sorted(searches.items()):
+        print(_heading(target, op, types, dict(lengths)))
+        rows = []
+        for (s_q, s_kv), finals in selection.finals(op, records, dict(lengths)).items():
+            if finals:
+                best = max(finals, key=lambda record: record.speedup)
+                slower = "" if selection.keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"
+                rows.append([f"{s_q} x {s_kv}", *_figures(best), selection.in_words(best.decisions) + slower])
+        _print_table(rows, "size")
+        for line in selection.explain(op, records, None, dict(lengths)):
+            print(f"  {line}")
+        print()
+    if not searches:
+        print("no finals")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    sources: dict[tuple[str, str], list[Path]] = {}
+    for log in (log for path in args.source for log in _logs(path)):
+        sources.setdefault(log.place, []).append(log.path)
+    for (target, op), paths in sources.items():
+        destination = args.into / target / f"{op}.jsonl"
+        added, damage = merge(paths, destination)
+        print(f"{destination}: {added} lines added")
+        for item in damage:
+            print(f"left out: {item}", file=sys.stderr)
+    if not sources:
+        print("no logs")
+
+
+def _show(args: argparse.Namespace) -> None:
+    searches: dict[tuple, list[Record]] = {}
+    for record in _read(args):
+        if args.shape in (None, (record.shape["s_q"], record.shape["s_kv"])):
+            search = (record.target, record.op, record.types, tuple(sorted(record.shape.items())), record.machine)
+            searches.setdefault(search, []).append(record)
+    if args.png and len(searches) != 1:
+        raise ArgumentError(f"records show: png: expected one search, got {len(searches)}; --op and --shape pick one")
+    for (target, op, types, shape, machine), records in searches.items():
+        print(f"{_heading(target, op, types, dict(shape))}  on {machine}")
+        trials = [record for record in records if record.kind == "trial"]
+        finals = [record for record in records if record.kind == "final"]
+        rows = [[str(number), *_row(record)] for number, record in enumerate(trials, 1)]
+        _print_table(rows + [["final", *_row(record)] for record in finals], "trial")
+        if trials:
+            speedups = [record.speedup for record in trials]
+            print("best speedup over DEFAULT so far:", *curve.as_text(speedups), sep="\n")
+            if args.png:
+                _write(args.png, curve.as_png(speedups))
+        print()
+    if not searches:
+        print("no records")
+
+
+def _logs(path: Path) -> list[Log]:
+    return [Log(path)] if path.is_file() else logs(path)
+
+
+def _read(args: argparse.Namespace) -> list[Record]:
+    """The records of `args.path` and `args.op`; how many lines were damaged goes to standard error."""
+    records: list[Record] = []
+    damage: list[Damage] = []
+    for log in _logs(args.path or default_directory()):
+        believed, damaged = log.read()
+        records += [record for record in believed if args.op in (None, record.op)]
+        damage += damaged
+    if damage:
+        print(f"{len(damage)} damaged lines left out: `dsa-tvm records verify` lists them", file=sys.stderr)
+    return records
+
+
+def _heading(target: str, op: str, types: Iterable[str], lengths: Mapping[str, int]) -> str:
+    said = ", ".join(f"{name} {lengths[name]}" for name in OPS[op].dims if name in lengths)
+    presets = [
+        name for name, p in PRESETS.items() if all(getattr(p, n, length) == length for n, length in lengths.items())
+    ]
+    return " ".join([target, op, *types]) + f": {said}" + (f" ({', '.join(presets)})" if presets else "")
+
+
+def _figures(record: Record) -> list[str]:
+    """`_FIGURES`: of each one for every number of threads."""
+    medians = {threads: statistics.median(times) for threads, times in sorted(record.seconds.items())}
+    return [
+        ", ".join(map(str, medians)),
+        ", ".join(f"{ratio:.3f}" for ratio in record.speedups.values()),
+        ", ".join(digits(1e3 * taken) for taken in medians.values()),
+        ", ".join(f"{record.roof[threads] / taken:.0%}" for threads, taken in medians.items()),
+    ]
+
+
+def _row(record: Record) -> list[str]:
+    words = selection.in_words(record.decisions)
+    if record.error is None:
+        return [*_figures(record), words]
+    # What a crashed compiler said has many lines, and may hold what moves a terminal's cursor.
+    reason = "".join(c if c.isprintable() else " " for c in record.error)[:60]
+    return [*("-" for _ in _FIGURES), f"{words}: {reason}"]
+
+
+def _print_table(rows: list[list[str]], first: str) -> None:
+    """With the last column as it is: names of different lengths, to the left."""
+    figures = table([first, *_FIGURES], [row[:-1] for row in rows])
+    for line, last in zip(figures, ["decisions", *(row[-1] for row in rows)], strict=True):
+        print(f"{line}  {last}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    s_q, s_kv = map(int, text.split("x"))
+    return s_q, s_kv
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise RecordError(f"records show: png: expected a file that can be written, got {error}") from error

@@ -1,0 +1,249 @@
+"""Tuning logs: records as checksummed lines of ``<directory>/<target>/<op>.jsonl``.
+
+Several jobs may write one log at a time, and any of them may be killed at any instant: at most the line that was being
+written is lost. Nothing that is damaged, foreign or implausible is believed, and nothing of that kind stops a reader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecordError
+from . import journal
+from .record import Record, canonical, digest, expect, spec_hash
+
+# Users of logs need not know that a record is described elsewhere.
+__all__ = [
+    "Damage",
+    "Log",
+    "Record",
+    "default_directory",
+    "line_of",
+    "logs",
+    "merge",
+    "parse",
+    "read_directory",
+    "spec_hash",
+]
+
+#: Of the format.
+VERSION = 1
+_FIELDS = tuple(field.name for field in fields(Record))
+_BY_THREADS = ("seconds", "default_seconds", "roof")
+
+
+def line_of(record: Record) -> str:
+    """The line of a log, without its newline, that `parse` makes into an equal record."""
+    document: dict[str, Any] = {"v": VERSION} | {name: getattr(record, name) for name in _FIELDS}
+    for name in ("shape", "decisions", "versions"):
+        document[name] = dict(document[name])
+    for name in _BY_THREADS:
+        document[name] = {str(threads): value for threads, value in document[name].items()}
+    return canonical(document | {"sum": digest(document)})
+
+
+def parse(line: str | bytes) -> Record:
+    """The record that a line of a log holds.
+
+    Parameters
+    ----------
+    line : str or bytes
+        Without its newline.
+
+    Returns
+    -------
+    Record
+
+    Raises
+    ------
+    RecordError
+        The line is not to the last bit what `line_of` writes, or says what cannot be true.
+    """
+    if not line.strip():
+        raise RecordError("blank line")
+    if len(line) > journal.MAX_LINE:
+        raise RecordError(f"longer than {journal.MAX_LINE} bytes")
+    try:
+        text = line if isinstance(line, str) else line.decode("ascii")
+        document = json.loads(text)
+        if not isinstance(document, dict):
+            raise ValueError("not an object")
+        stated = document.pop("sum", None)
+        computed = digest(document)
+    # Brackets nested a thousand deep are a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not a JSON record: {error}") from error
+    version = document.get("v")
+    expect(type(version) is int and version == VERSION, "version", str(VERSION), version)
+    expect(stated == computed, "checksum", computed, stated)
+    # JSON has many spellings of one value, and a flipped bit may turn one into another: 1e-5 is 1E-5.
+    expect(canonical(document | {"sum": stated}) == text, "spelling", "canonical JSON", text)
+    del document["v"]
+    expect(document.keys() == set(_FIELDS), "fields", ", ".join(_FIELDS), sorted(document))
+    for name in _BY_THREADS:
+        document[name] = _by_threads(document[name])
+    document["types"] = _as_tuple(document["types"])
+    return Record(**document)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A line that is not believed, and why. Line 0 stands for the file."""
+
+    path: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Log:
+    """The records of one operator on one target.
+
+    Parameters
+    ----------
+    path : Path
+        ``<directory>/<target>/<op>.jsonl``; it need not exist.
+    """
+
+    path: Path
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Target and operator, as the path names them."""
+        path = Path(os.path.abspath(self.path))
+        return path.parent.name, path.stem
+
+    def append(self, record: Record) -> None:
+        """Add a record: when this returns, it is on the disk. Threads and processes may do so at the same time.
+
+        Raises
+        ------
+        RecordError
+            A record of another place, or a file that cannot be written. The log is as before.
+        """
+        line = line_of(record).encode()
+        self._expect_own(record)
+        expect(len(line) <= journal.MAX_LINE, "record", f"at most {journal.MAX_LINE} bytes", len(line))
+        try:
+            journal.append(self.path, line)
+        except OSError as error:
+            raise RecordError(f"{self.path}: expected a file that can be written, got {error}") from error
+
+    def read(self) -> tuple[list[Record], list[Damage]]:
+        """The records to be believed, in the order of the file, and the lines that are not.
+
+        Never raises: a file that cannot be read is damage at line 0. One that does not exist holds nothing.
+        """
+        records: list[Record] = []
+        damage: list[Damage] = []
+        try:
+            self._sift(journal.lines(self.path), records, damage)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            damage.append(Damage(self.path, 0, f"cannot be read: {error}"))
+        return records, damage
+
+    def _sift(self, lines: Iterable[bytes], records: list[Record], damage: list[Damage]) -> None:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = parse(line)
+                self._expect_own(record)
+            except RecordError as error:
+                damage.append(Damage(self.path, number, str(error)))
+            else:
+                records.append(record)
+
+    def _expect_own(self, record: Record) -> None:
+        place = (record.target, record.op)
+        expect(place == self.place, "target and operator", " ".join(self.place), " ".join(place))
+
+
+def merge(sources: Iterable[Path], destination: Path) -> tuple[int, list[Damage]]:
+    """Add to a log the lines of others that it does not hold.
+
+    Its own come first, and all stay in order. The log is replaced as a whole; what is appended to it meanwhile stays.
+
+    Parameters
+    ----------
+    sources : iterable of Path
+        Logs of the same operator and target.
+    destination : Path
+
+    Returns
+    -------
+    int
+        Lines added.
+    list of Damage
+        Lines left out, of the destination too.
+
+    Raises
+    ------
+    RecordError
+        A source of another place, or a destination that cannot be written. It is as before.
+    """
+    log = Log(destination)
+    found: list[Record] = []
+    damage: list[Damage] = []
+    for source in map(Log, sources):
+        expect(source.place == log.place, f"{source.path}: place", " ".join(log.place), " ".join(source.place))
+        records, left_out = source.read()
+        found += records
+        damage += left_out
+    added = 0
+
+    def union(lines: Iterator[bytes]) -> bytes:
+        nonlocal added
+        own: list[Record] = []
+        log._sift(lines, own, damage)
+        # A dict keeps the order of a set that has none.
+        mine = dict.fromkeys(map(line_of, own))
+        both = mine | dict.fromkeys(map(line_of, found))
+        added = len(both) - len(mine)
+        return "".join(f"{line}\n" for line in both).encode()
+
+    try:
+        journal.rewrite(destination, union)
+    except OSError as error:
+        raise RecordError(f"{destination}: expected a file that can be written, got {error}") from error
+    return added, damage
+
+
+def logs(directory: Path) -> list[Log]:
+    """Every log of a directory."""
+    expect(directory.is_dir(), "tuning logs", "a directory", str(directory))
+    return [Log(path) for path in sorted(directory.glob("*/*.jsonl"))]
+
+
+def read_directory(directory: Path) -> tuple[list[Record], list[Damage]]:
+    """`Log.read` of every log of a directory."""
+    read = [log.read() for log in logs(directory)]
+    return [r for records, _ in read for r in records], [d for _, damage in read for d in damage]
+
+
+def default_directory() -> Path:
+    """The logs that come with the package."""
+    package = Path(__file__).parent.parent
+    installed = package / "tuning_logs"
+    return installed if installed.is_dir() else package.parent / "tuning_logs"
+
+
+def _as_tuple(value: Any) -> Any:
+    """A JSON array as a tuple; anything else as it is, for `Record` to refuse."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _by_threads(value: Any) -> Any:
+    """A JSON object with numbers for keys; anything else as it is, for `Record` to refuse."""
+    if not isinstance(value, dict) or not all(re.fullmatch("[1-9][0-9]{0,9}", key) for key in value):
+        return value
+    return {int(key): _as_tuple(item) for key, item in value.items()}

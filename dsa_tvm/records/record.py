@@ -1,0 +1,215 @@
+"""A tuning record: one measured candidate, and what can be true of one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import reprlib
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ..errors import RecordError
+from ..ops import OPS
+from ..spec import DIMS, INT32_MAX
+
+KINDS = ("trial", "final")
+#: Of `Record.date`, UTC.
+DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+#: No clock resolves the first and no kernel takes the last.
+PLAUSIBLE_SECONDS = (1e-9, 1e4)
+#: The least share of the roof that a median may take. A clock above its nominal rate explains that much and no more.
+ROOF_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured candidate.
+
+    Parameters
+    ----------
+    kind : str
+        "trial" for a measurement of the search, "final" for one of a finalist at the end of it.
+    op : str
+        Key of `OPS`.
+    spec : str
+        `spec_hash` of the operator.
+    types : tuple of str
+        Element types of the operator's type variables, in order.
+    target : str
+        What the candidate was compiled for, such as ``x86-64-v4``.
+    shape : mapping
+        Every length of the operator by dimension name.
+    decisions : mapping
+        The candidate: parameters of the kernel factory by name.
+    seconds, default_seconds : mapping
+        Number of threads to the run times of the candidate and of the kernel's DEFAULT decisions, measured in turns.
+    roof : mapping
+        Number of threads to the least seconds that the machine's arithmetic or memory allows.
+    error : str or None
+        Why the candidate has no times. It is kept, so that it is not tried again.
+    machine : str
+        CPU model and count, or the key of a fleet.
+    versions : mapping
+        Of the packages that took part.
+    date : str
+        As `DATE_FORMAT`.
+
+    Raises
+    ------
+    RecordError
+        A field of another type, or a value that cannot be true.
+    """
+
+    kind: str
+    op: str
+    spec: str
+    types: tuple[str, ...]
+    target: str
+    shape: Mapping[str, int]
+    decisions: Mapping[str, int]
+    seconds: Mapping[int, tuple[float, ...]]
+    default_seconds: Mapping[int, tuple[float, ...]]
+    roof: Mapping[int, float]
+    error: str | None
+    machine: str
+    versions: Mapping[str, str]
+    date: str
+
+    def __post_init__(self) -> None:
+        expect(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", self.kind)
+        expect(isinstance(self.op, str) and self.op in OPS, "op", f"one of {', '.join(OPS)}", self.op)
+        expect(self.spec == (spec := spec_hash(self.op)), f"of another spec of {self.op}", spec, self.spec)
+        variants = [tuple(variant.values()) for variant in OPS[self.op].variants]
+        expect(self.types in variants, "types", f"one of {variants}", self.types)
+        expect(_is_name(self.target), "target", "a name without spaces or slashes", self.target)
+        dims = OPS[self.op].dims
+        expect(_is_map(self.shape, dims.__contains__, _is_int), "shape", f"whole {', '.join(dims)}", self.shape)
+        for name in dims:
+            length = self.shape.get(name, -1)
+            expect(DIMS[name].admits(length), f"shape: {name}", DIMS[name].range, length)
+        expect(_is_map(self.decisions, _is_name, _is_int), "decisions", "names and whole numbers", self.decisions)
+        expect(len(self.decisions) > 0, "decisions", "at least one", self.decisions)
+        expect(self.error is None or _is_text(self.error), "error", "None or a reason", self.error)
+        self._check_times()
+        expect(_is_printable(self.machine), "machine", "a printable name", self.machine)
+        expect(_is_map(self.versions, _is_printable, _is_printable), "versions", "those of packages", self.versions)
+        expect(_is_date(self.date), "date", DATE_FORMAT, self.date)
+
+    def _check_times(self) -> None:
+        measured = {"seconds": self.seconds, "default_seconds": self.default_seconds}
+        for name, times in measured.items():
+            low, high = PLAUSIBLE_SECONDS
+            expect(_is_map(times, _is_threads, _is_times), name, f"threads and times in {low}..{high} s", times)
+        expect(_is_map(self.roof, _is_threads, _is_seconds), "roof", "threads and seconds", self.roof)
+        if self.error is not None:
+            expect(not self.seconds, "seconds", "none beside an error", self.seconds)
+            return
+        expect(len(self.seconds) > 0, "seconds", "some where there is no error", self.seconds)
+        for name, values in {"default_seconds": self.default_seconds, "roof": self.roof}.items():
+            expect(values.keys() == self.seconds.keys(), name, f"threads {sorted(self.seconds)}", sorted(values))
+        for name, times in measured.items():
+            for threads, least in self.roof.items():
+                # A time that the machine cannot reach is a clock's mistake or a kernel that skipped work.
+                expected = f"a median of at least {ROOF_SHARE} x {least:.3g} s, the roof of {threads} threads"
+                expect((got := statistics.median(times[threads])) >= ROOF_SHARE * least, name, expected, got)
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as DEFAULT: geometric mean over the thread counts; 0 where there are no times."""
+        ratios = self.speedups.values()
+        return statistics.geometric_mean(ratios) if ratios else 0.0
+
+    @property
+    def speedups(self) -> dict[int, float]:
+        """The same for each number of threads."""
+        median = statistics.median
+        return {n: median(self.default_seconds[n]) / median(taken) for n, taken in sorted(self.seconds.items())}
+
+    @property
+    def key(self) -> tuple:
+        """What identifies the candidate: everything but what came out and when."""
+        lengths, decisions = (tuple(sorted(mapping.items())) for mapping in (self.shape, self.decisions))
+        return (self.kind, self.op, self.types, self.target, lengths, decisions, self.machine)
+
+
+@functools.cache
+def spec_hash(op: str) -> str:
+    """What the records of an operator depend on: 16 hex digits of its names, shapes, types and bounds of lengths.
+
+    Which of the lengths are served does not count: a build may widen that.
+
+    Raises
+    ------
+    RecordError
+        There is no such operator.
+    """
+    expect(op in OPS, "op", f"one of {', '.join(OPS)}", op)
+    spec = OPS[op]
+    tensors = [[t.name, t.dtype, t.shape, t.optional] for t in (*spec.inputs, *spec.outputs)]
+    dims = [[d.name, d.minimum, d.maximum, d.multiple, d.at_most] for d in map(DIMS.__getitem__, spec.dims)]
+    attrs = [[a.name, a.kind.__name__, a.dim] for a in spec.attrs]
+    variants = [list(variant.items()) for variant in spec.variants]
+    return digest([spec.name, len(spec.inputs), tensors, dims, attrs, variants])
+
+
+def canonical(document: Any) -> str:
+    """`document` as ASCII JSON with sorted keys and no spaces; a ValueError for NaN and infinities."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(document: Any) -> str:
+    """16 hex digits that stand for a JSON document."""
+    return hashlib.sha256(canonical(document).encode()).hexdigest()[:16]
+
+
+def expect(holds: bool, field: str, expected: str, got: object) -> None:
+    """Raise a RecordError that names the field, unless `holds`."""
+    if not holds:
+        raise RecordError(f"{field}: expected {expected}, got {reprlib.repr(got)}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_printable(value: Any) -> bool:
+    return _is_text(value) and value.isprintable()
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", value) is not None
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return datetime.strptime(value, DATE_FORMAT).strftime(DATE_FORMAT) == value
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and abs(value) <= INT32_MAX
+
+
+def _is_threads(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_seconds(value: Any) -> bool:
+    # Comparisons only: they are false for NaN, and cannot overflow.
+    return (type(value) is int or isinstance(value, float)) and 0 < value < PLAUSIBLE_SECONDS[1]
+
+
+def _is_times(value: Any) -> bool:
+    return (
+        isinstance(value, tuple) and len(value) > 0 and all(_is_seconds(x) and x >= PLAUSIBLE_SECONDS[0] for x in value)
+    )
+
+
+def _is_map(value: Any, is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(is_key(key) and is_value(item) for key, item in value.items())

@@ -1,0 +1,224 @@
+"""Which measured decisions a library holds, and for which sizes: few kernels, each where it is clearly faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+from ..errors import ArgumentError
+from ..ops import OPS
+from ..spec import INT32_MAX
+from .record import Record
+
+#: The sizes that finalists are measured at: s_q to s_kv. Each stands for the sizes around it.
+BUCKETS: Mapping[str, Mapping[int, tuple[int, ...]]] = {
+    "lightning_indexer": {1: (2048, 32768, 131072), 16: (2048, 32768, 131072), 128: (2048, 32768)},
+    "topk": {1: (4096, 32768, 131072), 16: (4096, 32768, 131072)},
+    "sparse_mla": {1: (2048, 32768), 16: (32768,), 128: (32768,)},
+}
+#: Another kernel makes the library larger; it has to make some bucket this much faster than those that are in it.
+WORTH = 0.03
+#: How much slower than DEFAULT a finalist may have been, at any number of threads: what measuring again changes.
+SLOWER = 0.01
+
+Bucket = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Decisions for the calls with at most these lengths that no earlier row has taken."""
+
+    s_q_max: int
+    s_kv_max: int
+    decisions: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one bucket got.
+
+    Parameters
+    ----------
+    s_q, s_kv : int
+        The bucket.
+    s_q_max, s_kv_max : int
+        The largest lengths it stands for.
+    record : Record or None
+        The final of the chosen decisions, measured there; None for DEFAULT.
+    why : str
+    """
+
+    s_q: int
+    s_kv: int
+    s_q_max: int
+    s_kv_max: int
+    record: Record | None
+    why: str
+
+
+def choose(op: str, records: Iterable[Record], default: Mapping[str, int], lengths: Mapping[str, int]) -> list[Row]:
+    """The rows of a library's table for one operator.
+
+    Parameters
+    ----------
+    op : str
+        Key of `BUCKETS`.
+    records : iterable of Record
+        Of one target and one choice of element types, as far as they are finals of `op`.
+    default : mapping
+        The kernel's DEFAULT decisions. Finals of other parameters than these are left out.
+    lengths : mapping
+        Lengths beside s_q and s_kv that the finals were measured with, a preset's for example.
+
+    Returns
+    -------
+    list of Row
+        The first with ``s_q <= s_q_max and s_kv <= s_kv_max`` holds the decisions for a call; every call has one.
+
+    Raises
+    ------
+    ArgumentError
+        Another operator, a length that is missing, or finals of several targets or element types.
+    """
+    groups: list[list[Row]] = []
+    for _, group in groupby(choices(op, records, default, lengths), lambda choice: choice.s_q):
+        rows = [Row(c.s_q_max, c.s_kv_max, dict(c.record.decisions) if c.record else dict(default)) for c in group]
+        rows = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if _differ(row, after)]
+        previous = groups[-1] if groups else []
+        if [(row.s_kv_max, row.decisions) for row in previous] == [(row.s_kv_max, row.decisions) for row in rows]:
+            # The next s_q answers alike for every s_kv, and its rows take the calls of both.
+            groups.pop()
+        groups.append(rows)
+    return [row for rows in groups for row in rows]
+
+
+def choices(
+    op: str, records: Iterable[Record], default: Mapping[str, int] | None, lengths: Mapping[str, int]
+) -> list[Choice]:
+    """What `choose` chooses for every bucket, and why, in the order of `BUCKETS`.
+
+    Parameters and errors are those of `choose`; without `default`, finals of any parameters take part.
+    """
+    measured = finals(op, records, lengths)
+    usable: dict[Bucket, list[Record]] = {
+        bucket: [r for r in found if keeps_up(r) and (default is None or _replaces(r.decisions, default))]
+        for bucket, found in measured.items()
+    }
+    held = _cover(usable)
+    found = []
+    for s_q, s_q_max in _with_bounds(list(BUCKETS[op])):
+        for s_kv, s_kv_max in _with_bounds(BUCKETS[op][s_q]):
+            candidates = usable[s_q, s_kv]
+            best = max((r for r in candidates if _name(r) in held), key=lambda r: r.speedup, default=None)
+            if best and best.speedup <= 1:
+                best = None
+            why = _why(best, candidates, len(measured[s_q, s_kv]))
+            found.append(Choice(s_q, s_kv, s_q_max, s_kv_max, best, why))
+    return found
+
+
+def explain(
+    op: str, records: Iterable[Record], default: Mapping[str, int] | None, lengths: Mapping[str, int]
+) -> list[str]:
+    """`choices` in words, a line a bucket."""
+    told = []
+    for choice in choices(op, records, default, lengths):
+        limit = " x ".join(str(n) if n < INT32_MAX else "any" for n in (choice.s_q_max, choice.s_kv_max))
+        what = in_words(choice.record.decisions) if choice.record else "DEFAULT"
+        told.append(f"{op} {choice.s_q} x {choice.s_kv} (to {limit}): {what}; {choice.why}")
+    return told
+
+
+def in_words(decisions: Mapping[str, int]) -> str:
+    """Decisions as ``name=value``."""
+    return " ".join(f"{name}={value}" for name, value in sorted(decisions.items()))
+
+
+def finals(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> dict[Bucket, list[Record]]:
+    """The finals of every bucket of `op`: those with times, of each decisions the latest.
+
+    A final that was measured at another size belongs to the bucket that serves it.
+
+    Parameters and errors are those of `choose`.
+    """
+    if op not in BUCKETS:
+        raise ArgumentError(f"op: expected one of {', '.join(BUCKETS)}, got {op!r}")
+    others = {name: lengths.get(name) for name in OPS[op].dims if name not in ("s_q", "s_kv")}
+    if None in others.values():
+        raise ArgumentError(f"{op}: lengths: expected {', '.join(others)}, got {dict(lengths)}")
+    latest: dict[Bucket, dict[tuple, Record]] = {(s_q, s_kv): {} for s_q, row in BUCKETS[op].items() for s_kv in row}
+    places = set()
+    for record in records:
+        if record.op != op or record.kind != "final" or record.error is not None:
+            continue
+        if any(record.shape[name] != length for name, length in others.items()):
+            continue
+        places.add((record.target, *record.types))
+        found = latest[bucket_of(op, record.shape["s_q"], record.shape["s_kv"])]
+        known = found.get(_name(record))
+        if known is None or known.date <= record.date:
+            found[_name(record)] = record
+    if len(places) > 1:
+        raise ArgumentError(f"{op}: records: expected one target and choice of element types, got {sorted(places)}")
+    return {bucket: list(found.values()) for bucket, found in latest.items()}
+
+
+def bucket_of(op: str, s_q: int, s_kv: int) -> Bucket:
+    """The bucket that serves a size."""
+    row = next(row for row, most in _with_bounds(list(BUCKETS[op])) if s_q <= most)
+    return row, next(column for column, most in _with_bounds(BUCKETS[op][row]) if s_kv <= most)
+
+
+def keeps_up(record: Record) -> bool:
+    """Whether the candidate was nowhere clearly slower than DEFAULT."""
+    return min(record.speedups.values()) * (1 + SLOWER) >= 1
+
+
+def _cover(usable: Mapping[Bucket, Sequence[Record]]) -> set[tuple]:
+    """Greedy choice of the decisions to hold beside DEFAULT: the largest gain over all buckets first."""
+    speedups = {(_name(r), bucket): r.speedup for bucket, found in usable.items() for r in found}
+    # Sorted, so that of equal gains the same one is taken each time.
+    names = sorted({name for name, _ in speedups})
+    reached = dict.fromkeys(usable, 1.0)
+    held: set[tuple] = set()
+    while True:
+        ratios = {n: [speedups.get((n, b), 0.0) / reached[b] for b in usable] for n in names}
+        worthy = [name for name in names if max(ratios[name]) >= 1 + WORTH]
+        if not worthy:
+            return held
+        best = max(worthy, key=lambda n: sum(math.log(r) for r in ratios[n] if r > 1))
+        held.add(best)
+        reached = {b: max(reached[b], speedups.get((best, b), 0.0)) for b in usable}
+
+
+def _why(chosen: Record | None, candidates: Sequence[Record], measured: int) -> str:
+    if not measured:
+        return "nothing was measured there"
+    if not candidates:
+        return f"none of {measured} finals there has these parameters and is nowhere slower"
+    best = max(r.speedup for r in candidates)
+    if not chosen:
+        if best <= 1:
+            return f"none of {measured} finals there is faster"
+        return f"the fastest final there is {best:.3f} times as fast, which is not worth a kernel"
+    faster = f"{chosen.speedup:.3f} times as fast as DEFAULT"
+    return faster if best <= chosen.speedup else f"{faster} ({best:.3f} would need one more kernel)"
+
+
+def _name(record: Record) -> tuple:
+    return tuple(sorted(record.decisions.items()))
+
+
+def _replaces(decisions: Mapping[str, int], default: Mapping[str, int]) -> bool:
+    return decisions.keys() == default.keys() and decisions != default
+
+
+def _differ(row: Row, after: Row | None) -> bool:
+    return after is None or row.decisions != after.decisions
+
+
+def _with_bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Each size with the largest one that is nearer to it, on a logarithmic scale, than to the next."""
+    return list(zip(sizes, [*(math.isqrt(a * b) for a, b in pairwise(sizes)), INT32_MAX], strict=True))
