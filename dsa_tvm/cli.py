@@ -49,6 +49,18 @@ def _bench(args: argparse.Namespace) -> None:
     bench.run(args)
 
 
+def _tune(args: argparse.Namespace) -> None:
+    from .tuning import command
+
+    command.run(args)
+
+
+def _records(args: argparse.Namespace) -> None:
+    from .records import command
+
+    command.run(args)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from . import demo
 
@@ -90,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     from .build import add_arguments
 
     add_arguments(build)
+
+    tune = command("tune", _tune, "search for faster kernels on this machine or on others")
+    from .tuning.command import add_arguments as add_tune_arguments
+
+    add_tune_arguments(tune)
+
+    records = command("records", _records, "check, compare, join and look at tuning records")
+    from .records.command import add_arguments as add_records_arguments
+
+    add_records_arguments(records)
 
     env = command("env", _env, "describe the environment, for a bug report")
     env.add_argument("--json", action="store_true")

@@ -24,6 +24,11 @@ def _attempt(read: Callable[[], Any]) -> Any:
         return f"failed: {type(error).__name__}: {error}"
 
 
+def cpu_model() -> str:
+    """The processor's name."""
+    return str(_cpu()["model"])
+
+
 def _cpu() -> dict[str, Any]:
     fields: dict[str, str] = {}
     with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -41,6 +41,10 @@ class Progress:
             print(f"[{self._done + 1}/{self._total}] {elapsed:5.1f} s  {what}", file=sys.stderr, flush=True)
         self._done += 1
 
+    def advance(self, steps: int) -> None:
+        """Count steps that an earlier run has done."""
+        self._done += steps
+
     def say(self, line: str) -> None:
         """Print a line of the result on standard output, clear of the bar."""
         if self._bar:

@@ -20,7 +20,6 @@ ALLOWED = {
     "spec": {"errors"},
     "ops": {"spec"},
     "schedules": {"ops", "spec"},
-    "ctable": {"ops", "spec"},
     "tensors": {"errors", "spec"},
     "hostile": {"spec"},
     "library": {"errors", "files", "ops"},
@@ -28,13 +27,20 @@ ALLOWED = {
     "functions": {"calls", "ops"},
     "torch_ops": {"calls", "errors", "ops", "spec"},
     "export": {"errors", "library", "ops", "spec"},
-    "build": {"ctable", "errors", "files", "library", "ops", "schedules", "spec"},
+    "presets": {"errors"},
+    "records": {"errors", "files", "ops", "presets", "report", "spec"},
+    "compiler": {"errors", "library", "ops", "presets", "records", "schedules", "spec"},
+    "build": {"compiler", "errors", "files", "library", "presets", "records", "spec"},
+    "tuning": {
+        *("compiler", "env", "errors", "gate", "library", "ops", "presets", "progress", "records", "report"),
+        *("schedules", "workload"),
+    },
     "env": {"library"},
 }
 #: Free to import anything; nothing imports them.
 TOPS = {"bench", "cli", "demo"}
-#: Serve the tops only.
-SHARED = {"gate", "peers", "presets", "progress", "prompt", "report", "workload"}
+#: Serve the commands.
+SHARED = {"gate", "peers", "progress", "prompt", "report", "workload"}
 
 
 def parts():

@@ -1,0 +1,106 @@
+"""From decisions to candidate libraries: kernels compiled in workers, linked here."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+from ..compiler.candidates import Linker
+from ..errors import DsaError
+from ..schedules import CPU, space
+from .tasks import Task
+from .workers import Request, WorkerError, Workers
+
+Decisions = Mapping[str, int]
+
+
+class Builder:
+    """Builds the candidates of a job.
+
+    Parameters
+    ----------
+    workers : Workers
+    directory : Path
+        For the objects and libraries; the caller removes it.
+    cc : str
+        C compiler for the target.
+    seconds : float
+        Limit for one compilation.
+    modules : mapping
+        Kernel module by operator.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        directory: Path,
+        cc: str,
+        seconds: float = 120.0,
+        modules: Mapping[str, ModuleType] = CPU,
+    ) -> None:
+        self._workers, self._directory, self._cc, self._seconds = workers, directory, cc, seconds
+        self.modules = modules
+        self._numbers = itertools.count()
+        self._linkers: dict[str, tuple[Linker, Path]] = {}
+
+    def default(self, task: Task) -> dict[str, int]:
+        """DEFAULT of the task's kernel as plain values."""
+        return asdict(self.modules[task.op].DEFAULT[task.target])
+
+    def baseline(self, task: Task) -> Path:
+        """A library whose candidate is DEFAULT itself.
+
+        Raises
+        ------
+        DsaError
+            It does not compile or link.
+        """
+        ((_, outcome),) = self.libraries(task, [self.default(task)])
+        if isinstance(outcome, WorkerError):
+            raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {outcome}")
+        return outcome
+
+    def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
+        """A library for each of `proposals`, in any order, or why there is none; the caller removes them."""
+        linker, default = self._linker(task)
+        module = self.modules[task.op]
+        # A name of its own for every library: the loader takes one of the same name for one that it has.
+        paths = [self._directory / f"{task.op}.{next(self._numbers)}.o" for _ in proposals]
+        requests = [self._request(task, d, p) for d, p in zip(proposals, paths, strict=True)]
+
+        def link(i: int) -> Path:
+            chosen = space.kernel_decisions(module, proposals[i])
+            library = paths[i].with_suffix(".so")
+            linker.link(default, module.DEFAULT[task.target], paths[i], chosen, library)
+            paths[i].unlink()
+            return library
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            linking = []
+            for i, outcome in self._workers.map(requests, self._seconds):
+                if isinstance(outcome, WorkerError):
+                    yield i, outcome
+                else:
+                    linking.append((i, pool.submit(link, i)))
+            for i, future in linking:
+                yield i, future.result()
+
+    def _linker(self, task: Task) -> tuple[Linker, Path]:
+        """Made once for each operator, with the object of DEFAULT that every candidate is measured against."""
+        if task.op not in self._linkers:
+            default = self._directory / f"{task.op}.default.o"
+            try:
+                self._workers.ask(self._request(task, self.default(task), default, "default"), self._seconds)
+            except WorkerError as error:
+                raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {error}") from error
+            self._linkers[task.op] = (Linker(task.op, task.types, task.target, self._cc), default)
+        return self._linkers[task.op]
+
+    def _request(self, task: Task, decisions: Decisions, path: Path, suffix: str = "candidate") -> Request:
+        module = self.modules[task.op].__name__
+        return ("compile", (module, task.op, task.target, dict(decisions), suffix, str(path)))

@@ -1,0 +1,146 @@
+"""``dsa-tvm tune``: arguments to a job, the job's results to a table."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import env, library, presets, workload
+from ..errors import ArgumentError, DsaError
+from ..progress import Progress
+from ..records import Record
+from ..records.selection import BUCKETS
+from ..report import duration, table
+from . import fleet
+from .fleet import Remote
+from .tasks import Task, parse_shape
+from .workers import WorkerError, Workers
+
+#: What a final may lose at any thread count and still count as at least as fast.
+_HOLDS = 0.99
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dsa-tvm tune``."""
+    parser.add_argument("op", help=f"kernel to tune: {', '.join(BUCKETS)}, or all")
+    parser.add_argument("--target", default="", help="CPU target (default: the best this machine runs)")
+    parser.add_argument("--preset", default="deepseek-v3.2", help="sizes of a model (default: deepseek-v3.2)")
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="S_QxS_KV", help="sizes (default: every bucket)")
+    parser.add_argument("--trials", type=int, default=64, help="candidates for each kernel and size (default: 64)")
+    parser.add_argument("--timeout", type=float, default=math.inf, metavar="S", help="begin no trial after S seconds")
+    parser.add_argument("--threads", type=int, nargs="+", default=[], help="time with these (default: 1 and all CPUs)")
+    parser.add_argument("--output", type=Path, default=Path("tuning_logs"), help="directory (default: tuning_logs)")
+    parser.add_argument("--rpc", default="", metavar="HOST:PORT", help="measure on the machines of this TVM tracker")
+    parser.add_argument("--key", default="", help="key of the RPC servers")
+    parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler for the target")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tune what the command line asks for and print what held.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown operator, target or preset, or a number out of range.
+    DsaError
+        No worker, no fleet, no place for the log, or DEFAULT itself fails.
+    """
+    # Before `import tvm`, which takes seconds: a typing error is answered at once.
+    remote, preset, shapes = _checked(args)
+    _try_output(args.output)
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    cpus = workload.usable_cpus()
+    servers = fleet.count(remote) if remote else 1
+    # The workers import TVM while this process does.
+    with tempfile.TemporaryDirectory() as directory, Workers(max(cpus, servers)) as workers:
+        from ..schedules import CPU_TARGETS
+        from .building import Builder
+        from .job import Job, Options
+
+        target = args.target or library.active_target()
+        if target not in CPU_TARGETS:
+            raise ArgumentError(f"tune: target: expected one of {', '.join(CPU_TARGETS)}, got {target!r}")
+        ops = list(BUCKETS) if args.op == "all" else [args.op]
+        tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or _buckets(op)]
+        builder = Builder(workers, Path(directory), args.cc)
+        print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
+        request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
+        try:
+            gflops = workers.ask(request, 120)
+        except WorkerError as error:
+            expected = "expected one that the measuring machine runs"
+            raise DsaError(f"tune: target: {expected}, got {target}: {error}") from error
+        options = Options(
+            trials=args.trials,
+            timeout=args.timeout,
+            threads=tuple(gflops),
+            output=args.output,
+            machine=f"rpc {remote.key}" if remote else f"{env.cpu_model()}, {cpus} CPUs",
+            gflops=gflops,
+            remote=remote,
+            seed=args.seed,
+        )
+        with Progress(len(tasks) * args.trials) as progress:
+            limits = ", ".join(f"{rate:.0f} GFLOP/s with {n}" for n, rate in gflops.items())
+            progress.say(f"{target} on {options.machine}; the limit of its multiply-adds: {limits} threads")
+            finals = Job(options, tasks, workers, builder).run(progress)
+    print("\n".join(summary(tasks, finals)))
+
+
+def summary(tasks: Sequence[Task], finals: Sequence[Record]) -> list[str]:
+    """A table of DEFAULT against the best final of every task, and the tasks where nothing held."""
+    rows, kept = [], []
+    for task in tasks:
+        mine = [f for f in finals if f.op == task.op and f.shape == task.shape]
+        holding = [f for f in mine if f.speedup > 1 and min(f.speedups.values()) >= _HOLDS]
+        if not holding:
+            measured = f"the best of {len(mine)} did not hold" if mine else "no candidate was faster"
+            kept.append(f"{task.title}: DEFAULT stays: {measured}")
+            continue
+        best = max(holding, key=lambda f: f.speedup)
+        for threads, speedup in best.speedups.items():
+            tuned = statistics.median(best.seconds[threads])
+            default = statistics.median(best.default_seconds[threads])
+            share = best.roof[threads] / tuned
+            cells = [duration(default), duration(tuned), f"{speedup:.2f}", f"{share:.2f}"]
+            rows.append([task.title, str(threads), *cells])
+    header = ["kernel and size", "threads", "DEFAULT", "tuned", "ratio", "of roof"]
+    return [*(table(header, rows) if rows else []), *kept]
+
+
+def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:
+    if args.op != "all" and args.op not in BUCKETS:
+        raise ArgumentError(f"tune: operator: expected all or one of {', '.join(BUCKETS)}, got {args.op!r}")
+    if args.trials < 1:
+        raise ArgumentError(f"tune: trials: expected at least 1, got {args.trials}")
+    if not args.timeout > 0:
+        raise ArgumentError(f"tune: timeout: expected a positive number of seconds, got {args.timeout}")
+    for threads in args.threads:
+        if not 1 <= threads <= 1024:
+            raise ArgumentError(f"tune: threads: expected 1..1024, got {threads}")
+    remote = fleet.parse(args.rpc, args.key) if args.rpc else None
+    if args.key and not remote:
+        raise ArgumentError("tune: key: expected --rpc HOST:PORT beside it, got none")
+    return remote, presets.get(args.preset), [parse_shape(text) for text in args.shapes]
+
+
+def _try_output(directory: Path) -> None:
+    """Now, not after the first minutes of measuring."""
+    probe = directory / f".{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise DsaError(f"tune: output: expected a directory to write to, got {directory}: {error}") from error
+
+
+def _buckets(op: str) -> list[tuple[int, int]]:
+    return [(s_q, s_kv) for s_q, lengths in BUCKETS[op].items() for s_kv in lengths]

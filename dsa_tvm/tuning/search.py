@@ -1,0 +1,228 @@
+"""MetaSchedule's evolutionary search with an XGBoost cost model over the decisions of one kernel.
+
+Two things MetaSchedule lacks for such a space are added: a mutator that changes a categorical decision, and a cost
+model that sees the decisions themselves (the stand-in that is scheduled has no loops to extract features from).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.ir.utils import derived_object
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule.feature_extractor import PyFeatureExtractor
+from tvm.s_tir.meta_schedule.mutator import PyMutator
+from tvm.s_tir.meta_schedule.postproc import PyPostproc
+
+from ..schedules import space
+
+Decisions = Mapping[str, int]
+
+#: Measured trials before the cost model is believed.
+_WARMUP = 12
+#: What a candidate that failed counts as. The cost model weighs an example by its speed: one of MetaSchedule's usual
+#: 1e10 seconds would teach it nothing.
+_FAILED_SPEEDUP = 0.25
+
+
+class Search:
+    """Proposes decisions, learns from what they turned out to be worth.
+
+    Parameters
+    ----------
+    op : str
+        Names the workload.
+    module : module
+        Kernel module: Decisions, DEFAULT, choices.
+    target : str
+    seed : int
+        Equal seeds and equal answers give equal proposals.
+    batch : int
+        Proposals at a time.
+    """
+
+    def __init__(self, op: str, module: ModuleType, target: str, *, seed: int, batch: int) -> None:
+        self._module, self._choices = module, space.values(module, target)
+        self._random = random.Random(seed)
+        self._batch = batch
+        self._told: set[tuple[int, ...]] = set()
+        self._workload = space.stand_in(op)
+        self._target = tvm.target.Target({"kind": "llvm", "num-cores": 1})
+        self._database = ms.database.MemoryDatabase()
+        self._committed = self._database.commit_workload(self._workload)
+        self._arguments = ms.arg_info.ArgInfo.from_entry_func(self._workload)
+        self._model = ms.cost_model.XGBModel(
+            extractor=_Features(self._choices), num_warmup_samples=_WARMUP, num_tuning_cores=1
+        )
+        generator = ms.space_generator.ScheduleFn(
+            lambda sch: space.apply(sch, self._choices),
+            sch_rules=[],
+            postprocs=[_Legal(module, self._choices)],
+            mutator_probs={_Mutate(self._choices, self._random): 1.0},
+        )
+        strategy = ms.search_strategy.EvolutionarySearch(
+            population_size=64, init_measured_ratio=0.25, init_min_unmeasured=2 * batch, eps_greedy=0.1
+        )
+        with _without_tensor_intrinsics():
+            self._context = ms.TuneContext(
+                self._workload,
+                target=self._target,
+                space_generator=generator,
+                search_strategy=strategy,
+                rand_state=1 + seed % (2**31 - 2),
+                num_threads=1,
+                logger=_silent(),
+            )
+        # The search itself never ends: how many trials there are is the caller's affair.
+        self._context.pre_tuning(2**30, batch, database=self._database, cost_model=self._model)
+
+    @property
+    def size(self) -> int:
+        """Combinations of the choices, those that the factory refuses included."""
+        return math.prod(len(values) for values in self._choices.values())
+
+    def covers(self, decisions: Decisions) -> bool:
+        """Whether the space holds these decisions; those of an older version's record it may not."""
+        names = set(decisions) == set(self._choices)
+        return names and all(decisions[n] in values for n, values in self._choices.items())
+
+    def ask(self) -> list[dict[str, int]]:
+        """Up to a batch of decisions that were not told yet; none when the space is exhausted."""
+        proposals: list[dict[str, int]] = []
+        for candidate in self._context.generate_measure_candidates() or []:
+            self._keep(proposals, space.decisions_of(candidate.sch.trace, self._choices))
+        # Near the end of a small space the evolution returns what it knows: the rest is drawn by lot.
+        for _ in range(200 * self._batch):
+            if len(proposals) >= self._batch:
+                break
+            self._keep(proposals, {n: self._random.choice(values) for n, values in self._choices.items()})
+        return proposals
+
+    def tell(self, trials: list[tuple[Decisions, float | None]]) -> None:
+        """Learn from trials.
+
+        Parameters
+        ----------
+        trials : list of (decisions, speedup)
+            Speedup over the default decisions, measured in the same run; None for a candidate that failed.
+        """
+        candidates, results = [], []
+        for decisions, speedup in trials:
+            self._told.add(self._key(decisions))
+            schedule = Schedule(self._workload)
+            space.apply(schedule, self._choices, decisions)
+            # Relative times: those of different minutes, or of different machines of a fleet, cannot be compared.
+            seconds = 1 / (speedup or _FAILED_SPEEDUP)
+            candidates.append(ms.MeasureCandidate(schedule, self._arguments))
+            results.append(ms.runner.RunnerResult([seconds], None))
+            record = ms.database.TuningRecord(schedule.trace, self._committed, [seconds], self._target, self._arguments)
+            self._database.commit_tuning_record(record)
+        if candidates:
+            self._context.notify_runner_results(candidates, results)
+            self._model.update(self._context, candidates, results)
+
+    def _key(self, decisions: Decisions) -> tuple[int, ...]:
+        return tuple(decisions[name] for name in self._choices)
+
+    def _keep(self, proposals: list[dict[str, int]], decisions: dict[str, int]) -> None:
+        if self._key(decisions) in self._told or decisions in proposals:
+            return
+        if space.is_legal(self._module, decisions) and len(proposals) < self._batch:
+            proposals.append(decisions)
+
+
+@derived_object
+class _Mutate(PyMutator):
+    """Changes one decision of a trace to another value: mostly a neighbouring one, for lengths are ordered."""
+
+    def __init__(self, choices: Mapping[str, tuple[int, ...]], lot: random.Random) -> None:
+        super().__init__()
+        self.choices, self.lot = choices, lot
+
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
+        pass
+
+    def apply(self, trace: Any, _: Any = None) -> Any:
+        instructions = space.samples(trace)
+        free = [i for i, values in enumerate(self.choices.values()) if len(values) > 1]
+        picked = self.lot.choice(free)
+        count = len(list(self.choices.values())[picked])
+        now = int(trace.decisions[instructions[picked]])
+        near = [i for i in (now - 1, now + 1) if 0 <= i < count]
+        far = [i for i in range(count) if i != now]
+        return trace.with_decision(
+            instructions[picked], self.lot.choice(near if self.lot.random() < 0.7 else far), remove_postproc=True
+        )
+
+    def clone(self) -> _Mutate:
+        return _Mutate(self.choices, self.lot)
+
+
+@derived_object
+class _Legal(PyPostproc):
+    """Drops what the kernel factory would refuse."""
+
+    def __init__(self, module: ModuleType, choices: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.module, self.choices = module, choices
+
+    def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
+        pass
+
+    def apply(self, sch: Schedule) -> bool:
+        return space.is_legal(self.module, space.decisions_of(sch.trace, self.choices))
+
+    def clone(self) -> _Legal:
+        return _Legal(self.module, self.choices)
+
+
+@derived_object
+class _Features(PyFeatureExtractor):
+    """The decisions as the features of a candidate, lengths on a logarithmic scale, and the logs of their products.
+
+    The products of two are what registers and caches hold: a tile is keys times heads.
+    """
+
+    def __init__(self, choices: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.choices = choices
+
+    def extract_from(self, context: ms.TuneContext, candidates: list[ms.MeasureCandidate]) -> list[Any]:
+        rows = []
+        for candidate in candidates:
+            logs = np.log2([1.0 + v for v in space.decisions_of(candidate.sch.trace, self.choices).values()])
+            pairs = [logs[i] + logs[j] for i in range(len(logs)) for j in range(i)]
+            rows.append(tvm.runtime.tensor(np.array([[*logs, *pairs]], np.float32)))
+        return rows
+
+
+@contextlib.contextmanager
+def _without_tensor_intrinsics() -> Iterator[None]:
+    """Keeps `TuneContext` from importing TVM's tensor intrinsics, a minute of work for what no CPU kernel uses."""
+    name = "tvm.s_tir.tensor_intrin"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _silent() -> logging.Logger:
+    logger = logging.getLogger("dsa_tvm.tuning.search")
+    logger.setLevel(logging.CRITICAL)
+    for name in ("tvm.s_tir.meta_schedule.cost_model.xgb_model",):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return logger

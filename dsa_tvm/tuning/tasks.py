@@ -1,0 +1,145 @@
+"""What is tuned: one operator at one size on one target, with the inputs it is timed on and those it is checked on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from .. import workload
+from ..errors import ArgumentError
+from ..ops import OPS
+from ..presets import Preset
+from ..workload import Workload
+
+#: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
+_LOAD_BYTES_PER_SECOND = 512e9
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operator at one size.
+
+    Parameters
+    ----------
+    op : str
+        Name of a kernel's operator.
+    target : str
+    preset : Preset
+        The model's sizes.
+    s_q, s_kv : int
+    """
+
+    op: str
+    target: str
+    preset: Preset
+    s_q: int
+    s_kv: int
+
+    @property
+    def variant(self) -> Mapping[str, str]:
+        """Element types that are timed: those of the first variant, float32. The others share its decisions."""
+        return OPS[self.op].variants[0]
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The element types in the order of the operator's type variables."""
+        return tuple(self.variant.values())
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Length of each of the operator's dimensions."""
+        lengths = {"s_q": self.s_q, "s_kv": self.s_kv, **asdict(self.preset)}
+        return {name: lengths[name] for name in OPS[self.op].dims}
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.op} {self.s_q}x{self.s_kv}"
+
+    def inputs(self) -> Workload:
+        """What the candidates are timed on."""
+        return workload.make(self.op, self.preset, self.s_q, self.s_kv)
+
+    def roof(self, gflops: Mapping[int, float]) -> dict[int, float]:
+        """The least seconds a call can take.
+
+        Parameters
+        ----------
+        gflops : mapping
+            The machine's multiply-add limit by number of threads.
+        """
+        ke = np.clip(np.arange(self.s_q) + (self.s_kv - self.s_q + 1), 0, self.s_kv)
+        flops = workload.flops(self.op, {**self.shape, "topk": self.preset.topk}, np.zeros_like(ke), ke)
+        loaded = 4 * self.s_q * self.s_kv if self.op == "topk" else 0
+        return {n: max(flops / rate / 1e9, loaded / _LOAD_BYTES_PER_SECOND / n) for n, rate in gflops.items()}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much measuring.
+
+    Parameters
+    ----------
+    threads : tuple of int
+    seconds : float
+        For each number of threads, both sets together.
+    rounds : tuple of int
+        At least and at most so many turns.
+    """
+
+    threads: tuple[int, ...]
+    seconds: float
+    rounds: tuple[int, int]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``1x32768`` as s_q and s_kv.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    left, _, right = text.partition("x")
+    if not (left.isdecimal() and right.isdecimal() and int(left) >= 1 and int(right) >= 1):
+        raise ArgumentError(f"tune: shapes: expected S_QxS_KV such as 1x32768, got {text!r}")
+    return int(left), int(right)
+
+
+def irregular(task: Task, seed: int = 1) -> Workload:
+    """Small inputs on which a wrong kernel shows: lengths no tile divides, ties, empty and inner ranges, -1 and NaN.
+
+    Every candidate must agree with the float64 reference on them before its time counts.
+    """
+    rng = np.random.default_rng(seed)
+    preset = task.preset
+    heads = replace(preset, h_idx=max(preset.h_idx - 3, 1), h_q=max(preset.h_q - 3, 1))
+    # A row of the selector has to be longer than what it holds back before it cuts.
+    s_kv = 20011 if task.op == "topk" else 3001
+    work = workload.make(task.op, replace(heads, topk=min(preset.topk, 389)), 5, s_kv, seed)
+    inputs = {name: x.copy() for name, x in work.inputs.items()}
+    if "ks" in inputs:
+        # A range inside, an empty one, one key, an end beyond the keys' tail block.
+        inputs["ks"][:] = (7, 1500, 2990, 3000, 0)
+        inputs["ke"][:] = (2001, 1500, 2991, s_kv, s_kv)
+    if task.op == "lightning_indexer":
+        inputs["k"][1999] = np.nan
+    if task.op == "topk":
+        inputs["logits"] = _hard_logits(rng, inputs["logits"].shape)
+    if task.op == "sparse_mla":
+        indices = inputs["indices"]
+        indices[0, ::3] = -1
+        indices[1] = -1
+        indices[2, 1:] = s_kv
+        inputs["kv"][np.setdiff1d(np.arange(s_kv), indices)] = np.nan
+    return replace(work, inputs=inputs)
+
+
+def _hard_logits(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    logits = rng.standard_normal(shape).astype(np.float32)
+    logits[0] = np.round(logits[0] * 4) / 4  # ties, signed zeros among them
+    logits[3:, ::5] = np.nan
+    logits[4] = np.sort(logits[4])  # NaN last; ascending is the worst order for a scan
+    logits[4, 100:200] = -np.inf
+    return logits

@@ -1,0 +1,92 @@
+"""A worker process: compiles candidates and measures them, so that one which crashes or hangs takes nothing along.
+
+Started as ``python -m dsa_tvm.tuning.worker``. Requests and answers are pickles with a length before them, on standard
+input and on what was standard output; whatever else prints goes to standard error, which the parent keeps for a
+crash's last words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import pickle
+import signal
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LENGTH = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+
+
+def send(file: BinaryIO, message: Any) -> None:
+    """Write one message."""
+    data = pickle.dumps(message)
+    file.write(LENGTH.pack(len(data)) + data)
+    file.flush()
+
+
+def receive(file: BinaryIO) -> Any:
+    """Read one message.
+
+    Raises
+    ------
+    EOFError
+        The other side is gone.
+    """
+    head = file.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        raise EOFError
+    data = file.read(LENGTH.unpack(head)[0])
+    return pickle.loads(data)
+
+
+def compile_object(module: str, op: str, target: str, decisions: Mapping[str, int], suffix: str, path: str) -> None:
+    """Compile one candidate's kernel to an object file; `suffix` keeps its symbols apart from another's."""
+    from ..compiler.candidates import compile_kernel
+    from ..ops import OPS
+    from ..schedules import space
+
+    kernels = importlib.import_module(module)
+    chosen = space.kernel_decisions(kernels, decisions)
+    compile_kernel(op, OPS[op].variants[0], target, chosen, suffix, Path(path), kernels)
+
+
+def _handlers() -> dict[str, Callable[..., Any]]:
+    from .measure import machine, measure
+
+    return {"compile": compile_object, "measure": measure, "machine": machine}
+
+
+def main() -> None:
+    """Answer requests until the parent closes its end."""
+    # Dies with a parent that was killed, even in the middle of a candidate that never returns.
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    requests = sys.stdin.buffer
+    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    handlers = _handlers()
+    send(answers, ("ready", None))
+    while True:
+        try:
+            name, arguments = receive(requests)
+        except EOFError:
+            return
+        try:
+            answer = ("done", handlers[name](*arguments))
+        except Exception as error:
+            answer = ("failed", (type(error).__name__, str(error)))
+        send(answers, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The parent's side of the worker processes: requests with a deadline, and a new worker for one that died."""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from types import TracebackType
+from typing import Any
+
+from ..errors import DsaError
+from .worker import receive, send
+
+#: Importing TVM takes five seconds on an idle machine.
+_START_SECONDS = 180.0
+
+Request = tuple[str, tuple[Any, ...]]
+
+
+class WorkerError(DsaError):
+    """A request failed.
+
+    Parameters
+    ----------
+    kind : str
+        Type of the exception in the worker; ``"crashed"`` or ``"timed out"`` where the worker itself went.
+    message : str
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Worker:
+    """One worker process, started when it is first needed and again after it died.
+
+    Parameters
+    ----------
+    environment : dict
+        Environment variables beside those of this process.
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.RLock()
+        self._words: Any = None
+
+    def ask(self, request: Request, seconds: float) -> Any:
+        """The answer to a request.
+
+        Raises
+        ------
+        WorkerError
+            The handler raised, the process died, or `seconds` passed.
+        DsaError
+            No worker can be started.
+        """
+        with self._lock:
+            self.start()
+            process = self._process
+            assert process is not None and process.stdin is not None
+            try:
+                send(process.stdin, request)
+            except OSError:
+                raise self._dead() from None
+            kind, value = self._answer(seconds)
+        if kind == "failed":
+            raise WorkerError(*value)
+        return value
+
+    def kill(self) -> None:
+        """End the process from another thread: whoever waits for its answer is told that it crashed."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def stop(self) -> None:
+        """End the process and forget it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout, self._words):
+                if stream is not None:
+                    stream.close()
+            self._process = None
+
+    def start(self) -> None:
+        """Start the process, unless it runs.
+
+        Raises
+        ------
+        DsaError
+            It does not come up.
+        """
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                return
+            self.stop()
+            self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by `stop`
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dsa_tvm.tuning.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._words,
+                env=self._environment,
+                # Ctrl-C is for the job, which ends its workers itself.
+                start_new_session=True,
+            )
+            try:
+                self._answer(_START_SECONDS)
+            except WorkerError as error:
+                raise DsaError(f"tune: expected a worker process to start, got: {error}") from error
+
+    def _answer(self, seconds: float) -> Any:
+        process = self._process
+        assert process is not None and process.stdout is not None
+        deadline = time.monotonic() + seconds
+        # The first byte is waited for; what follows it comes at once.
+        while not select.select([process.stdout], [], [], 0.2)[0]:
+            if time.monotonic() > deadline:
+                self.stop()
+                raise WorkerError("timed out", f"timed out after {seconds:.0f} s")
+        try:
+            return receive(process.stdout)
+        except EOFError:
+            raise self._dead() from None
+
+    def _dead(self) -> WorkerError:
+        assert self._process is not None
+        status = self._process.wait()
+        self._words.seek(0)
+        last = self._words.read().decode(errors="replace").strip().splitlines()[-1:]
+        self.stop()
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return WorkerError("crashed", f"crashed: {how}{''.join(f' ({line})' for line in last)}")
+
+
+class Workers:
+    """Several workers, used as a context manager; leaving it kills them all.
+
+    Parameters
+    ----------
+    count : int
+    environment : dict, optional
+    """
+
+    def __init__(self, count: int, environment: dict[str, str] | None = None) -> None:
+        self._all = [Worker(environment) for _ in range(count)]
+        # These threads live as long as the workers: Linux tells a process that its parent died when the thread that
+        # started it ends.
+        self._threads = ThreadPoolExecutor(count)
+
+    def __enter__(self) -> Workers:
+        # All at once and before they are needed: the caller has TVM to import as well.
+        for worker in self._all:
+            self._threads.submit(worker.start)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for worker in self._all:
+            worker.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._all:
+            worker.stop()
+
+    def ask(self, request: Request, seconds: float) -> Any:
+        """The answer to one request.
+
+        Raises
+        ------
+        WorkerError
+        """
+        ((_, answer),) = self.map([request], seconds, 1)
+        if isinstance(answer, WorkerError):
+            raise answer
+        return answer
+
+    def map(
+        self, requests: Sequence[Request], seconds: float, parallel: int = 0
+    ) -> Iterator[tuple[int, Any | WorkerError]]:
+        """Answers as they come, each with the position of its request; a failed request's answer is its error.
+
+        Parameters
+        ----------
+        requests : sequence
+        seconds : float
+            For each request.
+        parallel : int
+            Workers to use; 0 for all.
+        """
+        free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        # The first ones always: they keep what they have loaded.
+        for worker in self._all[: parallel or len(self._all)]:
+            free.put(worker)
+
+        def answer(request: Request) -> Any:
+            worker = free.get()
+            try:
+                return worker.ask(request, seconds)
+            except WorkerError as error:
+                return error
+            finally:
+                free.put(worker)
+
+        futures = {self._threads.submit(answer, request): i for i, request in enumerate(requests)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
