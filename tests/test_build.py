@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import indexer_inputs
+from compare import assert_close
+from other_library import in_use
+from samples import attention_inputs, indexer_inputs
+from tuning_records import make
 
 import dsa_tvm
-from dsa_tvm import library
+from dsa_tvm import library, presets
 from dsa_tvm.ops import OPS
+from dsa_tvm.records import Log
+from dsa_tvm.spec import INT32_MAX
 
 pytest.importorskip("tvm", reason="building needs apache-tvm")
 
@@ -27,23 +33,122 @@ def cli(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_other_sizes(tmp_path, monkeypatch):
+#: Decisions that a search might have found, by the bucket they won.
+FOUND = {
+    ("lightning_indexer", 1, 2048): {"rows": 1, "min_keys": 64, "tasks_per_thread": 2},
+    ("topk", 1, 4096): {"slack": 512, "scan": 48, "sample": 128},
+    ("topk", 16, 32768): {"slack": 4096, "scan": 128, "sample": 1024},
+    ("sparse_mla", 16, 32768): {"block_keys": 96},
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A library for more sizes, from a directory of records, some of them damaged or of no use."""
+    from dsa_tvm.schedules import CPU
+
+    target = dsa_tvm.active_target()
+    logs, out = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("lib")
+    kinds = {"kind": "final", "target": target}
+    for (op, s_q, s_kv), changed in FOUND.items():
+        decisions = asdict(CPU[op].DEFAULT[target]) | changed
+        Log(logs / target / f"{op}.jsonl").append(make(op, (s_q, s_kv), decisions=decisions, **kinds))
+    topk = Log(logs / target / "topk.jsonl")
+    # Faster, if they were true: one that never gets ahead, one that the factory refuses, one of another version.
+    for wrong in ({"slack": 2048, "scan": 0, "sample": 128}, {"slack": 2048, "scan": 17, "sample": 128}, {"wide": 1}):
+        topk.append(make("topk", (1, 32768), (9, 9), decisions=wrong, **kinds))
+    with open(topk.path, "a") as file:
+        file.write("not a record\n")
+    sizes = ("--d-idx", 96, "--d-v", 256)
+    return out / library.LIBRARY_NAME, cli("build", *sizes, "--records", logs, "--target", target, "--out", out)
+
+
+def test_other_sizes(tuned):
     """What the error for an unserved size advises works."""
     arguments = indexer_inputs(np.random.default_rng(0), OPS["lightning_indexer"].variants[0], h_idx=5, d_idx=96)
     with pytest.raises(dsa_tvm.ArgumentError, match="dsa-tvm build --d-idx 96"):
         dsa_tvm.lightning_indexer(**arguments)
-    done = cli("build", "--d-idx", 96, "--d-v", 256, "--target", dsa_tvm.active_target(), "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert library.verify(tmp_path / library.LIBRARY_NAME)["served"]["d_idx"] == [32, 64, 96, 128]
-    monkeypatch.setenv("DSA_TVM_LIBRARY", str(tmp_path / library.LIBRARY_NAME))
-    library.load.cache_clear()
-    try:
+    assert library.verify(tuned[0])["served"]["d_idx"] == [32, 64, 96, 128]
+    with in_use(tuned[0]):
         (expected,) = OPS["lightning_indexer"].reference(**arguments)
         np.testing.assert_allclose(dsa_tvm.lightning_indexer(**arguments), expected, rtol=1e-5, atol=1e-5)
         q, kv = np.ones((1, 2, 512), np.float32), np.ones((4, 512), np.float32)
         assert dsa_tvm.sparse_mla(q, kv, np.zeros((1, 1), np.int32), d_v=256)[0].shape == (1, 2, 256)
-    finally:
-        library.load.cache_clear()
+
+
+def test_a_damaged_log_does_not_stop_a_build(tuned):
+    path, done = tuned
+    assert done.returncode == 0, done.stderr
+    assert "topk.jsonl:6: not a JSON record" in done.stderr
+    # DEFAULT's 11, 2 more of topk, 3 of sparse_mla (a type each). Those of the indexer differ in what a task takes.
+    assert "compiling 16 kernels" in done.stderr
+    assert done.stderr.count("leaving out a record of topk") == 3 and "scan: expected 16.." in done.stderr
+    library.verify(path)
+
+
+def test_the_manifest_says_which_decisions_serve_what(tuned):
+    from dsa_tvm.schedules import CPU
+
+    target = dsa_tvm.active_target()
+    rows = library.verify(tuned[0])["kernels"][target]
+    for op, module in CPU.items():
+        default = asdict(module.DEFAULT[target])
+        for s_q, s_kv in {key[1:] for key in FOUND if key[0] == op} | {(1, 32768), (128, 131072)}:
+            row = next(r for r in rows[op] if s_q <= r["s_q"] and s_kv <= r["s_kv"])
+            assert row["decisions"] == default | FOUND.get((op, s_q, s_kv), {}), (op, s_q, s_kv)
+
+
+@pytest.mark.parametrize("s_q", [1, 19])
+@pytest.mark.parametrize("s_kv", [1, 1999, 20011])
+def test_the_buckets_of_a_tuned_library(tuned, s_q, s_kv):
+    """Lengths that no tile divides: the reference's values, and the same bits for any number of threads."""
+    rng = np.random.default_rng(s_kv)
+    width = min(s_kv, 389)
+    index = indexer_inputs(rng, OPS["lightning_indexer"].variants[0], s_q=s_q, s_kv=s_kv, h_idx=9, d_idx=32)
+    index["ke"] = np.maximum(index["ke"], 0)
+    attention = attention_inputs(rng, "float32", s_q=s_q, s_kv=s_kv, h_q=9, topk=width)
+    logits = rng.standard_normal((s_q, s_kv)).astype(np.float32)
+    calls = {
+        "lightning_indexer": index,
+        "topk": {"logits": logits, "ks": index["ks"], "ke": index["ke"], "topk": width},
+        "indexer_topk": index | {"topk": width},
+        "sparse_mla": attention | {"sm_scale": 576**-0.5, "d_v": 512},
+    }
+    with in_use(tuned[0]):
+        for op, arguments in calls.items():
+            alone = as_tuple(getattr(dsa_tvm, op)(**arguments, num_threads=1))
+            for num_threads in range(2, 9):
+                others = as_tuple(getattr(dsa_tvm, op)(**arguments, num_threads=num_threads))
+                assert all(map(np.array_equal, others, alone)), (op, num_threads)
+            if op == "indexer_topk":  # the reference ranks float64 logits; near ties it may differ
+                arguments = calls["topk"] | {"logits": dsa_tvm.lightning_indexer(**index)}
+            reference = OPS[op.removeprefix("indexer_")].reference(**arguments)
+            for tensor, actual, expected in zip(OPS[op].outputs, alone, reference, strict=True):
+                assert_close(actual, expected, OPS[op].tolerance.get(tensor.name, {}).get("float32"))
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_without_records_every_kernel_is_the_default_one(monkeypatch):
+    from dsa_tvm.schedules import CPU
+
+    from dsa_tvm import build, records
+    from dsa_tvm.compiler import plan
+
+    parser = argparse.ArgumentParser()
+    build.add_arguments(parser)
+    logs = []
+    monkeypatch.setattr(build, "build", lambda out, **options: logs.append(options["logs"]))
+    for arguments in ([], ["--records", "none"], ["--records", "somewhere"]):
+        build.run(parser.parse_args(["--out", "lib", *arguments]), "0")
+    assert logs == [records.default_directory(), None, Path("somewhere")] and logs[0].is_dir()
+    rows = plan.make(["x86-64-v3"], [], presets.get("glm-5"), pytest.fail)["x86-64-v3"]
+    for op, module in CPU.items():
+        (row,) = rows[op]
+        assert row.decisions == asdict(module.DEFAULT["x86-64-v3"])
+        assert row.s_q_max == row.s_kv_max == INT32_MAX
 
 
 @pytest.mark.parametrize(
@@ -53,6 +158,8 @@ def test_other_sizes(tmp_path, monkeypatch):
         (["--d-idx", "7"], "d_idx: expected a multiple of 32"),
         (["--d-v", "2048"], "d_v: expected a multiple of 64 in 64..1024, got 2048"),
         (["--cc", "no-such-compiler"], "cc: expected a C compiler"),
+        (["--records", "no-such-directory"], "tuning logs: expected a directory, got "),
+        (["--preset", "no-such-model"], "preset: expected one of"),
     ],
 )
 def test_refusals(tmp_path, arguments, words):
@@ -78,15 +185,12 @@ def test_every_level_this_cpu_runs(target):
 
 def test_decisions_that_do_not_divide_are_refused():
     """A tile that does not fit would leave part of the output unwritten."""
-    from dsa_tvm.schedules import CPU, default_decisions
+    from dsa_tvm.schedules import CPU
 
-    decisions = default_decisions("x86-64-v3")
     wrong = {"lightning_indexer": {"block_keys": 49}, "topk": {"scan": 17}, "sparse_mla": {"values": 48}}
     for op, module in CPU.items():
-        changed = replace(decisions[op], **wrong[op])
-        variant = OPS[op].variants[0]
         with pytest.raises(ValueError, match=f"{op}: decisions that do not divide"):
-            module.tensor_ir(*((variant, changed) if variant else (changed,)))
+            replace(module.DEFAULT["x86-64-v3"], **wrong[op])
 
 
 AARCH64_CC = "aarch64-linux-gnu-gcc"
@@ -94,10 +198,11 @@ EMULATOR = "qemu-aarch64"
 
 
 def test_aarch64_kernels_compile(tmp_path):
-    from dsa_tvm.build import compile_objects
+    from dsa_tvm.compiler import objects, plan
 
-    built = compile_objects(["aarch64"], tmp_path, lambda line: None)
-    header = built["aarch64"]["object"].read_bytes()[:20]
+    rows = plan.make(["aarch64"], [], presets.get("glm-5"), pytest.fail)
+    built = objects.compile_objects(rows, tmp_path, lambda line: None)
+    header = built["aarch64"].object.read_bytes()[:20]
     assert header[:4] == b"\x7fELF" and header[18] == 183  # EM_AARCH64
 
 

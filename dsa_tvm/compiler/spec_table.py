@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .ops import OPS
-from .spec import DLPACK_TYPES, ONNX_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
+from ..ops import OPS
+from ..spec import DLPACK_TYPES, ONNX_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
 
 _UNSIGNED = 1  # DLPack's code
 _DTYPES = tuple(DLPACK_TYPES)

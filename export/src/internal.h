@@ -90,7 +90,8 @@ dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *e
 struct dsa_executor dsa_openmp_executor(int32_t num_threads);
 int dsa_default_threads(void);
 
-/* kernels.c: the compiled kernels of one target. An entry takes packed arguments: TVM's calling convention. */
+/* TVM's calling convention: packed arguments. */
+enum { TVM_NONE = 0, TVM_INT = 1, TVM_FLOAT = 3, TVM_TENSOR_POINTER = 7, TVM_TENSOR_OBJECT = 70 };
 struct tvm_any {
   int32_t type_index;
   uint32_t padding;
@@ -102,18 +103,41 @@ struct tvm_any {
 };
 typedef int (*dsa_kernel)(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result);
 
-struct kernel_set {
-  const char *target;
-  dsa_kernel lightning_indexer[NUM_DTYPES][NUM_DTYPES]; /* by element types of q and k */
-  dsa_kernel topk;
-  dsa_kernel sparse_mla[NUM_DTYPES];
-  int64_t indexer_rows, indexer_task_keys, indexer_block_keys;
-  int64_t mla_heads, mla_task_heads;
+/* The compiled kernels of one operator, and what the cutting into tasks must know of them. A table has a row for each
+ * size they were chosen for: the first row that serves a call's lengths is taken, and the last one serves all. */
+struct indexer_kernel {
+  int64_t s_q, s_kv;                        /* the largest lengths it serves */
+  dsa_kernel entry[NUM_DTYPES][NUM_DTYPES]; /* by element types of q and k; NULL: not compiled */
+  int64_t rows, task_keys, block_keys, min_keys, tasks_per_thread;
 };
 
-/* The kernels for this CPU; NULL with an error set where there are none. */
+struct topk_kernel {
+  int64_t s_q, s_kv;
+  dsa_kernel entry;
+};
+
+struct mla_kernel {
+  int64_t s_q, s_kv;
+  dsa_kernel entry[NUM_DTYPES];
+  int64_t heads, task_heads;
+};
+
+/* One target's rows: the whole tables, or those picked for a call. */
+struct kernel_set {
+  const char *target;
+  const struct indexer_kernel *indexer;
+  const struct topk_kernel *topk;
+  const struct mla_kernel *mla;
+};
+
+/* Generated; best target first. */
+extern const struct kernel_set dsa_kernel_sets[];
+extern const int dsa_num_kernel_sets;
+
+/* choose.c: the kernels for this CPU; NULL with an error set where there are none. */
 const struct kernel_set *dsa_kernels(void);
 
+/* kernels.c: calls of compiled kernels. */
 struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor);
 struct tvm_any dsa_arg_int(int64_t value);
 struct tvm_any dsa_arg_float(double value);

@@ -1,15 +1,8 @@
-/* The compiled kernels: which set this CPU runs, and the few services their code asks of its host. */
-#include <pthread.h>
+/* Calls of compiled kernels, and the few services their code asks of its host. */
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "internal.h"
-
-/* Declares every kernel and defines kernel_sets[], best first: generated. */
-#include "kernels.h"
-
-enum { TVM_INT = 1, TVM_FLOAT = 3, TVM_TENSOR = 7 };
 
 static _Thread_local char kernel_message[512];
 static _Thread_local int out_of_memory;
@@ -39,60 +32,13 @@ static int release(int device_type, int device_id, void *p) {
 extern void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) __attribute__((weak));
 extern int (*__TVMBackendFreeWorkspace)(int, int, void *) __attribute__((weak));
 
-static int cpu_runs(const char *target) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  int v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt");
-  int v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2");
-  int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  if (!strcmp(target, "x86-64-v2")) return v2;
-  if (!strcmp(target, "x86-64-v3")) return v3;
-  return !strcmp(target, "x86-64-v4") && v4;
-#elif defined(__aarch64__)
-  return !strcmp(target, "aarch64");
-#else
-  (void)target;
-  return 0;
-#endif
-}
-
-static const struct kernel_set *chosen;
-static char refusal[256];
-
-static void choose(void) {
+__attribute__((constructor)) static void offer_services(void) {
   if (&__TVMBackendAllocWorkspace) __TVMBackendAllocWorkspace = allocate;
   if (&__TVMBackendFreeWorkspace) __TVMBackendFreeWorkspace = release;
-  const char *wanted = getenv("DSA_TVM_TARGET");
-  char built[128] = "";
-  for (size_t i = 0; i < sizeof kernel_sets / sizeof kernel_sets[0]; i++) {
-    const struct kernel_set *set = &kernel_sets[i];
-    size_t used = strlen(built);
-    snprintf(built + used, sizeof built - used, used ? ", %s" : "%s", set->target);
-    if (chosen || (wanted && *wanted && strcmp(wanted, set->target))) continue;
-    if (cpu_runs(set->target))
-      chosen = set;
-    else if (wanted && *wanted)
-      snprintf(refusal, sizeof refusal, "DSA_TVM_TARGET: expected a target this CPU runs, got %s", wanted);
-  }
-  if (chosen || refusal[0]) return;
-  if (wanted && *wanted)
-    snprintf(refusal, sizeof refusal, "DSA_TVM_TARGET: expected one of %s, got %.64s", built, wanted);
-  else
-    snprintf(refusal, sizeof refusal, "this CPU runs none of the library's targets (%s)", built);
-}
-
-const struct kernel_set *dsa_kernels(void) {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
-  pthread_once(&once, choose);
-  if (!chosen) dsa_fail(DSA_TVM_UNSUPPORTED, "%s", refusal);
-  return chosen;
 }
 
 struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor) {
-  struct tvm_any any = {TVM_TENSOR, 0, {.p = tensor}};
+  struct tvm_any any = {TVM_TENSOR_POINTER, 0, {.p = tensor}};
   return any;
 }
 
@@ -110,7 +56,9 @@ void dsa_call_kernel(struct dsa_outcome *outcome, dsa_kernel kernel, const struc
   struct tvm_any result = {0, 0, {0}};
   kernel_message[0] = '\0';
   out_of_memory = 0;
-  if (kernel(NULL, args, num_args, &result) == 0) return;
+  /* A library made for measuring lacks most kernels. */
+  if (!kernel) snprintf(kernel_message, sizeof kernel_message, "no kernel for these element types in this library");
+  if (kernel && kernel(NULL, args, num_args, &result) == 0) return;
   /* Several tasks may fail at once; the first one's message is kept. */
 #pragma omp critical(dsa_outcome)
   if (!outcome->failed) {

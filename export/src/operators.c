@@ -41,7 +41,7 @@ static dsa_tvm_status finish(const struct dsa_call *call, const struct dsa_outco
 static struct scoring scoring_of(const struct dsa_call *call, int k_scale, const struct kernel_set *kernels,
                                  struct dsa_outcome *outcome) {
   struct scoring s = {.outcome = outcome,
-                      .kernel = kernels->lightning_indexer[call->type[0]][call->type[1]],
+                      .kernel = kernels->indexer->entry[call->type[0]][call->type[1]],
                       .q = view(&call->in[0]),
                       .k = view(&call->in[1]),
                       .weights = view(&call->in[2]),
@@ -59,7 +59,7 @@ static dsa_tvm_status run_lightning_indexer(const struct dsa_call *call, const s
   struct scoring s = scoring_of(call, 5, kernels, &outcome);
   s.logits = view(&call->out[0]);
   s.m1 = call->dim[DIM_S_Q];
-  dsa_score(&s, kernels, executor);
+  dsa_score(&s, kernels->indexer, executor);
   return finish(call, &outcome);
 }
 
@@ -67,7 +67,7 @@ static dsa_tvm_status run_topk(const struct dsa_call *call, const struct kernel_
                                const struct dsa_executor *executor) {
   struct dsa_outcome outcome = {0};
   struct selection s = {.outcome = &outcome,
-                        .kernel = kernels->topk,
+                        .kernel = kernels->topk->entry,
                         .logits = view(&call->in[0]),
                         .ks = view(&call->in[1]),
                         .ke = view(&call->in[2]),
@@ -92,7 +92,7 @@ static dsa_tvm_status no_memory(const struct dsa_call *call, const char *what) {
 static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *call, int k_scale,
                                      const struct kernel_set *kernels, const struct dsa_executor *executor,
                                      struct dsa_outcome *outcome) {
-  x->group = minimum(call->dim[DIM_S_Q], kernels->indexer_rows * executor->threads);
+  x->group = minimum(call->dim[DIM_S_Q], kernels->indexer->rows * executor->threads);
   x->scoring = scoring_of(call, k_scale, kernels, outcome);
   x->scoring.only_visible = 1;
   x->logits_shape[0] = x->group;
@@ -101,7 +101,7 @@ static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *
   if (!logits) return no_memory(call, "logits");
   x->scoring.logits = workspace(logits, DSA_TVM_FLOAT, x->logits_shape, 2);
   x->selection = (struct selection){.outcome = outcome,
-                                    .kernel = kernels->topk,
+                                    .kernel = kernels->topk->entry,
                                     .logits = x->scoring.logits,
                                     .ks = x->scoring.ks,
                                     .ke = x->scoring.ke};
@@ -113,7 +113,7 @@ static void index_group(struct indexing *x, int64_t m0, int64_t m1, int64_t out0
   x->scoring.m0 = x->selection.m0 = m0;
   x->scoring.m1 = m1;
   x->selection.out0 = out0;
-  dsa_score(&x->scoring, kernels, executor);
+  dsa_score(&x->scoring, kernels->indexer, executor);
   if (!x->scoring.outcome->failed) dsa_select(&x->selection, m1 - m0, executor);
 }
 
@@ -134,7 +134,7 @@ static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct k
                                      const struct dsa_executor *executor) {
   struct dsa_outcome outcome = {0};
   struct attention a = {.outcome = &outcome,
-                        .kernel = kernels->sparse_mla[call->type[0]],
+                        .kernel = kernels->mla->entry[call->type[0]],
                         .q = view(&call->in[0]),
                         .kv = view(&call->in[1]),
                         .indices = view(&call->in[2]),
@@ -148,7 +148,7 @@ static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct k
                         .has_sink = call->present[3],
                         .has_length = call->present[4]};
   if (!a.has_length) a.length.dtype.code = DSA_TVM_INT;
-  dsa_attend(&a, call->dim[DIM_S_Q], kernels, executor);
+  dsa_attend(&a, call->dim[DIM_S_Q], kernels->mla, executor);
   return finish(call, &outcome);
 }
 
@@ -165,7 +165,7 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
   if (indices && max_logits) {
     x.selection.indices = workspace(indices, DSA_TVM_INT, indices_shape, 2);
     struct attention a = {.outcome = &outcome,
-                          .kernel = kernels->sparse_mla[call->type[0]],
+                          .kernel = kernels->mla->entry[call->type[0]],
                           .q = view(&call->in[5]),
                           .kv = view(&call->in[6]),
                           .indices = x.selection.indices,
@@ -181,7 +181,7 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
       int64_t stop = minimum(m + x.group, s_q);
       index_group(&x, m, stop, 0, kernels, executor);
       a.m0 = m;
-      if (!outcome.failed) dsa_attend(&a, stop - m, kernels, executor);
+      if (!outcome.failed) dsa_attend(&a, stop - m, kernels->mla, executor);
     }
     status = finish(call, &outcome);
   } else {
@@ -193,6 +193,17 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
   return status;
 }
 
+/* The rows for a call: by its own lengths, for those of a group of queries depend on the number of threads, on which no
+ * bit of a result may. */
+static struct kernel_set pick(const struct kernel_set *kernels, const struct dsa_call *call) {
+  int64_t s_q = call->dim[DIM_S_Q], s_kv = call->dim[DIM_S_KV];
+  struct kernel_set rows = *kernels;
+  while (s_q > rows.indexer->s_q || s_kv > rows.indexer->s_kv) rows.indexer++;
+  while (s_q > rows.topk->s_q || s_kv > rows.topk->s_kv) rows.topk++;
+  while (s_q > rows.mla->s_q || s_kv > rows.mla->s_kv) rows.mla++;
+  return rows;
+}
+
 dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *executor) {
   static dsa_tvm_status (*const run[NUM_OPS])(const struct dsa_call *, const struct kernel_set *,
                                               const struct dsa_executor *) = {
@@ -200,5 +211,7 @@ dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *e
       [OP_SPARSE_MLA] = run_sparse_mla,               [OP_DSA_ATTENTION] = run_dsa_attention,
   };
   const struct kernel_set *kernels = dsa_kernels();
-  return kernels ? run[call->op - dsa_ops](call, kernels, executor) : DSA_TVM_UNSUPPORTED;
+  if (!kernels) return DSA_TVM_UNSUPPORTED;
+  struct kernel_set rows = pick(kernels, call);
+  return run[call->op - dsa_ops](call, &rows, executor);
 }

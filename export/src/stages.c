@@ -2,8 +2,6 @@
  * depend on the number of threads or on where the cuts fall. */
 #include "stages.h"
 
-enum { TASKS_PER_THREAD = 4 }; /* enough for dynamic scheduling to even out tasks of different lengths */
-
 static int any_visible(const struct scoring *s, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const int32_t *ks = s->ks.data, *ke = s->ke.data;
   for (int64_t m = m0; m < m1; m++)
@@ -24,18 +22,18 @@ static void score_task(void *arg, int64_t index) {
   dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
 }
 
-void dsa_score(struct scoring *s, const struct kernel_set *kernels, const struct dsa_executor *executor) {
-  int64_t queries = s->m1 - s->m0;
+void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct dsa_executor *executor) {
+  int64_t queries = s->m1 - s->m0, block = cut->block_keys;
   if (!queries || !s->s_kv) return;
-  s->rows = minimum(kernels->indexer_rows, queries);
+  s->rows = minimum(cut->rows, queries);
   int64_t row_tasks = divide_up(queries, s->rows);
-  int64_t wanted = executor->threads > 1 ? (int64_t)TASKS_PER_THREAD * executor->threads : 1;
+  /* Several tasks for each thread, so that dynamic scheduling evens out those of different lengths. */
+  int64_t wanted = executor->threads > 1 ? cut->tasks_per_thread * executor->threads : 1;
   /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
-  s->keys = kernels->indexer_task_keys;
+  s->keys = cut->task_keys;
   if (row_tasks * divide_up(s->s_kv, s->keys) < wanted)
-    s->keys = divide_up(divide_up(s->s_kv * row_tasks, wanted), kernels->indexer_block_keys) *
-              kernels->indexer_block_keys;
-  if (s->keys < 256) s->keys = divide_up(256, kernels->indexer_block_keys) * kernels->indexer_block_keys;
+    s->keys = divide_up(divide_up(s->s_kv * row_tasks, wanted), block) * block;
+  if (s->keys < cut->min_keys) s->keys = divide_up(cut->min_keys, block) * block;
   s->key_tasks = divide_up(s->s_kv, s->keys);
   executor->parallel_for(executor->state, row_tasks * s->key_tasks, score_task, s);
 }
@@ -74,10 +72,10 @@ static void attend_task(void *arg, int64_t index) {
   dsa_call_kernel(a->outcome, a->kernel, args, sizeof args / sizeof args[0]);
 }
 
-void dsa_attend(struct attention *a, int64_t queries, const struct kernel_set *kernels,
+void dsa_attend(struct attention *a, int64_t queries, const struct mla_kernel *cut,
                 const struct dsa_executor *executor) {
-  int64_t tile = kernels->mla_heads;
-  a->heads = kernels->mla_task_heads;
+  int64_t tile = cut->heads;
+  a->heads = cut->task_heads;
   /* Few queries: fewer heads to a task, down to one register tile, until every thread has work. */
   while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < executor->threads)
     a->heads = divide_up(a->heads / 2, tile) * tile;

@@ -16,7 +16,7 @@ struct scoring {
   int scaled;
   int only_visible; /* nobody reads a logit outside [ks, ke) */
 };
-void dsa_score(struct scoring *s, const struct kernel_set *kernels, const struct dsa_executor *executor);
+void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct dsa_executor *executor);
 
 /* Selection: queries [m0, m1), whose logits stand from row 0 on, into the rows of `indices` from out0 on. */
 struct selection {
@@ -36,7 +36,7 @@ struct attention {
   double sm_scale;
   int has_sink, has_length;
 };
-void dsa_attend(struct attention *a, int64_t queries, const struct kernel_set *kernels,
+void dsa_attend(struct attention *a, int64_t queries, const struct mla_kernel *cut,
                 const struct dsa_executor *executor);
 
 #endif

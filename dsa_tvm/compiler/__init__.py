@@ -1,0 +1,1 @@
+"""From OpSpecs, kernels and decisions to shared libraries."""

@@ -1,0 +1,78 @@
+"""The C files around the compiled kernels, and the C compiler that links them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import BuildError
+from ..library import LIBRARY_NAME
+
+#: What runs a checked call.
+CORE = ("check.c", "error.c", "kernels.c", "operators.c", "stages.c", "threads.c")
+_DOORS = ("api.c", "choose.c", "ort.c", "ort_kernel.c", "ort_schema.c")
+#: specs.c and table.c are generated into the working directory.
+GENERATED = ("specs.c", "table.c")
+_FLAGS = ("-std=gnu11", "-g0", "-Wall", "-Wextra", "-Werror=implicit-function-declaration")
+
+
+def export_directory() -> Path:
+    """Where the C files are: in the package, or beside it in a source checkout."""
+    package = Path(__file__).parent.parent
+    installed = package / "export"
+    return installed if installed.is_dir() else package.parent / "export"
+
+
+def expect_compiler(cc: str) -> None:
+    """Raise `BuildError` unless `cc` is on PATH."""
+    if not shutil.which(cc):
+        raise BuildError(f"cc: expected a C compiler, got {cc}, which is not on PATH")
+
+
+def run(command: Sequence[str], text: str | None = None, directory: Path | None = None) -> None:
+    """Run the compiler, on `text` perhaps. Raises `BuildError` with its own words."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def flags(work: Path) -> list[str]:
+    """How every C file is compiled, except for which machine and how well; `work` holds specs.h."""
+    export = export_directory()
+    includes = (str(work), str(export / "src"), str(export / "include"))
+    return [*_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp", *(f"-I{path}" for path in includes)]
+
+
+def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
+    """Compile the C files and link them with compiled kernels.
+
+    Parameters
+    ----------
+    objects : iterable of Path
+    work : Path
+        Holds the generated files.
+    cc : str
+
+    Returns
+    -------
+    Path
+        The library, in `work`.
+    """
+    export = export_directory()
+    library = work / LIBRARY_NAME
+    run(
+        [
+            *(cc, "-O2", *flags(work), "-shared"),
+            *(str(export / "src" / name) for name in (*CORE, *_DOORS)),
+            *(str(work / name) for name in GENERATED),
+            *map(str, objects),
+            # nodelete: ONNX Runtime unloads the library with the last SessionOptions, and whoever else does so may
+            # have its OpenMP threads alive; each time it came back it would leave some memory behind.
+            *("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
+            f"-Wl,--version-script={export / 'exports.map'}",
+            *("-lm", "-lpthread", "-o", str(library)),
+        ]
+    )
+    return library

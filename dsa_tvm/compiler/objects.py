@@ -1,0 +1,93 @@
+"""TensorIR -> object files, by TVM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi
+
+from ..ops import OPS
+from ..schedules import CPU, CPU_TARGETS
+from .kernel_table import Kernels
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The kernels of one target.
+
+    Parameters
+    ----------
+    object : Path
+        Holds them all.
+    kernels : mapping
+        Operator to the rows of its table.
+    """
+
+    object: Path
+    kernels: Mapping[str, Sequence[Kernels]]
+
+
+def symbol(op: str, types: Iterable[str], target: str, suffix: str) -> str:
+    """Name of a kernel. It tells the target too, because the objects of several are linked together."""
+    return "__".join((op, *types, target.replace("-", "_"), suffix))
+
+
+def write_object(functions: Mapping[str, tvm.tirx.PrimFunc], target: str, path: Path) -> None:
+    """Compile kernels, by their symbols, for a CPU target into one object file."""
+    tvm_target = tvm.target.Target(CPU_TARGETS[target])
+    module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
+    with tvm_target:
+        executable = tvm.compile(module, target=tvm_target)
+    executable.mod.write_to_file(str(path), "o")
+
+
+def _added(
+    functions: dict[str, tvm.tirx.PrimFunc], op: str, variant: Mapping[str, str], target: str, decisions: Any
+) -> str:
+    """The symbol of a kernel among `functions`, which it joins unless one of equal code is there."""
+    function = CPU[op].tensor_ir(variant, decisions)
+    for name, known in functions.items():
+        if tvm_ffi.structural_equal(known, function):
+            return name
+    name = symbol(op, variant.values(), target, str(len(functions)))
+    functions[name] = function
+    return name
+
+
+def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]) -> dict[str, Compiled]:
+    """Compile every kernel of a plan, equal ones once: rows may differ in decisions that do not shape the code.
+
+    Parameters
+    ----------
+    plan : mapping
+        Target to operator to rows.
+    directory : Path
+        Receives ``<target>.o``.
+    progress : callable
+        Takes a line of text for every target.
+
+    Returns
+    -------
+    dict
+        Target to `Compiled`.
+    """
+    built = {}
+    for target, tables in plan.items():
+        functions: dict[str, tvm.tirx.PrimFunc] = {}
+        kernels: dict[str, list[Kernels]] = {}
+        for op, rows in tables.items():
+            kernels[op] = []
+            for row in rows:
+                decisions = CPU[op].Decisions(**row.decisions)
+                symbols = {tuple(v.values()): _added(functions, op, v, target, decisions) for v in OPS[op].variants}
+                kernels[op].append(Kernels(row.s_q_max, row.s_kv_max, decisions, symbols))
+        progress(f"compiling {len(functions)} kernels for {target}")
+        path = directory / f"{target}.o"
+        write_object(functions, target, path)
+        built[target] = Compiled(path, kernels)
+    return built

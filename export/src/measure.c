@@ -1,0 +1,140 @@
+/* The door of a library made for measuring: one operator, with the default kernels and a candidate's, for TVM's runtime
+ * to call on this machine or through its RPC on another. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <omp.h>
+
+#include "internal.h"
+#include "measure.h"
+
+#define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
+
+enum { TVM_OBJECT_HEADER = 24 }; /* bytes before the DLTensor of a tensor object */
+enum { MOST_MILLISECONDS = 60000 };
+
+/* TVM's own: the process that calls us has it. Weak, so that the linker can find whatever else is missing. */
+void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) __attribute__((weak));
+
+static const struct op_spec *const op = &dsa_ops[MEASURED_OP];
+
+/* Which kernel set the calling thread asked for. */
+static _Thread_local int64_t chosen;
+
+const struct kernel_set *dsa_kernels(void) { return &dsa_kernel_sets[chosen]; }
+
+/* TVM unloads a library with the last reference to it, and OpenMP with it: its idle threads would be without code. */
+__attribute__((constructor)) static void keep_openmp(void) {
+  Dl_info openmp;
+  if (dladdr((void *)(uintptr_t)omp_get_wtime, &openmp))
+    dlopen(openmp.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
+static int returned(dsa_tvm_status status) {
+  if (status == DSA_TVM_OK) return 0;
+  if (TVMFFIErrorSetRaisedFromCStr)
+    TVMFFIErrorSetRaisedFromCStr(status == DSA_TVM_INVALID_ARGUMENT ? "ValueError" : "RuntimeError",
+                                 dsa_tvm_last_error());
+  return -1;
+}
+
+static dsa_tvm_status read_int(const struct tvm_any *any, const char *name, int64_t low, int64_t high, int64_t *value) {
+  if (any->type_index != TVM_INT)
+    return INVALID("%s: %s: expected an integer, got TVM type %d", op->name, name, (int)any->type_index);
+  if (any->value.i < low || any->value.i > high)
+    return INVALID("%s: %s: expected %lld..%lld, got %lld", op->name, name, (long long)low, (long long)high,
+                   (long long)any->value.i);
+  *value = any->value.i;
+  return DSA_TVM_OK;
+}
+
+static dsa_tvm_status read_attr(const struct tvm_any *any, const struct attr_spec *spec, dsa_tvm_attr *attr) {
+  if (!spec->is_float) return read_int(any, spec->name, INT64_MIN, INT64_MAX, &attr->i);
+  if (any->type_index != TVM_FLOAT && any->type_index != TVM_INT)
+    return INVALID("%s: %s: expected a number, got TVM type %d", op->name, spec->name, (int)any->type_index);
+  attr->f = any->type_index == TVM_FLOAT ? any->value.f : (double)any->value.i;
+  return DSA_TVM_OK;
+}
+
+/* None is a null pointer, which the checks take for an optional input that was left out. */
+static dsa_tvm_status read_tensor(const struct tvm_any *any, const char *name, dsa_tvm_tensor **tensor) {
+  *tensor = NULL;
+  if (any->type_index == TVM_TENSOR_POINTER)
+    *tensor = any->value.p;
+  else if (any->type_index == TVM_TENSOR_OBJECT)
+    *tensor = (dsa_tvm_tensor *)((char *)any->value.p + TVM_OBJECT_HEADER);
+  else if (any->type_index != TVM_NONE)
+    return INVALID("%s: %s: expected a tensor or None, got TVM type %d", op->name, name, (int)any->type_index);
+  return DSA_TVM_OK;
+}
+
+/* The operator as any caller gets it: its arguments are read, checked and computed on. */
+static dsa_tvm_status run(const struct tvm_any *args, int32_t threads) {
+  dsa_tvm_tensor *inputs[MAX_INPUTS], *outputs[MAX_OUTPUTS];
+  dsa_tvm_attr attrs[MAX_ATTRS];
+  dsa_tvm_status status = DSA_TVM_OK;
+  for (int i = 0; status == DSA_TVM_OK && i < op->num_inputs; i++)
+    status = read_tensor(args++, op->inputs[i].name, &inputs[i]);
+  for (int i = 0; status == DSA_TVM_OK && i < op->num_attrs; i++)
+    status = read_attr(args++, &op->attrs[i], &attrs[i]);
+  for (int i = 0; status == DSA_TVM_OK && i < op->num_outputs; i++)
+    status = read_tensor(args++, op->outputs[i].name, &outputs[i]);
+  struct dsa_call call = {.op = op};
+  if (status == DSA_TVM_OK) status = dsa_check_inputs(&call, (const dsa_tvm_tensor *const *)inputs, attrs);
+  if (status == DSA_TVM_OK) status = dsa_check_outputs(&call, outputs);
+  if (status != DSA_TVM_OK) return status;
+  struct dsa_executor executor = dsa_openmp_executor(threads);
+  return dsa_run(&call, &executor);
+}
+
+/* (which set, number of threads, ...): what both ways to call begin with; `given` is how many are left. */
+static dsa_tvm_status read_head(const struct tvm_any *args, int32_t given, int32_t head, int64_t *threads) {
+  int32_t expected = head + op->num_inputs + op->num_attrs + op->num_outputs;
+  if (given != expected)
+    return INVALID("%s: expected %d arguments, got %d", op->name, (int)expected, (int)given);
+  dsa_tvm_status status = read_int(&args[0], "which", 0, dsa_num_kernel_sets - 1, &chosen);
+  return status != DSA_TVM_OK ? status : read_int(&args[1], "threads", 1, MOST_MEASURED_THREADS, threads);
+}
+
+/* call(which, threads, inputs..., attributes..., outputs...) */
+DSA_TVM_API int __tvm_ffi_call(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result) {
+  (void)self, (void)result;
+  int64_t threads;
+  dsa_tvm_status status = read_head(args, num_args, 2, &threads);
+  return returned(status != DSA_TVM_OK ? status : run(args + 2, (int32_t)threads));
+}
+
+/* time(which, threads, number, inputs..., attributes..., outputs...) -> seconds of one of `number` calls in a row */
+DSA_TVM_API int __tvm_ffi_time(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result) {
+  (void)self;
+  int64_t threads, number;
+  dsa_tvm_status status = read_head(args, num_args, 3, &threads);
+  if (status == DSA_TVM_OK) status = read_int(&args[2], "number", 1, INT32_MAX, &number);
+  double start = omp_get_wtime();
+  for (int64_t i = 0; status == DSA_TVM_OK && i < number; i++) status = run(args + 3, (int32_t)threads);
+  if (status != DSA_TVM_OK) return returned(status);
+  result->type_index = TVM_FLOAT;
+  result->value.f = (omp_get_wtime() - start) / (double)number;
+  return 0;
+}
+
+/* peak(threads, milliseconds) -> GFLOP/s of multiply-adds */
+DSA_TVM_API int __tvm_ffi_peak(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result) {
+  (void)self;
+  int64_t threads, milliseconds;
+  dsa_tvm_status status = DSA_TVM_OK;
+  if (num_args != 2) status = INVALID("peak: expected 2 arguments, got %d", (int)num_args);
+  if (status == DSA_TVM_OK) status = read_int(&args[0], "threads", 1, MOST_MEASURED_THREADS, &threads);
+  if (status == DSA_TVM_OK) status = read_int(&args[1], "milliseconds", 1, MOST_MILLISECONDS, &milliseconds);
+  if (status != DSA_TVM_OK) return returned(status);
+  result->type_index = TVM_FLOAT;
+  result->value.f = dsa_peak((int)threads, (double)milliseconds / 1e3);
+  return 0;
+}
+
+/* cpus() -> CPUs this process may use */
+DSA_TVM_API int __tvm_ffi_cpus(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result) {
+  (void)self, (void)args, (void)num_args;
+  result->type_index = TVM_INT;
+  result->value.i = omp_get_num_procs();
+  return 0;
+}

@@ -1,0 +1,104 @@
+"""Which row of a table a call takes, on a library whose kernels only say which row they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from other_library import in_use
+
+import dsa_tvm
+from dsa_tvm import library
+from dsa_tvm.compiler import kernel_table, linking, spec_table
+from dsa_tvm.compiler.kernel_table import Kernels
+from dsa_tvm.errors import BuildError
+from dsa_tvm.spec import DIMS, INT32_MAX
+
+#: Largest s_q and s_kv of each row; those of different operators end at different lengths.
+TABLES = {
+    "lightning_indexer": [(4, 100), (4, INT32_MAX), (20, 33), (INT32_MAX, INT32_MAX)],
+    "topk": [(1, 50), (INT32_MAX, 200), (9, INT32_MAX), (INT32_MAX, INT32_MAX)],
+    "sparse_mla": [(16, 50), (16, INT32_MAX), (INT32_MAX, INT32_MAX)],
+}
+NAMES = {"lightning_indexer": "indexer", "topk": "topk", "sparse_mla": "mla"}
+TYPES = {"lightning_indexer": ("float32", "float32"), "topk": (), "sparse_mla": ("float32",)}
+#: Groups of 2 queries a thread and tasks of 7 keys: far from a call's own lengths.
+CUT = SimpleNamespace(rows=2, task_keys=7, block_keys=7, min_keys=7, tasks_per_thread=1, heads=8, task_heads=8)
+
+pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The library in use."""
+    work = tmp_path_factory.mktemp("rows")
+    tables = {
+        op: [Kernels(s_q, s_kv, CUT, {TYPES[op]: f"{NAMES[op]}_{i}"}) for i, (s_q, s_kv) in enumerate(table)]
+        for op, table in TABLES.items()
+    }
+    (work / "specs.h").write_text(spec_table.header(DIMS, "0"))
+    (work / "specs.c").write_text(spec_table.source(DIMS))
+    (work / "table.c").write_text(kernel_table.source([(dsa_tvm.active_target(), tables)]))
+    linking.run(["cc", *linking.flags(work), "-c", str(Path(__file__).parent / "c" / "rows.c"), "-o", f"{work}/rows.o"])
+    path = linking.link_library([work / "rows.o"], work, "cc")
+    manifest = {"abi": library.ABI_VERSION, "size": path.stat().st_size, "sha256": library.sha256(path)}
+    (work / library.MANIFEST_NAME).write_text(json.dumps(manifest))
+    with in_use(path):
+        yield
+
+
+def expected(op, s_q, s_kv):
+    return next(i for i, row in enumerate(TABLES[op]) if s_q <= row[0] and s_kv <= row[1])
+
+
+def arguments(s_q, s_kv):
+    index = [np.zeros(shape, np.float32) for shape in ((s_q, 1, 32), (s_kv, 32), (s_q, 1))]
+    ranges = [np.zeros(s_q, np.int32), np.full(s_q, s_kv, np.int32)]
+    attention = [np.zeros(shape, np.float32) for shape in ((s_q, 9, 512), (s_kv, 512))]
+    return index, ranges, attention
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+@pytest.mark.usefixtures("rows")
+def test_a_call_takes_the_first_row_that_serves_its_lengths(num_threads):
+    lengths = product((1, 2, 4, 5, 9, 10, 16, 17, 20, 21), (1, 33, 34, 50, 51, 100, 101, 200, 201))
+    for s_q, s_kv in lengths:
+        index, ranges, attention = arguments(s_q, s_kv)
+        indexer, topk, mla = (expected(op, s_q, s_kv) for op in TABLES)
+        logits = dsa_tvm.lightning_indexer(*index, *ranges, num_threads=num_threads)
+        assert (logits == indexer).all(), (s_q, s_kv)
+        zeros = np.zeros_like(logits)
+        assert (dsa_tvm.topk(zeros, *ranges, topk=1, num_threads=num_threads) == topk).all(), (s_q, s_kv)
+        lse = dsa_tvm.sparse_mla(*attention, np.zeros((s_q, 1), np.int32), num_threads=num_threads)[2]
+        assert (lse == mla).all(), (s_q, s_kv)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+@pytest.mark.usefixtures("rows")
+def test_a_group_of_queries_takes_the_rows_of_its_call(num_threads):
+    """Its own lengths depend on the number of threads."""
+    for s_q, s_kv in product((1, 5, 17, 21), (33, 34, 201)):
+        index, ranges, attention = arguments(s_q, s_kv)
+        indexer, topk, mla = (expected(op, s_q, s_kv) for op in TABLES)
+        indices = dsa_tvm.indexer_topk(*index, *ranges, topk=1, num_threads=num_threads)
+        assert (indices == 10 * indexer + topk).all(), (s_q, s_kv)
+        _, lse = dsa_tvm.dsa_attention(*index, *ranges, *attention, topk=1, num_threads=num_threads)
+        assert (lse == 100 * indexer + 10 * topk + mla).all(), (s_q, s_kv)
+
+
+@pytest.mark.usefixtures("rows")
+def test_types_without_a_kernel_are_an_error():
+    half = np.zeros((2, 9, 512), np.float16)
+    with pytest.raises(dsa_tvm.KernelError, match="no kernel for these element types"):
+        dsa_tvm.sparse_mla(half, half[:, 0].copy(), np.zeros((2, 1), np.int32))
+
+
+def test_a_table_that_ends_early_is_refused():
+    short = {"topk": [Kernels(4, INT32_MAX, CUT, {(): "topk_0"})]}
+    with pytest.raises(BuildError, match="topk: expected a last row for all lengths"):
+        kernel_table.source([("x86-64-v3", short)])
