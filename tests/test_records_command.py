@@ -129,6 +129,15 @@ def test_merge(directory, log, tmp_path, capsys):
     assert capsys.readouterr().out == f"{merged.path}: 0 lines added\n"
 
 
+def test_merge_finals(directory, tmp_path, capsys):
+    into = tmp_path / "into"
+    run("merge", directory, "--finals", "--into", into)
+    records, _ = Log(into / "x86-64-v4" / "topk.jsonl").read()
+    assert [r.kind for r in records] == ["final"] * 3
+    run("merge", directory, "--into", into)
+    assert "4 lines added" in capsys.readouterr().out
+
+
 def test_curve_as_text():
     lines = curve.as_text([0.5, 1.2, 1.1, 2.0, 0.0], height=3)
     assert lines == [" 2.000 |   **", " 1.500 |", " 1.000 |***", "       +-----", "        1   5 trials"]

@@ -14,7 +14,8 @@ from ..ops import OPS
 from ..presets import PRESETS
 from ..report import digits, table
 from . import curve, selection
-from .log import Damage, Log, Record, default_directory, logs, merge
+from .log import Damage, Log, default_directory, logs, merge
+from .record import KINDS, Record
 
 _FIGURES = ("threads", "x DEFAULT", "ms", "of roof")
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merging = command("merge", _merge, "add the lines of logs to those of a directory")
     merging.add_argument("source", nargs="+", type=Path, help="a log or a directory of logs")
     merging.add_argument("--into", type=Path, required=True, metavar="DIR", help="the directory to add to")
+    merging.add_argument("--finals", action="store_true", help="leave out the trials: all that a build needs")
 
     show = command("show", _show, "the trials of searches, and how the best speedup grew")
     place(show, nargs="?")
@@ -109,7 +111,7 @@ def _merge(args: argparse.Namespace) -> None:
         sources.setdefault(log.place, []).append(log.path)
     for (target, op), paths in sources.items():
         destination = args.into / target / f"{op}.jsonl"
-        added, damage = merge(paths, destination)
+        added, damage = merge(paths, destination, ("final",) if args.finals else KINDS)
         print(f"{destination}: {added} lines added")
         for item in damage:
             print(f"left out: {item}", file=sys.stderr)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecordError
 from . import journal
-from .record import Record, canonical, digest, expect, spec_hash
+from .record import KINDS, Record, canonical, digest, expect, spec_hash
 
 # Users of logs need not know that a record is described elsewhere.
 __all__ = [
@@ -168,7 +168,7 @@ class Log:
         expect(place == self.place, "target and operator", " ".join(self.place), " ".join(place))
 
 
-def merge(sources: Iterable[Path], destination: Path) -> tuple[int, list[Damage]]:
+def merge(sources: Iterable[Path], destination: Path, kinds: Collection[str] = KINDS) -> tuple[int, list[Damage]]:
     """Add to a log the lines of others that it does not hold.
 
     Its own come first, and all stay in order. The log is replaced as a whole; what is appended to it meanwhile stays.
@@ -178,6 +178,8 @@ def merge(sources: Iterable[Path], destination: Path) -> tuple[int, list[Damage]
     sources : iterable of Path
         Logs of the same operator and target.
     destination : Path
+    kinds : collection of str
+        Only records of these kinds are added.
 
     Returns
     -------
@@ -197,7 +199,7 @@ def merge(sources: Iterable[Path], destination: Path) -> tuple[int, list[Damage]
     for source in map(Log, sources):
         expect(source.place == log.place, f"{source.path}: place", " ".join(log.place), " ".join(source.place))
         records, left_out = source.read()
-        found += records
+        found += [record for record in records if record.kind in kinds]
         damage += left_out
     added = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ EFFORT: Mapping[str, Mapping[str, Any]] = {
     "trial": {"seconds": 0.3, "rounds": (2, 9)},
     "final": {"seconds": 2.0, "rounds": (5, 41)},
 }
+#: DEFAULT this much slower than it was: something else keeps the machine busy.
+_DISTURBED = 1.3
 _TIMES = ("seconds", "default_seconds")
 
 
@@ -86,6 +89,7 @@ class Job:
     def __init__(self, options: Options, tasks: Sequence[Task], workers: Workers, builder: Builder) -> None:
         self._options, self._tasks, self._workers, self._builder = options, tasks, workers, builder
         self._end = time.monotonic() + options.timeout
+        self._usual: dict[tuple[Task, int], float] = {}
 
     def run(self, progress: Progress) -> list[Record]:
         """Tune every task; the finals in the order of the tasks.
@@ -148,16 +152,28 @@ class Job:
                 yield self._record(task, kind, proposals[i], outcome)
             else:
                 libraries[i] = outcome
-        # A machine that went away costs a candidate its turn, so it gets a second one, on another machine perhaps.
-        for chances in (1, 0):
-            lost = {}
+        # A machine that went away costs a candidate its turn, so it gets another one, on another machine perhaps. So
+        # does a candidate that was measured while something else kept the machine busy.
+        for chances in (2, 1, 0):
+            again = {}
             for i, outcome in self._timed(task, libraries, kind):
-                if chances and isinstance(outcome, WorkerError) and outcome.kind == "RemoteError":
-                    lost[i] = libraries[i]
+                if chances and (_is_lost(outcome) or self._is_disturbed(task, outcome)):
+                    again[i] = libraries[i]
                     continue
                 libraries[i].unlink()
                 yield self._record(task, kind, proposals[i], outcome)
-            libraries = lost
+            libraries = again
+
+    def _is_disturbed(self, task: Task, outcome: Any) -> bool:
+        """Whether DEFAULT took much longer beside this candidate than beside another."""
+        if isinstance(outcome, WorkerError) or self._options.remote:
+            return False
+        disturbed = False
+        for threads, taken in outcome["default_seconds"].items():
+            usual = self._usual.setdefault((task, threads), math.inf)
+            self._usual[task, threads] = min(usual, statistics.median(taken))
+            disturbed |= statistics.median(taken) > _DISTURBED * usual
+        return disturbed
 
     def _timed(self, task: Task, libraries: Mapping[int, Path], kind: str) -> Iterator[tuple[int, Any | WorkerError]]:
         if not libraries:
@@ -212,6 +228,10 @@ def _line(task: Task, known: Mapping[Any, Record], trials: int) -> str:
     threads = max(best.seconds)
     taken = duration(statistics.median(best.seconds[threads]))
     return f"{line}  best {taken} on {threads} threads, {best.speedup:.2f} x DEFAULT"
+
+
+def _is_lost(outcome: Any) -> bool:
+    return isinstance(outcome, WorkerError) and outcome.kind == "RemoteError"
 
 
 def _reason(error: WorkerError) -> str:
