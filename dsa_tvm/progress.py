@@ -15,10 +15,13 @@ class Progress:
     ----------
     total : int
         How many times `step` will be called.
+    estimate : bool
+        Whether the steps are alike enough to tell the time that is left from those that are done.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, estimate: bool = False) -> None:
         self._total, self._done, self._start = total, 0, time.monotonic()
+        self._skipped, self._estimate = 0, estimate
         self._bar: Any = _rich_bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task("", total=total) if self._bar else None
 
@@ -33,17 +36,21 @@ class Progress:
 
     def step(self, what: str) -> None:
         """Begin the next step, which is called `what`."""
+        elapsed = time.monotonic() - self._start
+        if self._estimate and self._done > self._skipped:
+            left = elapsed / (self._done - self._skipped) * (self._total - self._done)
+            what = f"{what}, {left / 60:.0f} min left"
         if self._bar:
             self._bar.update(self._task, description=what, completed=self._done)
             self._bar.refresh()
         else:
-            elapsed = time.monotonic() - self._start
             print(f"[{self._done + 1}/{self._total}] {elapsed:5.1f} s  {what}", file=sys.stderr, flush=True)
         self._done += 1
 
     def advance(self, steps: int) -> None:
-        """Count steps that an earlier run has done."""
+        """Count steps that need not be taken: an earlier run has done them."""
         self._done += steps
+        self._skipped += steps
 
     def say(self, line: str) -> None:
         """Print a line of the result on standard output, clear of the bar."""

@@ -149,7 +149,7 @@ def test_atomic_write(tmp_path, monkeypatch):
 
 
 def test_bounded_memory():
-    """The formula of the header: 4 * min(s_q, 8 * threads) * s_kv bytes of logits, not 4 * s_q * s_kv."""
+    """The formula of the header: at most 4 * min(s_q, 32 * threads) * s_kv bytes of logits, not 4 * s_q * s_kv."""
     code = """
 import resource, numpy as np, dsa_tvm
 s_q, s_kv = 256, 65536
@@ -161,8 +161,8 @@ dsa_tvm.indexer_topk(q, k, w, n * 0, n, topk=16, num_threads=2)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     done = use(code)
-    # 4 MiB of logits; whole they would be 64 MiB.
-    assert float(done.stdout) < 16, done.stderr
+    # 16 MiB of logits at most; whole they would be 64 MiB.
+    assert float(done.stdout) < 28, done.stderr
 
 
 @pytest.mark.parametrize(

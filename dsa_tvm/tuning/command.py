@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
             remote=remote,
             seed=args.seed,
         )
-        with Progress(len(tasks) * args.trials) as progress:
+        with Progress(len(tasks) * args.trials, estimate=True) as progress:
             limits = ", ".join(f"{rate:.0f} GFLOP/s with {n}" for n, rate in gflops.items())
             progress.say(f"{target} on {options.machine}; the limit of its multiply-adds: {limits} threads")
             finals = Job(options, tasks, workers, builder).run(progress)
