@@ -80,7 +80,7 @@ def topk(logits, ks, ke, topk, *, out=None, num_threads=0):
 def indexer_topk(q, k, weights, ks, ke, k_scale=None, *, topk, out=None, num_threads=0):
     """`lightning_indexer` and `topk` in one call.
 
-    The logits are held for ``min(s_q, 8 * threads)`` queries at a time: ``4 * that * s_kv`` bytes of workspace.
+    The logits are held for at most ``min(s_q, 32 * threads)`` queries at a time: ``4 * that * s_kv`` bytes.
     Arguments, result and errors as there.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}

@@ -106,7 +106,7 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_topk(const dsa_tvm_tensor *logits, const dsa_
                                         const dsa_tvm_tensor *ke, int64_t topk, dsa_tvm_tensor *indices,
                                         const dsa_tvm_options *options);
 
-/* Both of the above, with a workspace of 4 * min(s_q, 8 * threads) * s_kv bytes for the logits. */
+/* Both of the above, with a workspace of at most 4 * min(s_q, 32 * threads) * s_kv bytes for the logits. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
                                                 const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
                                                 const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale, int64_t topk,
