@@ -1,0 +1,1 @@
+"""CUDA kernels: TensorIR factories with their decisions, and the device functions they call."""

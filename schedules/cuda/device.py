@@ -1,0 +1,58 @@
+"""What every CUDA kernel is written with: calls of device functions and the places of arrays in shared memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+WARP = 32
+
+#: Bytes of one element; bool and pointers never live in shared memory.
+_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "uint64": 8, "uint16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class Place:
+    """An array in shared memory.
+
+    Parameters
+    ----------
+    shape : tuple of int or expression
+    dtype : str
+    elem_offset : int
+        From the start of the pool, in elements of `dtype`, as ``T.decl_buffer`` wants it.
+    """
+
+    shape: tuple
+    dtype: str
+    elem_offset: int
+
+
+class SharedPool:
+    """Hands out the places of arrays in a kernel's one allocation of shared memory.
+
+    All of a kernel's shared memory is one pool: TVM would put each array into an allocation of its own, of which only
+    static ones can be several, and those end at 48 KiB. The last array may have a symbolic length.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def place(self, shape: tuple, dtype: str, align: int = 16) -> Place:
+        """The next `shape` of `dtype`, aligned to `align` bytes."""
+        start = -(-self.bytes // align) * align
+        if all(isinstance(n, int) for n in shape):
+            self.bytes = start + math.prod(shape) * _BYTES[dtype]
+        return Place(shape, dtype, start // _BYTES[dtype])
+
+
+def shared(pool, place: Place):
+    """The buffer at `place` of the kernel's `pool`."""
+    return T.decl_buffer(place.shape, place.dtype, data=pool.data, elem_offset=place.elem_offset, scope="shared.dyn")
+
+
+def call(name: str, *args, dtype: str = "int32"):
+    """A call of the device function `dsa_<name>`; as a statement it wants ``T.evaluate`` around it."""
+    return T.call_extern(dtype, f"dsa_{name}", *args)

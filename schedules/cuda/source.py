@@ -1,0 +1,84 @@
+"""From a kernel in TensorIR to CUDA source.
+
+TVM's own pipeline splits a function into a host and a device part, decides the parameters of the device part and
+launches it. Here the function is the device part already: its parameters, in their order, are the CUDA kernel's, the
+grid is whatever the launcher passes, and neither a GPU nor a driver is needed to compile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+
+#: Directory of the headers that generated source includes: primitives.cuh, then helpers.cuh.
+DEVICE_HEADERS = Path(__file__).parent / "device"
+
+_PRELUDE = "#include <primitives.cuh>\n#include <helpers.cuh>\n"
+
+# No storage rewrite and no merging of shared allocations: both reuse memory by a liveness analysis that cannot see
+# what device functions do with the addresses they are given.
+_PASSES = (
+    s_tir.transform.LowerInitBlock,
+    s_tir.transform.PlanAndUpdateBufferAllocationLocation,
+    s_tir.transform.ConvertBlocksToOpaque,
+    s_tir.transform.LowerOpaqueBlock,
+    tirx.transform.FlattenBuffer,
+    lambda: tirx.transform.NarrowDataType(32),
+    lambda: tirx.transform.VectorizeLoop(True),
+    tirx.transform.UnrollLoop,
+    tirx.transform.StmtSimplify,
+    tirx.transform.CommonSubexprElim,
+    tirx.transform.LowerIntrin,
+)
+
+_CUDA_KERNEL_LAUNCH = 2  # tvm::CallingConv::kDeviceKernelLaunch
+
+# nvcc would unroll a serial loop by as much as it likes, and the code would not fit the instruction cache.
+_SERIAL_LOOP = re.compile(r"(?<!#pragma unroll\n)^( *)for \(", re.MULTILINE)
+
+_SHARED = re.compile(r"extern __shared__ [^;]*?(\w+)\[\];")
+
+
+def _generate(symbol: str, func: tirx.PrimFunc) -> str:
+    # The architecture decides nothing in the text: what differs between them is in the device headers.
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}).with_host(tvm.target.Target("llvm"))
+    attributes = {"target": target, "global_symbol": symbol, "tirx.noalias": True, "tirx.is_global_func": True}
+    func = func.with_attr({**attributes, "calling_conv": _CUDA_KERNEL_LAUNCH})
+    module = tvm.IRModule({symbol: func})
+    # Loops are left to `#pragma unroll`: the text stays readable and a third of the size.
+    with target, tvm.transform.PassContext(config={"tirx.UnrollLoop": {"explicit_unroll": False}}):
+        module = tvm.ir.transform.Sequential([make() for make in _PASSES])(module)
+        return tvm.get_global_func("target.build.cuda")(module, target).inspect_source("cuda")
+
+
+def cuda_source(functions: Sequence[tuple[str, tirx.PrimFunc]]) -> str:
+    """One translation unit with a kernel for each function.
+
+    Parameters
+    ----------
+    functions : sequence of (str, PrimFunc)
+        Symbol and function. The function's parameters are typed handles and scalars, its threads are bound with
+        ``T.launch_thread``, and its shared memory is one buffer of scope ``shared.dyn`` at most.
+
+    Returns
+    -------
+    str
+        Source to compile with `DEVICE_HEADERS`, or with other headers of the same names, on the include path.
+    """
+    compile_callback = "tvm_callback_cuda_compile"
+    previous = tvm.get_global_func(compile_callback, allow_missing=True)
+    tvm_ffi.register_global_func(compile_callback, lambda code: b"not compiled", override=True)
+    try:
+        texts = [_generate(symbol, func) for symbol, func in functions]
+    finally:
+        if previous is not None:
+            tvm_ffi.register_global_func(compile_callback, previous, override=True)
+    # Behind TVM's own prelude come a declaration and the definition, each opening alike.
+    bodies = [text[text.rindex('extern "C" __global__') :] for text in texts]
+    text = _SHARED.sub(r"DSA_SHARED_POOL(\1);", "\n".join(bodies))
+    return _PRELUDE + _SERIAL_LOOP.sub(r"\1#pragma unroll 1\n\1for (", text)

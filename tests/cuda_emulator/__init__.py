@@ -1,0 +1,156 @@
+"""Runs generated CUDA kernels on the CPU, with every out-of-bounds access an error and missing barriers visible."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+
+_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(([^)]*)\) \{')
+
+_SCALARS = {
+    "int": ctypes.c_int32,
+    "uint": ctypes.c_uint32,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class KernelError(Exception):
+    """A kernel did what has no defined result: the message says which block and thread did what."""
+
+
+class Guarded:
+    """A copy of an array next to pages that cannot be touched.
+
+    Parameters
+    ----------
+    array : ndarray
+    at_end : bool
+        Whether the array ends where the page behind begins. Otherwise it begins where the page before ends.
+    """
+
+    def __init__(self, array: np.ndarray, at_end: bool) -> None:
+        page = mmap.PAGESIZE
+        room = -(-array.nbytes // page) * page
+        self.size = room + 2 * page
+        self.base = _libc.mmap(None, self.size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if room and _libc.mprotect(self.base + page, room, mmap.PROT_READ | mmap.PROT_WRITE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+        self.address = self.base + page + (room - array.nbytes if at_end else 0)
+        self.array = array
+        ctypes.memmove(self.address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+
+    def take_back(self) -> None:
+        """Copy the memory back to the array, where that can be written, and free it."""
+        if self.array.flags.writeable and self.array.nbytes:
+            raw = (ctypes.c_char * self.array.nbytes).from_address(self.address)
+            self.array[...] = np.frombuffer(raw, self.array.dtype).reshape(self.array.shape)
+            del raw
+        _libc.munmap(self.base, self.size)
+
+
+class Emulator:
+    """The kernels of one translation unit, compiled for the CPU.
+
+    Parameters
+    ----------
+    source : str
+        What `schedules.cuda.source.cuda_source` gives.
+    headers : Path
+        `schedules.cuda.source.DEVICE_HEADERS`; the model of the primitives is found first.
+    directory : Path
+        Where to compile.
+    """
+
+    def __init__(self, source: str, headers: Path, directory: Path) -> None:
+        found = _SIGNATURE.findall(source)
+        self.kernels = {name: (int(threads or 0), _types(parameters)) for threads, name, parameters in found}
+        thunks = [_thunk(name, types) for name, (_, types) in self.kernels.items()]
+        text = directory / "kernels.cc"
+        text.write_text("\n".join((source, *thunks, "#include <driver.h>\n")))
+        #: Also a CUDA driver, to whoever finds it by its name.
+        self.path = directory / "libcuda.so.1"
+        # CUDA reads memory as whatever type it likes; NaN and infinities are as in the C library.
+        flags = ("-std=c++20", "-O1", "-ftree-vectorize", "-march=native", "-fno-strict-aliasing", "-fwrapv", "-w")
+        shared = ("-fPIC", "-shared", "-Wl,-Bsymbolic", "-o", str(self.path))
+        include = ("-I", str(HERE), "-I", str(headers))
+        done = subprocess.run(("g++", *flags, *include, str(text), *shared, "-ldl"), capture_output=True, text=True)
+        if done.returncode:
+            raise KernelError(done.stderr)
+        self.library = ctypes.CDLL(str(self.path))
+        self.library.emulator_launch.restype = ctypes.c_char_p
+
+    def launch(
+        self, name: str, grid: Sequence[int], *args, shared_bytes: int = 0, order: int = 0, eager: bool = False
+    ) -> None:
+        """Run a kernel to its end.
+
+        Parameters
+        ----------
+        name : str
+        grid : sequence of int
+            One to three numbers of blocks.
+        *args : ndarray, number or None
+            As the kernel declares them. Arrays lie in guarded memory while it runs.
+        shared_bytes : int
+        order : int
+            In which threads run: 0 ascending, 1 descending, otherwise the seed of a random one.
+        eager : bool
+            Whether asynchronous copies land at once, instead of when they are waited for.
+
+        Raises
+        ------
+        KernelError
+        """
+        threads, types = self.kernels[name]
+        if len(args) != len(types):
+            raise TypeError(f"{name}: expected {len(types)} arguments, got {len(args)}")
+        guarded: list[Guarded] = []
+        cells = []
+        for value, kind in zip(args, types, strict=True):
+            if kind.endswith("*"):
+                if value is not None:
+                    guarded.append(Guarded(value, at_end=order % 2 == 0))
+                cells.append(ctypes.c_void_p(None if value is None else guarded[-1].address))
+            else:
+                cells.append(_SCALARS[kind](value))
+        pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        extents = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
+        try:
+            message = self.library.emulator_launch(
+                getattr(self.library, f"thunk_{name}"),
+                pointers,
+                extents,
+                (ctypes.c_uint * 3)(threads, 1, 1),
+                ctypes.c_size_t(shared_bytes),
+                ctypes.c_uint(order),
+                ctypes.c_int(eager),
+            )
+        finally:
+            for memory in guarded:
+                memory.take_back()
+        if message is not None:
+            raise KernelError(f"{name}: {message.decode()}")
+
+
+def _types(parameters: str) -> list[str]:
+    return [p.replace("__restrict__", "").rsplit(maxsplit=1)[0].replace(" ", "") for p in parameters.split(",")]
+
+
+def _thunk(name: str, types: Sequence[str]) -> str:
+    args = ", ".join(f"*({kind}*)args[{i}]" for i, kind in enumerate(types))
+    return f'extern "C" void thunk_{name}(void** args) {{ {name}({args}); }}'

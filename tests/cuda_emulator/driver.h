@@ -1,0 +1,60 @@
+/* The kernels behind the CUDA driver's ABI: named libcuda.so.1 and found first, the library's CUDA side runs on the CPU,
+   its launches included. Device memory is the process's own, a stream runs at once. */
+#pragma once
+
+#include <dlfcn.h>
+#include <stdlib.h>
+
+#include <mutex>
+#include <string>
+
+static std::string emulated_failure;
+
+extern "C" {
+
+int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
+int cuGetErrorString(int error, const char **text) {
+  *text = error == 719 ? emulated_failure.c_str() : "no such thing in the emulator";
+  return 0;
+}
+int cuDeviceGetCount(int *count) { return *count = 1, 0; }
+int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal != 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int) {
+  /* An sm_86: the least shared memory among those served. */
+  *value = attribute == 16 ? 4 : attribute == 75 ? 8 : attribute == 76 ? 6 : attribute == 97 ? 99 << 10 : 0;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &emulated_failure, 0; }
+static thread_local void *current_context;
+int cuCtxGetCurrent(void **context) { return *context = current_context, 0; }
+int cuCtxGetDevice(int *device) { return *device = 0, current_context ? 0 : 201; }
+int cuCtxPushCurrent_v2(void *context) { return current_context = context, 0; }
+int cuCtxPopCurrent_v2(void **context) { return *context = current_context, current_context = nullptr, 0; }
+int cuThreadExchangeStreamCaptureMode(int *) { return 0; }
+int cuLibraryLoadData(void **library, const void *, int *, void **, unsigned, int *, void **, unsigned) {
+  Dl_info self;
+  dladdr((void *)cuInit, &self);
+  *library = dlopen(self.dli_fname, RTLD_NOW);
+  return *library ? 0 : 999;
+}
+int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
+  *kernel = dlsym(library, (std::string("thunk_") + name).c_str());
+  return *kernel ? 0 : 500;
+}
+int cuKernelGetFunction(void **function, void *kernel) { return *function = kernel, 0; }
+int cuKernelSetAttribute(int, int, void *, int) { return 0; }
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared_bytes, void *, void **args, void **) {
+  unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+  if (!current_context) return 201;
+  const char *order = getenv("CUDA_EMULATOR_ORDER");
+  unsigned seed = order ? (unsigned)atoi(order) : 0;
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  const char *message =
+      emulator_launch((void (*)(void **))function, args, grid, block, shared_bytes, seed, seed % 2);
+  if (message) emulated_failure = message;
+  return message ? 719 : 0;
+}
+}

@@ -1,0 +1,212 @@
+/* The model of schedules/cuda/device/primitives.cuh: the same functions, of which each does on the CPU what the
+   instruction does, and fails where the instruction would be undefined. */
+#pragma once
+
+#include <cmath>
+
+#include "emulator.h"
+
+typedef unsigned char uchar;
+#define CUDART_INF_F __builtin_inff()
+
+using std::max;
+using std::min;
+
+#define DSA_DEVICE static inline
+#define DSA_SHARED_POOL(name) uchar *name = (uchar *)emulator::m.pool
+
+#define DSA_EXPECT_ALIGNED(p, bytes) \
+  if ((uintptr_t)(p) % (bytes)) emulator::fail("%s: %p is not aligned to %d", __func__, (const void *)(p), (int)(bytes))
+
+template <typename T> DSA_DEVICE T *own(const void *p) { return (T *)const_cast<void *>(p); }
+
+DSA_DEVICE unsigned dsa_ballot(int predicate) {
+  unsigned votes;
+  emulator::meet("ballot", &predicate, &votes, [](const void **in, void **out) {
+    unsigned all = 0;
+    for (int l = 0; l < 32; l++) all |= (unsigned)(*own<int>(in[l]) != 0) << l;
+    for (int l = 0; l < 32; l++) *(unsigned *)out[l] = all;
+  });
+  return votes;
+}
+
+template <typename T> struct Shuffled {
+  T x;
+  int lane;
+};
+
+/* Each lane gets the value of the lane that it names. */
+template <typename T> DSA_DEVICE T shuffle_from(const char *operation, T x, int lane) {
+  Shuffled<T> in = {x, lane};
+  T result;
+  emulator::meet(operation, &in, &result, [](const void **in, void **out) {
+    for (int l = 0; l < 32; l++) *(T *)out[l] = own<Shuffled<T>>(in[own<Shuffled<T>>(in[l])->lane & 31])->x;
+  });
+  return result;
+}
+DSA_DEVICE int dsa_lane() { return emulator::m.current->index % 32; }
+template <typename T> DSA_DEVICE T dsa_shuffle(T x, int lane) { return shuffle_from("shuffle", x, lane); }
+template <typename T> DSA_DEVICE T dsa_shuffle_xor(T x, int mask) {
+  return shuffle_from("shuffle_xor", x, dsa_lane() ^ mask);
+}
+template <typename T> DSA_DEVICE T dsa_shuffle_up(T x, int delta) {
+  return shuffle_from("shuffle_up", x, dsa_lane() < delta ? dsa_lane() : dsa_lane() - delta);
+}
+DSA_DEVICE void dsa_warp_sync() { __syncwarp(); }
+
+DSA_DEVICE int dsa_count_bits(unsigned x) { return __builtin_popcount(x); }
+
+DSA_DEVICE int dsa_atomic_add(int *p, int x) {
+  int old = *p;
+  *p = old + x;
+  return old;
+}
+
+DSA_DEVICE void dsa_barrier(int id, int threads) { emulator::barrier(id, threads); }
+
+DSA_DEVICE void dsa_load_128(void *to, const void *from) {
+  DSA_EXPECT_ALIGNED(from, 16);
+  memcpy(to, from, 16);
+}
+
+DSA_DEVICE void cp_async(void *to, const void *from, int bytes, int valid) {
+  DSA_EXPECT_ALIGNED(to, bytes);
+  DSA_EXPECT_ALIGNED(from, bytes);
+  emulator::Copy copy = {to, from, bytes, !valid};
+  if (emulator::m.options.eager)
+    emulator::land(copy);
+  else
+    emulator::m.current->open.push_back(copy);
+}
+DSA_DEVICE void dsa_cp_async_16(void *to, const void *from, int valid) { cp_async(to, from, 16, valid); }
+DSA_DEVICE void dsa_cp_async_4(void *to, const void *from, int valid) { cp_async(to, from, 4, valid); }
+
+DSA_DEVICE void dsa_cp_async_commit() {
+  emulator::Fiber &f = *emulator::m.current;
+  f.groups.push_back(std::move(f.open));
+  f.open.clear();
+}
+
+DSA_DEVICE void dsa_cp_async_wait(int pending) {
+  auto &groups = emulator::m.current->groups;
+  if (pending < 0 || pending > 7) emulator::fail("cp_async_wait: %d is not in 0..7", pending);
+  size_t landing = groups.size() > (size_t)pending ? groups.size() - pending : 0;
+  for (size_t g = 0; g < landing; g++)
+    for (const auto &copy : groups[g]) emulator::land(copy);
+  groups.erase(groups.begin(), groups.begin() + landing);
+}
+
+DSA_DEVICE void ldmatrix(const char *operation, unsigned *r, const void *row, int transposed) {
+  DSA_EXPECT_ALIGNED(row, 16);
+  struct {
+    const uint16_t *row;
+    int transposed;
+  } in = {(const uint16_t *)row, transposed};
+  using In = decltype(in);
+  emulator::meet(operation, &in, r, [](const void **in, void **out) {
+    unsigned got[32][4];
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++) {
+        auto element = [&](int r, int c) { return (unsigned)own<In>(in[8 * i + r])->row[c]; };
+        int major = l / 4, minor = l % 4 * 2;
+        got[l][i] = own<In>(in[l])->transposed ? element(minor, major) | element(minor + 1, major) << 16
+                                               : element(major, minor) | element(major, minor + 1) << 16;
+      }
+    for (int l = 0; l < 32; l++) memcpy(out[l], got[l], sizeof got[l]);
+  });
+}
+DSA_DEVICE void dsa_ldmatrix_x4(unsigned *r, const void *row) { ldmatrix("ldmatrix", r, row, 0); }
+DSA_DEVICE void dsa_ldmatrix_x4_trans(unsigned *r, const void *row) { ldmatrix("ldmatrix.trans", r, row, 1); }
+
+/* Element `e` of a register as the multiplication sees it. */
+struct Bf16 {
+  static constexpr int PER_REGISTER = 2;
+  static float get(unsigned r, int e) {
+    unsigned bits = r >> 16 * e << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  }
+};
+struct F16 {
+  static constexpr int PER_REGISTER = 2;
+  static float get(unsigned r, int e) {
+    uint16_t bits = (uint16_t)(r >> 16 * e);
+    _Float16 x;
+    memcpy(&x, &bits, 2);
+    return (float)x;
+  }
+};
+struct Tf32 {
+  static constexpr int PER_REGISTER = 1;
+  static float get(unsigned r, int) {
+    r &= ~0x1FFFu;
+    float x;
+    memcpy(&x, &r, 4);
+    return x;
+  }
+};
+struct S8 {
+  static constexpr int PER_REGISTER = 4;
+  static int get(unsigned r, int e) { return (int8_t)(r >> 8 * e); }
+};
+
+template <typename C> struct Fragments {
+  C *c;
+  const unsigned *a, *b;
+};
+
+template <typename Type, typename C> DSA_DEVICE void mma(const char *operation, C *c, const unsigned *a, const unsigned *b) {
+  Fragments<C> in = {c, a, b};
+  emulator::meet(operation, &in, nullptr, [](const void **in, void **) {
+    constexpr int E = Type::PER_REGISTER, HALF = 4 * E;
+    C A[16][2 * HALF], B[2 * HALF][8], sum[16][8];
+    for (int l = 0; l < 32; l++) {
+      const Fragments<C> &f = *own<Fragments<C>>(in[l]);
+      int g = l / 4, t = l % 4;
+      for (int i = 0; i < 4; i++) {
+        for (int e = 0; e < E; e++) A[g + i % 2 * 8][t * E + e + i / 2 * HALF] = Type::get(f.a[i], e);
+        sum[g + i / 2 * 8][t * 2 + i % 2] = f.c[i];
+      }
+      for (int i = 0; i < 2; i++)
+        for (int e = 0; e < E; e++) B[t * E + e + i * HALF][g] = Type::get(f.b[i], e);
+    }
+    for (int k = 0; k < 2 * HALF; k++)
+      for (int r = 0; r < 16; r++)
+        for (int n = 0; n < 8; n++) sum[r][n] += A[r][k] * B[k][n];
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++) own<Fragments<C>>(in[l])->c[i] = sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+  });
+}
+DSA_DEVICE void dsa_mma_bf16(float *c, const unsigned *a, const unsigned *b) { mma<Bf16>("mma.bf16", c, a, b); }
+DSA_DEVICE void dsa_mma_f16(float *c, const unsigned *a, const unsigned *b) { mma<F16>("mma.f16", c, a, b); }
+DSA_DEVICE void dsa_mma_tf32(float *c, const unsigned *a, const unsigned *b) { mma<Tf32>("mma.tf32", c, a, b); }
+DSA_DEVICE void dsa_mma_s8(int *c, const unsigned *a, const unsigned *b) { mma<S8>("mma.s8", c, a, b); }
+
+DSA_DEVICE unsigned bf16_bits(float x) {
+  unsigned b;
+  memcpy(&b, &x, 4);
+  return x != x ? 0x7FFF : (b + 0x7FFF + (b >> 16 & 1)) >> 16;
+}
+DSA_DEVICE unsigned f16_bits(float x) {
+  _Float16 h = (_Float16)x;
+  uint16_t b;
+  memcpy(&b, &h, 2);
+  return x != x ? 0x7FFF : b;
+}
+DSA_DEVICE unsigned dsa_pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+DSA_DEVICE unsigned dsa_pack_f16(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
+DSA_DEVICE float dsa_f16_to_f32(unsigned short x) { return F16::get(x, 0); }
+DSA_DEVICE unsigned dsa_round_tf32(float x) {
+  unsigned b;
+  memcpy(&b, &x, 4);
+  return std::isfinite(x) ? b + 0x1000 & ~0x1FFFu : b;
+}
+DSA_DEVICE unsigned dsa_mul_f16x2(unsigned a, unsigned b) {
+  return f16_bits(F16::get(a, 0) * F16::get(b, 0)) | f16_bits(F16::get(a, 1) * F16::get(b, 1)) << 16;
+}
+
+DSA_DEVICE float dsa_exp2(float x) {
+  float y = exp2f(x);
+  return y < 0x1p-126f ? 0 : y;
+}
