@@ -33,7 +33,7 @@ def stand_in(op: str) -> tvm.IRModule:
     """The workload of a search for `op`."""
 
     @T.prim_func(s_tir=True)
-    def main(x: T.Buffer((1,), "float32")):
+    def main(x: T.Buffer((1,), "float32")):  # type: ignore[valid-type]
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         for i in range(1):
             with T.sblock(_BLOCK):

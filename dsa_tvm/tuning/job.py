@@ -188,7 +188,7 @@ class Job:
             yield order[j], outcome
 
     def _record(self, task: Task, kind: str, decisions: Decisions, outcome: Any) -> Record:
-        fields = {
+        fields: dict[str, Any] = {
             "kind": kind,
             "op": task.op,
             "spec": spec_hash(task.op),

@@ -16,20 +16,20 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 
 
-def send(file: BinaryIO, message: Any) -> None:
+def send(file: IO[bytes], message: Any) -> None:
     """Write one message."""
     data = pickle.dumps(message)
     file.write(LENGTH.pack(len(data)) + data)
     file.flush()
 
 
-def receive(file: BinaryIO) -> Any:
+def receive(file: IO[bytes]) -> Any:
     """Read one message.
 
     Raises
