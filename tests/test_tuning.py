@@ -102,7 +102,8 @@ def test_damaged_log(finished, tmp_path):
 
 @contextlib.contextmanager
 def job(output, *, seconds=60.0, limit=60.0, **options):
-    environment = {"PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])}
+    # An empty entry would be the working directory, and the checkout in it.
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
     work = output / "work"
     work.mkdir(parents=True)
     with Workers(2, environment) as workers:
@@ -175,6 +176,7 @@ def test_killed_job(finished, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, "DSA_TVM_TEST_JOB": str(output)},
         )
         announced = len(seen)
         stop = announced + lot.randrange(1, 12)
@@ -195,17 +197,17 @@ def test_killed_job(finished, tmp_path):
         assert len(set(now)) == len(now) >= announced
         seen = now
         deadline = time.monotonic() + 10
-        while worker_of(process.pid) and time.monotonic() < deadline:
+        while workers_of(output) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not worker_of(process.pid)
+        assert not workers_of(output)
 
 
-def worker_of(parent):
-    """Worker processes that were started by `parent`, which is gone."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+def workers_of(output):
+    """Processes of the job that writes to `output`; the job itself is gone."""
+    mark, found = f"DSA_TVM_TEST_JOB={output}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if b"dsa_tvm.tuning.worker" in entry.read_bytes():
+            if mark in entry.read_bytes().split(b"\0"):
                 found.append(int(entry.parent.name))
     return found
 
