@@ -100,3 +100,12 @@ def test_let_in_a_vectorized_loop_crashes(tmp_path):
     """So elements.py repeats its argument instead of binding it."""
     done = outcome(tmp_path, LET)
     assert done.returncode != 0 or done.stdout.split() != ["12"], "Let works in vectorized loops: elements can use it"
+
+
+def test_tune_context_imports_tensor_intrinsics():
+    """`tuning.search` keeps `TuneContext` from importing what costs a minute and no CPU kernel needs."""
+    import inspect
+
+    from tvm.s_tir.meta_schedule import TuneContext
+
+    assert "import tvm.s_tir.tensor_intrin" in inspect.getsource(TuneContext.__init__)
