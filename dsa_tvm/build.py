@@ -31,7 +31,6 @@ DEFAULT_TARGETS = {
     "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4"),
     "aarch64": ("aarch64",),
 }
-DEFAULT_PRESET = "deepseek-v3.2"
 #: Dimensions whose values a library lists.
 WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)
 #: What ``--records`` takes for no records at all.
@@ -44,7 +43,7 @@ def build(
     targets: Sequence[str] = (),
     served: Mapping[str, tuple[int, ...]] | None = None,
     logs: Path | None = None,
-    preset: str = DEFAULT_PRESET,
+    preset: str = presets.DEFAULT,
     version: str,
     cc: str = "cc",
     progress: Callable[[str], None] = lambda line: None,
@@ -108,8 +107,7 @@ def build(
         work = Path(name)
         built = objects.compile_objects(rows, work, progress)
         progress("linking")
-        (work / "specs.h").write_text(spec_table.header(dims, version))
-        (work / "specs.c").write_text(spec_table.source(dims))
+        spec_table.write(work, dims, version)
         # The targets are named from the oldest to the newest; the library takes the first that runs.
         sets = [(target, parts.kernels) for target, parts in reversed(built.items())]
         (work / "table.c").write_text(kernel_table.source(sets))
@@ -149,8 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preset",
-        default=DEFAULT_PRESET,
-        help=f"model whose records count and whose sizes are served (default: {DEFAULT_PRESET})",
+        default=presets.DEFAULT,
+        help=f"model whose records count and whose sizes are served (default: {presets.DEFAULT})",
     )
     for name in WIDTHS:
         flag = f"--{name.replace('_', '-')}"

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import __version__
+from . import __version__, presets
 from .errors import DsaError
 
 
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, nargs="+", default=[], help="threads (default: 1 and all)")
     bench.add_argument(
         "--preset",
-        default="deepseek-v3.2",
-        help="sizes of a model: deepseek-v3.2 (the default), glm-5, deepseek-v4-512, deepseek-v4-1024",
+        default=presets.DEFAULT,
+        help=f"sizes of a model: {', '.join(presets.PRESETS)} (default: {presets.DEFAULT})",
     )
     bench.add_argument(
         "--dtype", default="float32", help="element type of ours: float32 (the default), bfloat16, float16"

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     DsaError
         onnx or onnxruntime is not installed, or refuses the library.
     """
-    preset = presets.get("deepseek-v3.2")
+    preset = presets.get(presets.DEFAULT)
     at_least = preset.topk + CHUNK + STEPS
     if args.tokens < at_least:
         raise ArgumentError(f"demo: tokens: expected at least {at_least}, got {args.tokens}")

@@ -44,6 +44,9 @@ PRESETS: Mapping[str, Preset] = {
     "deepseek-v4-1024": Preset(h_idx=64, d_idx=128, topk=1024, h_q=64, d_qk=512, d_v=512),
 }
 
+#: What commands take where no preset is named.
+DEFAULT = "deepseek-v3.2"
+
 
 def get(name: str) -> Preset:
     """The preset of that name.

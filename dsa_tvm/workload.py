@@ -78,7 +78,7 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
             f"twice, got {s_q} and {s_kv}, which are {size / 2**30:.1f} GiB"
         )
     rng = np.random.default_rng(seed)
-    ke = np.clip(np.arange(s_q) + (s_kv - s_q + 1), 0, s_kv).astype(np.int32)
+    ke = causal_ends(s_q, s_kv)
     inputs = {}
     for tensor in required:
         shape = tuple(lengths[d] for d in tensor.shape)
@@ -97,6 +97,11 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
         inputs[tensor.name] = value
     values = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
     return Workload(op, inputs, {a.name: values[a.name] for a in spec.attrs}, lengths)
+
+
+def causal_ends(s_q: int, s_kv: int) -> np.ndarray:
+    """How many keys each of the last `s_q` tokens of a sequence of `s_kv` sees, itself included: ke, [s_q] int32."""
+    return np.clip(np.arange(s_q) + (s_kv - s_q + 1), 0, s_kv).astype(np.int32)
 
 
 def with_dtype(work: Workload, dtype: str) -> Workload:

@@ -41,8 +41,7 @@ def rows(tmp_path_factory):
         op: [Kernels(s_q, s_kv, CUT, {TYPES[op]: f"{NAMES[op]}_{i}"}) for i, (s_q, s_kv) in enumerate(table)]
         for op, table in TABLES.items()
     }
-    (work / "specs.h").write_text(spec_table.header(DIMS, "0"))
-    (work / "specs.c").write_text(spec_table.source(DIMS))
+    spec_table.write(work, DIMS, "0")
     (work / "table.c").write_text(kernel_table.source([(dsa_tvm.active_target(), tables)]))
     linking.run(["cc", *linking.flags(work), "-c", str(Path(__file__).parent / "c" / "rows.c"), "-o", f"{work}/rows.o"])
     path = linking.link_library([work / "rows.o"], work, "cc")

@@ -34,9 +34,21 @@ TASK = Task("topk", TARGET, presets.get("deepseek-v3.2"), 2, 6000)
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="candidates are linked with a C compiler")
 
 
-def tune(*args, **options):
-    command = [sys.executable, "-m", "dsa_tvm.cli", "tune", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
+COMMAND = (sys.executable, "-m", "dsa_tvm.cli", "tune")
+
+
+def tune(*args):
+    return subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=600)
+
+
+def started(*args, stderr=subprocess.PIPE, **options):
+    """A job that runs beside the test."""
+    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=stderr, text=True, **options)
+
+
+def into(output, arguments):
+    """The arguments of `finished` with another directory for the logs."""
+    return [str(output) if Path(a).is_absolute() else a for a in arguments]
 
 
 def log_of(output, op="topk", target=TARGET):
@@ -91,8 +103,7 @@ def test_damaged_log(finished, tmp_path):
     path = copy / TARGET / "topk.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"\n" + lines[0][:40] + b"\n" + b"".join(lines[1:]) + lines[0][:77])
-    arguments = [str(copy) if a == str(output) else a for a in arguments]
-    done = tune(*arguments, "--trials", "10")
+    done = tune(*into(copy, arguments), "--trials", "10")
     assert done.returncode == 0, done.stderr
     assert "skipped" in done.stdout + done.stderr
     records, damaged = Log(path).read()
@@ -168,16 +179,10 @@ def test_killed_job(finished, tmp_path):
     _, arguments, _ = finished
     lot = random.Random(7)
     output = tmp_path / "killed"
-    arguments = [str(output) if Path(a).is_absolute() else a for a in arguments]
     seen = []
     for _ in range(int(os.environ.get("DSA_TVM_TEST_KILLS", "3"))):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dsa_tvm.cli", "tune", *arguments, "--trials", "200"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "DSA_TVM_TEST_JOB": str(output)},
-        )
+        mark = {**os.environ, "DSA_TVM_TEST_JOB": str(output)}
+        process = started(*into(output, arguments), "--trials", "200", stderr=subprocess.STDOUT, env=mark)
         announced = len(seen)
         stop = announced + lot.randrange(1, 12)
         for line in process.stdout:
@@ -216,13 +221,7 @@ def test_interrupted_job(finished, tmp_path):
     """Ctrl-C: exit status 130, one line, and the trials are kept."""
     _, arguments, _ = finished
     output = tmp_path / "interrupted"
-    arguments = [str(output) if Path(a).is_absolute() else a for a in arguments]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsa_tvm.cli", "tune", *arguments, "--trials", "200"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(*into(output, arguments), "--trials", "200")
     for line in process.stderr:
         if "trial 3/200" in line:
             break
@@ -237,12 +236,7 @@ def test_two_jobs_one_log(finished, tmp_path):
     """Two jobs at a time write one log; nothing of either is lost."""
     _, arguments, _ = finished
     output = tmp_path / "shared"
-    arguments = [str(output) if Path(a).is_absolute() else a for a in arguments]
-    commands = [
-        [sys.executable, "-m", "dsa_tvm.cli", "tune", *arguments, "--trials", "8", "--seed", seed]
-        for seed in ("1", "2")
-    ]
-    jobs = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    jobs = [started(*into(output, arguments), "--trials", "8", "--seed", seed) for seed in ("1", "2")]
     for each in jobs:
         _, stderr = each.communicate(timeout=300)
         assert each.returncode == 0, stderr
@@ -327,15 +321,9 @@ def test_fleet(finished, tmp_path):
     """Two servers share the trials; one is killed in the middle, and the job finishes on the other."""
     _, arguments, _ = finished
     output = tmp_path / "fleet"
-    arguments = [str(output) if Path(a).is_absolute() else a for a in arguments]
     with fleet(2) as (port, servers):
-        command = [sys.executable, "-m", "dsa_tvm.cli", "tune", *arguments, "--trials", "24"]
-        process = subprocess.Popen(
-            [*command, "--rpc", f"localhost:{port}", "--key", "test"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        remote = ("--rpc", f"localhost:{port}", "--key", "test")
+        process = started(*into(output, arguments), "--trials", "24", *remote)
         for line in process.stderr:
             if "trial 10/24" in line:
                 break

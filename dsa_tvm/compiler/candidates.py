@@ -88,8 +88,7 @@ class Linker:
         self._op, self._types, self._target, self._cc = op, tuple(types), target, cc
         self._directory = Path(tempfile.mkdtemp(prefix="dsa-tvm-"))
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        (self._directory / "specs.h").write_text(spec_table.header(dims, "0"))
-        (self._directory / "specs.c").write_text(spec_table.source(dims))
+        spec_table.write(self._directory, dims, "0")
         source = linking.export_directory() / "src"
         files = [str(source / name) for name in (*linking.CORE, "measure.c")]
         self._compile("-O2", f"-DMEASURED_OP=OP_{op.upper()}", *files, "specs.c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from ..ops import OPS
 from ..spec import DLPACK_TYPES, ONNX_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
@@ -10,6 +11,12 @@ from ..spec import DLPACK_TYPES, ONNX_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
 _UNSIGNED = 1  # DLPack's code
 _DTYPES = tuple(DLPACK_TYPES)
 _TYPE_VARS = ("T", "K")
+
+
+def write(directory: Path, dims: Mapping[str, Dim], version: str) -> None:
+    """Put specs.h and specs.c into a directory."""
+    (directory / "specs.h").write_text(header(dims, version))
+    (directory / "specs.c").write_text(source(dims))
 
 
 def _enum(prefix: str, names: Iterable[str], count: str) -> str:

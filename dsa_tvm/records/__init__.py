@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .log import Damage, Log, default_directory, logs, merge, read_directory
-from .record import DATE_FORMAT, Record, spec_hash
+from .record import DATE_FORMAT, Record, as_key, spec_hash
 
 __all__ = [
     "DATE_FORMAT",
     "Damage",
     "Log",
     "Record",
+    "as_key",
     "default_directory",
     "logs",
     "merge",

@@ -15,7 +15,7 @@ from ..presets import PRESETS
 from ..report import digits, table
 from . import curve, selection
 from .log import Damage, Log, default_directory, logs, merge
-from .record import KINDS, Record
+from .record import KINDS, Record, as_key
 
 _FIGURES = ("threads", "x DEFAULT", "ms", "of roof")
 
@@ -87,8 +87,8 @@ def _best(args: argparse.Namespace) -> None:
     searches: dict[tuple, list[Record]] = {}
     for record in _read(args):
         if record.kind == "final" and args.target in (None, record.target) and record.op in selection.BUCKETS:
-            lengths = tuple((n, length) for n, length in record.shape.items() if n not in ("s_q", "s_kv"))
-            searches.setdefault((record.target, record.op, record.types, tuple(sorted(lengths))), []).append(record)
+            lengths = as_key({n: length for n, length in record.shape.items() if n not in ("s_q", "s_kv")})
+            searches.setdefault((record.target, record.op, record.types, lengths), []).append(record)
     for (target, op, types, lengths), records in sorted(searches.items()):
         print(_heading(target, op, types, dict(lengths)))
         rows = []
@@ -123,7 +123,7 @@ def _show(args: argparse.Namespace) -> None:
     searches: dict[tuple, list[Record]] = {}
     for record in _read(args):
         if args.shape in (None, (record.shape["s_q"], record.shape["s_kv"])):
-            search = (record.target, record.op, record.types, tuple(sorted(record.shape.items())), record.machine)
+            search = (record.target, record.op, record.types, as_key(record.shape), record.machine)
             searches.setdefault(search, []).append(record)
     if args.png and len(searches) != 1:
         raise ArgumentError(f"records show: png: expected one search, got {len(searches)}; --op and --shape pick one")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ..files import write_atomically
+from ..files import sync_directory, write_atomically
 
 #: Bytes of a line. What is longer is cut there when it is read, so that no file can fill the memory.
 MAX_LINE = 2**20
@@ -53,7 +53,7 @@ def append(path: Path, line: bytes) -> None:
                 os.ftruncate(file, end)
             raise
         if not end:
-            _sync(path.parent)
+            sync_directory(path.parent)
 
 
 def lines(path: Path) -> Iterator[bytes]:
@@ -119,11 +119,3 @@ def _split(file: BinaryIO, size: int) -> Iterator[bytes]:
             piece = file.readline(min(size, MAX_LINE + 1))
             size -= len(piece)
         yield line.removesuffix(b"\n")
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

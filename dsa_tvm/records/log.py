@@ -16,21 +16,7 @@ from typing import Any
 
 from ..errors import RecordError
 from . import journal
-from .record import KINDS, Record, canonical, digest, expect, spec_hash
-
-# Users of logs need not know that a record is described elsewhere.
-__all__ = [
-    "Damage",
-    "Log",
-    "Record",
-    "default_directory",
-    "line_of",
-    "logs",
-    "merge",
-    "parse",
-    "read_directory",
-    "spec_hash",
-]
+from .record import KINDS, Record, canonical, digest, expect
 
 #: Of the format.
 VERSION = 1

@@ -133,8 +133,7 @@ class Record:
     @property
     def key(self) -> tuple:
         """What identifies the candidate: everything but what came out and when."""
-        lengths, decisions = (tuple(sorted(mapping.items())) for mapping in (self.shape, self.decisions))
-        return (self.kind, self.op, self.types, self.target, lengths, decisions, self.machine)
+        return (self.kind, self.op, self.types, self.target, as_key(self.shape), as_key(self.decisions), self.machine)
 
 
 @functools.cache
@@ -155,6 +154,11 @@ def spec_hash(op: str) -> str:
     attrs = [[a.name, a.kind.__name__, a.dim] for a in spec.attrs]
     variants = [list(variant.items()) for variant in spec.variants]
     return digest([spec.name, len(spec.inputs), tensors, dims, attrs, variants])
+
+
+def as_key(numbers: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Lengths or decisions as something to look up and to compare."""
+    return tuple(sorted(numbers.items()))
 
 
 def canonical(document: Any) -> str:

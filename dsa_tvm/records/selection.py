@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 from ..errors import ArgumentError
 from ..ops import OPS
 from ..spec import INT32_MAX
-from .record import Record
+from .record import Record, as_key
 
 #: The sizes that finalists are measured at: s_q to s_kv. Each stands for the sizes around it.
 BUCKETS: Mapping[str, Mapping[int, tuple[int, ...]]] = {
@@ -111,7 +111,7 @@ def choices(
     for s_q, s_q_max in _with_bounds(list(BUCKETS[op])):
         for s_kv, s_kv_max in _with_bounds(BUCKETS[op][s_q]):
             candidates = usable[s_q, s_kv]
-            best = max((r for r in candidates if _name(r) in held), key=lambda r: r.speedup, default=None)
+            best = max((r for r in candidates if as_key(r.decisions) in held), key=lambda r: r.speedup, default=None)
             if best and best.speedup <= 1:
                 best = None
             why = _why(best, candidates, len(measured[s_q, s_kv]))
@@ -148,7 +148,7 @@ def finals(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> di
     others = {name: lengths.get(name) for name in OPS[op].dims if name not in ("s_q", "s_kv")}
     if None in others.values():
         raise ArgumentError(f"{op}: lengths: expected {', '.join(others)}, got {dict(lengths)}")
-    latest: dict[Bucket, dict[tuple, Record]] = {(s_q, s_kv): {} for s_q, row in BUCKETS[op].items() for s_kv in row}
+    latest: dict[Bucket, dict[tuple, Record]] = {bucket: {} for bucket in buckets(op)}
     places = set()
     for record in records:
         if record.op != op or record.kind != "final" or record.error is not None:
@@ -157,12 +157,17 @@ def finals(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> di
             continue
         places.add((record.target, *record.types))
         found = latest[bucket_of(op, record.shape["s_q"], record.shape["s_kv"])]
-        known = found.get(_name(record))
+        known = found.get(as_key(record.decisions))
         if known is None or known.date <= record.date:
-            found[_name(record)] = record
+            found[as_key(record.decisions)] = record
     if len(places) > 1:
         raise ArgumentError(f"{op}: records: expected one target and choice of element types, got {sorted(places)}")
     return {bucket: list(found.values()) for bucket, found in latest.items()}
+
+
+def buckets(op: str) -> list[Bucket]:
+    """Every bucket of an operator, in the order of `BUCKETS`."""
+    return [(s_q, s_kv) for s_q, row in BUCKETS[op].items() for s_kv in row]
 
 
 def bucket_of(op: str, s_q: int, s_kv: int) -> Bucket:
@@ -178,7 +183,7 @@ def keeps_up(record: Record) -> bool:
 
 def _cover(usable: Mapping[Bucket, Sequence[Record]]) -> set[tuple]:
     """Greedy choice of the decisions to hold beside DEFAULT: the largest gain over all buckets first."""
-    speedups = {(_name(r), bucket): r.speedup for bucket, found in usable.items() for r in found}
+    speedups = {(as_key(r.decisions), bucket): r.speedup for bucket, found in usable.items() for r in found}
     # Sorted, so that of equal gains the same one is taken each time.
     names = sorted({name for name, _ in speedups})
     reached = dict.fromkeys(usable, 1.0)
@@ -205,10 +210,6 @@ def _why(chosen: Record | None, candidates: Sequence[Record], measured: int) -> 
         return f"the fastest final there is {best:.3f} times as fast, which is not worth a kernel"
     faster = f"{chosen.speedup:.3f} times as fast as DEFAULT"
     return faster if best <= chosen.speedup else f"{faster} ({best:.3f} would need one more kernel)"
-
-
-def _name(record: Record) -> tuple:
-    return tuple(sorted(record.decisions.items()))
 
 
 def _replaces(decisions: Mapping[str, int], default: Mapping[str, int]) -> bool:

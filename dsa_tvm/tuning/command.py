@@ -14,23 +14,19 @@ from pathlib import Path
 from .. import env, library, presets, workload
 from ..errors import ArgumentError, DsaError
 from ..progress import Progress
-from ..records import Record
-from ..records.selection import BUCKETS
+from ..records import Record, selection
 from ..report import duration, table
 from . import fleet
 from .fleet import Remote
 from .tasks import Task, parse_shape
 from .workers import WorkerError, Workers
 
-#: What a final may lose at any thread count and still count as at least as fast.
-_HOLDS = 0.99
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dsa-tvm tune``."""
-    parser.add_argument("op", help=f"kernel to tune: {', '.join(BUCKETS)}, or all")
+    parser.add_argument("op", help=f"kernel to tune: {', '.join(selection.BUCKETS)}, or all")
     parser.add_argument("--target", default="", help="CPU target (default: the best this machine runs)")
-    parser.add_argument("--preset", default="deepseek-v3.2", help="sizes of a model (default: deepseek-v3.2)")
+    parser.add_argument("--preset", default=presets.DEFAULT, help=f"sizes of a model (default: {presets.DEFAULT})")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="S_QxS_KV", help="sizes (default: every bucket)")
     parser.add_argument("--trials", type=int, default=64, help="candidates for each kernel and size (default: 64)")
     parser.add_argument("--timeout", type=float, default=math.inf, metavar="S", help="begin no trial after S seconds")
@@ -67,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
         target = args.target or library.active_target()
         if target not in CPU_TARGETS:
             raise ArgumentError(f"tune: target: expected one of {', '.join(CPU_TARGETS)}, got {target!r}")
-        ops = list(BUCKETS) if args.op == "all" else [args.op]
-        tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or _buckets(op)]
+        ops = list(selection.BUCKETS) if args.op == "all" else [args.op]
+        tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or selection.buckets(op)]
         builder = Builder(workers, Path(directory), args.cc)
         print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
         request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
@@ -99,7 +95,7 @@ def summary(tasks: Sequence[Task], finals: Sequence[Record]) -> list[str]:
     rows, kept = [], []
     for task in tasks:
         mine = [f for f in finals if f.op == task.op and f.shape == task.shape]
-        holding = [f for f in mine if f.speedup > 1 and min(f.speedups.values()) >= _HOLDS]
+        holding = [f for f in mine if f.speedup > 1 and selection.keeps_up(f)]
         if not holding:
             measured = f"the best of {len(mine)} did not hold" if mine else "no candidate was faster"
             kept.append(f"{task.title}: DEFAULT stays: {measured}")
@@ -116,8 +112,8 @@ def summary(tasks: Sequence[Task], finals: Sequence[Record]) -> list[str]:
 
 
 def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:
-    if args.op != "all" and args.op not in BUCKETS:
-        raise ArgumentError(f"tune: operator: expected all or one of {', '.join(BUCKETS)}, got {args.op!r}")
+    if args.op != "all" and args.op not in selection.BUCKETS:
+        raise ArgumentError(f"tune: operator: expected all or one of {', '.join(selection.BUCKETS)}, got {args.op!r}")
     if args.trials < 1:
         raise ArgumentError(f"tune: trials: expected at least 1, got {args.trials}")
     if not args.timeout > 0:
@@ -140,7 +136,3 @@ def _try_output(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise DsaError(f"tune: output: expected a directory to write to, got {directory}: {error}") from error
-
-
-def _buckets(op: str) -> list[tuple[int, int]]:
-    return [(s_q, s_kv) for s_q, lengths in BUCKETS[op].items() for s_kv in lengths]

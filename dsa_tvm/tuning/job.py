@@ -16,7 +16,7 @@ import tvm
 from .. import __version__
 from ..errors import DsaError, RecordError
 from ..progress import Progress
-from ..records import DATE_FORMAT, Log, Record, spec_hash
+from ..records import DATE_FORMAT, Log, Record, as_key, spec_hash
 from ..report import duration
 from . import fleet
 from .building import Builder, Decisions
@@ -108,7 +108,7 @@ class Job:
             progress.say(f"skipped {damage}")
         same = [r for r in records if r.machine == self._options.machine and r.types == task.types]
         here = [r for r in same if r.shape == task.shape]
-        known = {_key(r.decisions): r for r in here if r.kind == "trial"}
+        known = {as_key(r.decisions): r for r in here if r.kind == "trial"}
         progress.advance(min(len(known), self._options.trials))
         module = self._builder.modules[task.op]
         search = Search(task.op, module, task.target, seed=self._options.seed, batch=BATCH)
@@ -117,19 +117,19 @@ class Job:
             told = []
             for record in self._measured(task, proposals, "trial"):
                 log.append(record)
-                known[_key(record.decisions)] = record
+                known[as_key(record.decisions)] = record
                 told.append((record.decisions, record.speedup or None))
                 progress.step(_line(task, known, self._options.trials))
             search.tell(told)
         best = sorted(known.values(), key=lambda r: r.speedup, reverse=True)
         finalists = [r for r in best[:FINALISTS] if r.speedup > 1 and dict(r.decisions) != self._builder.default(task)]
         # A job that was killed during its finals goes on with those that are missing.
-        finals = {_key(r.decisions): r for r in here if r.kind == "final"}
-        missing = [dict(r.decisions) for r in finalists if _key(r.decisions) not in finals]
+        finals = {as_key(r.decisions): r for r in here if r.kind == "final"}
+        missing = [dict(r.decisions) for r in finalists if as_key(r.decisions) not in finals]
         for record in self._measured(task, missing, "final"):
             log.append(record)
-            finals[_key(record.decisions)] = record
-        return [finals[_key(r.decisions)] for r in finalists]
+            finals[as_key(record.decisions)] = record
+        return [finals[as_key(r.decisions)] for r in finalists]
 
     def _proposals(
         self, task: Task, search: Search, same: Sequence[Record], known: Mapping[Any, Record]
@@ -137,7 +137,7 @@ class Job:
         """Batches of new decisions: DEFAULT and what won at other sizes first, then the search's own."""
         others = sorted((r for r in same if r.kind == "final"), key=lambda r: r.speedup, reverse=True)
         seeds = [self._builder.default(task), *(dict(r.decisions) for r in others if search.covers(r.decisions))]
-        seeds = [d for i, d in enumerate(seeds) if _key(d) not in known and d not in seeds[:i]]
+        seeds = [d for i, d in enumerate(seeds) if as_key(d) not in known and d not in seeds[:i]]
         while (left := self._options.trials - len(known)) > 0 and time.monotonic() < self._end:
             batch, seeds = (seeds[:BATCH], seeds[BATCH:]) if seeds else (search.ask(), [])
             if not batch:
@@ -214,10 +214,6 @@ class Job:
         if dict(decisions) == self._builder.default(task):
             raise DsaError(f"tune: {task.title}: DEFAULT itself failed: {reason}")
         return Record(**fields, seconds={}, default_seconds={}, roof={}, error=reason)
-
-
-def _key(decisions: Decisions) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(decisions.items()))
 
 
 def _line(task: Task, known: Mapping[Any, Record], trials: int) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,11 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
     RemoteError
     """
     with _opened(library, remote) as (module, device):
-        check(module, device, irregular(task), CANDIDATE, 2)
-        work, arguments = _on_this_machine(task) if remote is None else _elsewhere(task, device)
-        outputs = [_poisoned(work, device) for _ in (DEFAULT, CANDIDATE)]
-        threads = max(effort.threads)
-        _call(module, CANDIDATE, threads, [*arguments, *outputs[CANDIDATE]])
-        gate.check(work, [x.numpy() for x in outputs[CANDIDATE]], sorted({0, task.s_q - 1}))
+        odd, timed = _problems(task)
+        _checked(module, device, odd, _arguments(odd.work, device), CANDIDATE, 2)
+        arguments = _on_this_machine(task) if remote is None else _arguments(timed.work, device)
+        written = _checked(module, device, timed, arguments, CANDIDATE, max(effort.threads))
+        outputs = [_poisoned(timed.work, device), written]
         times: dict[str, dict[int, Any]] = {"seconds": {}, "default_seconds": {}, "gflops": {}}
         if remote is not None:
             times["gflops"] = {n: float(module["peak"](n, 100)) for n in effort.threads}
@@ -81,10 +81,38 @@ def check(module: Any, device: Any, work: Workload, which: int, threads: int) ->
     ------
     gate.CheckError
     """
-    outputs = _poisoned(work, device)
-    _call(module, which, threads, [*_arguments(work, device), *outputs])
-    rows = range(work.lengths["s_q"])
-    gate.check(work, [x.numpy() for x in outputs], rows)
+    problem = _Problem.of(work, range(work.lengths["s_q"]))
+    _checked(module, device, problem, _arguments(work, device), which, threads)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Inputs, the queries to look at, and what the reference says of them."""
+
+    work: Workload
+    rows: Sequence[int]
+    references: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, work: Workload, rows: Sequence[int]) -> _Problem:
+        return cls(work, rows, gate.references(work, rows))
+
+
+@functools.lru_cache(maxsize=1)
+def _problems(task: Task) -> tuple[_Problem, _Problem]:
+    """The latest task's irregular inputs and those that are timed, made once and not for every candidate."""
+    odd, timed = irregular(task), task.inputs()
+    return _Problem.of(odd, range(odd.lengths["s_q"])), _Problem.of(timed, sorted({0, task.s_q - 1}))
+
+
+def _checked(
+    module: Any, device: Any, problem: _Problem, arguments: Sequence[Any], which: int, threads: int
+) -> list[Any]:
+    """The outputs of one kernel set, after they have been held against the reference."""
+    outputs = _poisoned(problem.work, device)
+    module["call"](which, threads, *arguments, *outputs)
+    gate.check(problem.work, [x.numpy() for x in outputs], problem.rows, known=problem.references)
+    return outputs
 
 
 def _in_turns(
@@ -109,20 +137,10 @@ def _in_turns(
     return pairs
 
 
-def _call(module: Any, which: int, threads: int, arguments: Sequence[Any]) -> None:
-    module["call"](which, threads, *arguments)
-
-
 @functools.lru_cache(maxsize=1)
-def _on_this_machine(task: Task) -> tuple[Workload, list[Any]]:
-    """The latest task's inputs, which a worker does not make again for every candidate."""
-    work = task.inputs()
-    return work, _arguments(work, tvm.cpu())
-
-
-def _elsewhere(task: Task, device: Any) -> tuple[Workload, list[Any]]:
-    work = _on_this_machine(task)[0]
-    return work, _arguments(work, device)
+def _on_this_machine(task: Task) -> list[Any]:
+    """The arguments that are timed, which stay where they are from candidate to candidate."""
+    return _arguments(_problems(task)[1].work, tvm.cpu())
 
 
 def _arguments(work: Workload, device: Any) -> list[Any]:

@@ -223,6 +223,5 @@ def _without_tensor_intrinsics() -> Iterator[None]:
 def _silent() -> logging.Logger:
     logger = logging.getLogger("dsa_tvm.tuning.search")
     logger.setLevel(logging.CRITICAL)
-    for name in ("tvm.s_tir.meta_schedule.cost_model.xgb_model",):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("tvm.s_tir.meta_schedule.cost_model.xgb_model").setLevel(logging.ERROR)
     return logger

@@ -70,7 +70,7 @@ class Task:
         gflops : mapping
             The machine's multiply-add limit by number of threads.
         """
-        ke = np.clip(np.arange(self.s_q) + (self.s_kv - self.s_q + 1), 0, self.s_kv)
+        ke = workload.causal_ends(self.s_q, self.s_kv)
         flops = workload.flops(self.op, {**self.shape, "topk": self.preset.topk}, np.zeros_like(ke), ke)
         loaded = 4 * self.s_q * self.s_kv if self.op == "topk" else 0
         return {n: max(flops / rate / 1e9, loaded / _LOAD_BYTES_PER_SECOND / n) for n, rate in gflops.items()}

@@ -15,7 +15,6 @@ import signal
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 LENGTH = struct.Struct("<Q")
@@ -52,7 +51,7 @@ def compile_object(module: str, op: str, target: str, decisions: Mapping[str, in
 
     kernels = importlib.import_module(module)
     chosen = space.kernel_decisions(kernels, decisions)
-    compile_kernel(op, OPS[op].variants[0], target, chosen, suffix, Path(path), kernels)
+    compile_kernel(op, OPS[op].variants[0], target, chosen, suffix, path, kernels)
 
 
 def _handlers() -> dict[str, Callable[..., Any]]:
