@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import presets, records
-from .compiler import kernel_table, linking, spec_table
+from .compiler import kernel_table, linking, resources, spec_table
 from .errors import BuildError
 from .files import sha256, write_atomically
 from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
-from .spec import DIMS, with_values
+from .spec import DIMS, Dim, with_values
 
 if TYPE_CHECKING:
     from .compiler.objects import Compiled
@@ -33,6 +33,8 @@ DEFAULT_TARGETS = {
 }
 #: Dimensions whose values a library lists.
 WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)
+#: The target that stands for all GPUs, beside which there are CPU targets in every library.
+CUDA_TARGET = "cuda"
 #: What ``--records`` takes for no records at all.
 NO_RECORDS = "none"
 
@@ -46,6 +48,8 @@ def build(
     preset: str = presets.DEFAULT,
     version: str,
     cc: str = "cc",
+    archs: Sequence[str] = (),
+    nvcc: str = "nvcc",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Build a library and its manifest into the directory `out`.
@@ -55,7 +59,7 @@ def build(
     out : Path
         Receives ``libdsa_tvm.so`` and ``manifest.json``, each whole or not at all.
     targets : sequence of str
-        CPU targets; by default those of this machine.
+        CPU targets, by default those of this machine, and ``cuda`` perhaps.
     served : mapping, optional
         Values of d_idx, d_qk and d_v to serve beside the usual ones.
     logs : Path, optional
@@ -66,6 +70,10 @@ def build(
         Version of the package.
     cc : str
         C compiler, a cross compiler perhaps.
+    archs : sequence of str
+        GPU architectures for the target ``cuda``; by default `schedules.CUDA_ARCHS`.
+    nvcc : str
+        CUDA compiler; only that target needs it.
     progress : callable
         Takes a line of text at every step, and one for every record that is left out.
 
@@ -81,10 +89,15 @@ def build(
     RecordError
         `logs` is no directory.
     BuildError
-        No C compiler, an unknown target, a size that cannot be served, or a step that failed.
+        No C compiler or nvcc, an unknown target or architecture, a size that cannot be served, or a step that failed.
     """
     linking.expect_compiler(cc)
-    targets = tuple(targets) or DEFAULT_TARGETS.get(platform.machine(), ())
+    with_cuda = CUDA_TARGET in targets
+    if archs and not with_cuda:
+        raise BuildError(f"arch: expected --target {CUDA_TARGET} beside it, got none")
+    if with_cuda:
+        linking.expect_nvcc(nvcc)
+    targets = tuple(t for t in targets if t != CUDA_TARGET) or DEFAULT_TARGETS.get(platform.machine(), ())
     if not targets:
         raise BuildError(f"target: expected one to be named, because there is no default for {platform.machine()}")
     model = presets.get(preset)
@@ -102,15 +115,20 @@ def build(
     from .compiler import objects, plan
 
     rows = plan.make(targets, measured, model, progress)
+    if with_cuda:
+        from .compiler import cuda
+
+        archs = cuda.check_archs(archs)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         built = objects.compile_objects(rows, work, progress)
-        progress("linking")
         spec_table.write(work, dims, version)
         # The targets are named from the oldest to the newest; the library takes the first that runs.
         sets = [(target, parts.kernels) for target, parts in reversed(built.items())]
         (work / "table.c").write_text(kernel_table.source(sets))
+        cuda_kernels = _add_cuda(work, archs, dims, nvcc, progress) if with_cuda else None
+        progress("linking")
         library = linking.link_library([parts.object for parts in built.values()], work, cc)
         manifest = {
             "version": version,
@@ -118,6 +136,7 @@ def build(
             "tvm": tvm.__version__,
             "targets": list(built),
             "kernels": {target: _kernels(parts) for target, parts in built.items()},
+            "cuda": cuda_kernels,
             "served": {d.name: list(d.values) for d in dims.values() if d.values},
             "symbols": exported_symbols(),
             "size": library.stat().st_size,
@@ -137,10 +156,41 @@ def _kernels(compiled: Compiled) -> dict[str, list[dict]]:
     }
 
 
+def _add_cuda(
+    work: Path, archs: Sequence[str], dims: Mapping[str, Dim], nvcc: str, progress: Callable[[str], None]
+) -> dict:
+    """Compile the CUDA kernels into `work` for `linking.link_library`, and tell what the manifest says of them."""
+    from .compiler import cuda, cuda_table
+
+    sets = cuda.generate(archs, dims)
+    fatbins, said = cuda.compile_sets(sets, work, nvcc, progress)
+    (work / "cuda_launch.h").write_text(cuda_table.header(sets))
+    (work / "cuda_table.c").write_text(cuda_table.source(sets, fatbins))
+    return {
+        "archs": list(archs),
+        "ptx": next(kernels.ptx for kernels in sets if kernels.ptx),
+        "kernels": [
+            {
+                "archs": kernels.targets,
+                **{unit.op: {f.symbol: asdict(f.kernel.decisions) for f in unit.functions} for unit in kernels.units},
+            }
+            for kernels in sets
+        ],
+        "resources": resources.parse(said, sets),
+    }
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dsa-tvm build``."""
     parser.add_argument("--out", type=Path, required=True, help="directory for the library and its manifest")
-    parser.add_argument("--target", action="append", default=[], help="CPU target; may be given several times")
+    parser.add_argument("--target", action="append", default=[], help="CPU target, or cuda; may be given several times")
+    parser.add_argument(
+        "--arch", action="append", default=[], help="GPU architecture for --target cuda, such as sm_90 (default: all)"
+    )
+    parser.add_argument(
+        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
+    )
+    parser.add_argument("--report", action="store_true", help="tell what every kernel of the library takes")
     parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler (default: $CC or cc)")
     parser.add_argument(
         "--records", metavar="DIR", help=f"tuning logs (default: the package's); {NO_RECORDS} for default decisions"
@@ -158,7 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, version: str) -> Path:
     """`build` with parsed options, its steps printed."""
     logs = records.default_directory() if args.records is None else Path(args.records)
-    return build(
+    library = build(
         args.out,
         targets=args.target,
         served={name: tuple(getattr(args, name)) for name in WIDTHS},
@@ -166,8 +216,13 @@ def run(args: argparse.Namespace, version: str) -> Path:
         preset=args.preset,
         version=version,
         cc=args.cc,
+        archs=args.arch,
+        nvcc=args.nvcc,
         progress=lambda line: print(f"dsa-tvm build: {line}", file=sys.stderr, flush=True),
     )
+    if args.report:
+        print("\n".join(resources.lines(json.loads((args.out / MANIFEST_NAME).read_bytes()))))
+    return library
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from . import library
 from .errors import ArgumentError, KernelError, LibraryError
 from .spec import AttrSpec, OpSpec
-from .tensors import Pack, as_tensor, is_torch
+from .tensors import CPU, CUDA, Pack, as_tensor, cuda_stream, is_torch
 
 _MAX_NDIM = 3
 _STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
@@ -21,7 +21,13 @@ class _Attr(ctypes.Union):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = (("size", ctypes.c_uint32), ("num_threads", ctypes.c_int32))
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("num_threads", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_size", ctypes.c_uint64),
+    )
 
 
 def _integer(op: str, name: str, value: Any, bits: int) -> int:
@@ -50,12 +56,14 @@ def _raise(lib: ctypes.CDLL, status: int) -> None:
     raise _STATUS_ERRORS.get(status, KernelError)(lib.dsa_tvm_last_error().decode())
 
 
-def _empty(like: Any, dtype: str, shape: Sequence[int]) -> Any:
+def _empty(like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
     """An output tensor of the kind of `like`, whose own element type is used where `dtype` is "T"."""
     if is_torch(like):
         import torch
 
-        return torch.empty(shape, dtype=like.dtype if dtype == "T" else getattr(torch, dtype))
+        return torch.empty(shape, dtype=like.dtype if dtype == "T" else getattr(torch, dtype), device=like.device)
+    if device == CUDA:
+        raise ArgumentError(f"out: expected tensors to write to, because {type(like).__name__} inputs are on a GPU")
     import numpy as np
 
     if dtype != "T":
@@ -65,6 +73,21 @@ def _empty(like: Any, dtype: str, shape: Sequence[int]) -> Any:
     raise ArgumentError(
         f"out: expected tensors to write to, because {type(like).__name__} inputs have no type to follow"
     )
+
+
+def _workspace(lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int) -> tuple[Any, int]:
+    """What a call on a GPU must have, from torch's allocator, and its bytes."""
+    size = ctypes.c_uint64()
+    status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
+    if status:
+        _raise(lib, status)
+    if not size.value:
+        return None, 0
+    try:
+        import torch
+    except ImportError as error:
+        raise LibraryError(f"workspace: expected torch, whose allocator it comes from, got none ({error})") from error
+    return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
 
 
 def call(
@@ -98,17 +121,21 @@ def call(
     KernelError
         No memory for the workspace.
     LibraryError
-        The library is missing, damaged or has no kernels for this CPU.
+        The library is missing, damaged or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     lib = library.load()
     num_threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
-    given = Pack(
-        [
-            None if inputs[t.name] is None and t.optional else as_tensor(spec.name, t.name, inputs[t.name], keep)
-            for t in spec.inputs
-        ]
-    )
+    cuda = library.has_cuda(lib)
+    stream = cuda_stream(inputs.values()) if cuda else 0
+    views = [
+        None
+        if inputs[t.name] is None and t.optional
+        else as_tensor(spec.name, t.name, inputs[t.name], keep, cuda=cuda, stream=stream)
+        for t in spec.inputs
+    ]
+    given = Pack(views)
+    device = views[0].device if views[0] else (CPU, 0)
     attr_array = (_Attr * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
     arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
     if out is None:
@@ -119,16 +146,24 @@ def call(
             _raise(lib, status)
         first = inputs[spec.inputs[0].name]
         outputs = tuple(
-            _empty(first, t.dtype, list(shape[: len(t.shape)])) for t, shape in zip(spec.outputs, shapes, strict=True)
+            _empty(first, t.dtype, list(shape[: len(t.shape)]), device[0])
+            for t, shape in zip(spec.outputs, shapes, strict=True)
         )
     else:
         outputs = out if isinstance(out, tuple) else (out,)
         if len(outputs) != len(spec.outputs):
             raise ArgumentError(f"{spec.name}: out: expected {len(spec.outputs)} tensors, got {len(outputs)}")
     taken = Pack(
-        [as_tensor(spec.name, t.name, x, keep, writable=True) for t, x in zip(spec.outputs, outputs, strict=True)]
+        [
+            as_tensor(spec.name, t.name, x, keep, writable=True, cuda=cuda, stream=stream)
+            for t, x in zip(spec.outputs, outputs, strict=True)
+        ]
     )
     options = _Options(ctypes.sizeof(_Options), num_threads)
+    if device[0] == CUDA:
+        # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
+        workspace, options.workspace_size = _workspace(lib, arguments, device[1])
+        options.stream, options.workspace = stream, workspace.data_ptr() if workspace is not None else None
     status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
     if status:
         _raise(lib, status)

@@ -1,8 +1,9 @@
 """The operators as Python functions over NumPy arrays, torch tensors and anything else with DLPack.
 
-Inputs are never copied, at any alignment. Outputs come as the first input does: torch tensors for torch, NumPy arrays
-for everything else; or are written to `out`. Element types of NumPy that NumPy itself lacks (bfloat16, float8_e4m3fn)
-are those of the package ml_dtypes.
+Inputs are never copied, at any alignment. All are on the CPU or all on one GPU. Outputs come as the first input does:
+torch tensors for torch, NumPy arrays for everything else on the CPU; or are written to `out`. Element types of NumPy
+that NumPy itself lacks (bfloat16, float8_e4m3fn) are those of the package ml_dtypes. On a GPU the work is enqueued on
+torch's current stream, or on the default one where there is no torch tensor, and its workspace is torch's.
 """
 
 from __future__ import annotations

@@ -20,12 +20,14 @@ MANIFEST_NAME = "manifest.json"
 _FUNCTIONS = (
     "abi_version",
     "call",
+    "cuda_archs",
     "get_num_threads",
     "last_error",
     "output_shapes",
     "set_num_threads",
     "target",
     "version",
+    "workspace_size",
 )
 
 
@@ -110,12 +112,29 @@ def load(path: str | None = None) -> ctypes.CDLL:
     library.dsa_tvm_last_error.restype = ctypes.c_char_p
     library.dsa_tvm_target.restype = ctypes.c_char_p
     library.dsa_tvm_version.restype = ctypes.c_char_p
+    if hasattr(library, "dsa_tvm_cuda_archs"):  # one built by an earlier version lacks it, and serves the CPU
+        library.dsa_tvm_cuda_archs.restype = ctypes.c_char_p
     library.dsa_tvm_set_num_threads.restype = None
     if library.dsa_tvm_abi_version() != ABI_VERSION:
         raise LibraryError(f"library: expected ABI {ABI_VERSION}, got {library.dsa_tvm_abi_version()} at {found}")
     if library.dsa_tvm_target() is None:
         raise LibraryError(library.dsa_tvm_last_error().decode())
     return library
+
+
+@functools.cache
+def has_cuda(library: ctypes.CDLL) -> bool:
+    """Whether a loaded library has CUDA kernels; not whether there is a GPU."""
+    return hasattr(library, "dsa_tvm_cuda_archs") and library.dsa_tvm_cuda_archs() is not None
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """The GPU architectures the library has kernels for, such as ``sm_90``; none where it was built without.
+
+    The last, such as ``compute_80``, is the first of those that a driver compiles the kernels for itself.
+    """
+    library = load()
+    return tuple(library.dsa_tvm_cuda_archs().decode().split(",")) if has_cuda(library) else ()
 
 
 def active_target() -> str:

@@ -9,13 +9,13 @@ import ctypes
 import functools
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .errors import ArgumentError
 from .spec import DLPACK_TYPES
 
-CPU = 1
+CPU, CUDA = 1, 2
 
 
 class Tensor(ctypes.Structure):
@@ -131,6 +131,10 @@ def _from_numpy(x: Any, fail, writable: bool) -> View:
     return View(x.ctypes.data, (CPU, 0), dtype, x.shape, strides)
 
 
+#: What makes a library take the tensor of a GPU, for one that does not.
+_HINT = "; dsa-tvm build --target cuda makes a library that takes it"
+
+
 @functools.cache
 def _torch_type(dtype: Any) -> tuple[int, int]:
     """DLPack (code, bits) of a torch type."""
@@ -138,7 +142,7 @@ def _torch_type(dtype: Any) -> tuple[int, int]:
     return DLPACK_TYPES.get(str(dtype).removeprefix("torch.")) or (kind, dtype.itemsize * 8)
 
 
-def _from_torch(x: Any, fail, writable: bool) -> View:
+def _from_torch(x: Any, fail, writable: bool, cuda: bool) -> View:
     import torch
 
     if torch.is_grad_enabled() and x.requires_grad:
@@ -147,22 +151,27 @@ def _from_torch(x: Any, fail, writable: bool) -> View:
         )
     if x.layout is not torch.strided:
         fail("a dense tensor", f"layout {x.layout}")
-    if x.device.type != "cpu":
-        fail("a tensor on the CPU", f"device {x.device}")
+    if x.device.type != "cpu" and not (cuda and x.is_cuda):
+        hint = _HINT if x.is_cuda else ""
+        fail("a tensor on the CPU" + " or on a CUDA GPU" * cuda, f"device {x.device}{hint}")
     if x.is_conj() or x.is_neg():
         fail("a resolved tensor", "one with its conjugate or negative bit set")
     strides = None if x.is_contiguous() else x.stride()
-    return View(x.data_ptr(), (CPU, 0), _torch_type(x.dtype), x.shape, strides)
+    device = (CUDA, x.device.index) if x.is_cuda else (CPU, 0)
+    return View(x.data_ptr(), device, _torch_type(x.dtype), x.shape, strides)
 
 
-def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> View:
+def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any], cuda: bool, stream: int) -> View:
     kind, number = (int(v) for v in x.__dlpack_device__())
-    if kind != CPU:
-        fail("a tensor on the CPU (DLPack device 1)", f"DLPack device {kind}")
+    if kind != CPU and not (cuda and kind == CUDA):
+        hint = _HINT if kind == CUDA else ""
+        fail("a tensor on the CPU (DLPack device 1)" + " or on a CUDA GPU (2)" * cuda, f"DLPack device {kind}{hint}")
+    # The producer makes that stream wait for the tensor; its number for the default one is 1.
+    ready = {"stream": stream or 1} if kind == CUDA else {}
     try:
-        capsule = x.__dlpack__(max_version=(1, 0))
+        capsule = x.__dlpack__(max_version=(1, 0), **ready)
     except TypeError:  # a producer from before DLPack 1.0
-        capsule = x.__dlpack__()
+        capsule = x.__dlpack__(**ready)
     except BufferError as error:
         fail("a tensor that can be exported", str(error))
     name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None
@@ -188,13 +197,37 @@ def _from_dlpack(x: Any, fail, writable: bool, keep: list[Any]) -> View:
     )
 
 
-def as_tensor(op: str, name: str, x: Any, keep: list[Any], *, writable: bool = False) -> View:
+def cuda_stream(tensors: Iterable[Any]) -> int:
+    """The current stream of the GPU that the first torch tensor is on; 0, the default stream, where there is none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    on_gpus = (x.device for x in tensors if is_torch(x) and x.is_cuda)
+    return next((torch.cuda.current_stream(device).cuda_stream for device in on_gpus), 0)
+
+
+def as_tensor(
+    op: str, name: str, x: Any, keep: list[Any], *, writable: bool = False, cuda: bool = False, stream: int = 0
+) -> View:
     """A view of `x`; what must outlive the call is appended to `keep`.
+
+    Parameters
+    ----------
+    op, name : str
+        Whose argument it is.
+    x : tensor
+    keep : list
+    writable : bool
+        Whether it will be written to.
+    cuda : bool
+        Whether it may be on a GPU.
+    stream : int
+        Where it will be used then.
 
     Raises
     ------
     ArgumentError
-        `x` is no tensor, or one that cannot be seen as a DLPack tensor on the CPU.
+        `x` is no tensor, or one that cannot be seen as a DLPack tensor on such a device.
     """
 
     def fail(expected: str, got: str):
@@ -204,7 +237,7 @@ def as_tensor(op: str, name: str, x: Any, keep: list[Any], *, writable: bool = F
     if numpy is not None and isinstance(x, numpy.ndarray):
         return _from_numpy(x, fail, writable)
     if is_torch(x):
-        return _from_torch(x, fail, writable)
+        return _from_torch(x, fail, writable, cuda)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        return _from_dlpack(x, fail, writable, keep)
+        return _from_dlpack(x, fail, writable, keep, cuda, stream)
     return fail("a tensor (NumPy, torch, or anything with DLPack)", type(x).__name__)

@@ -40,7 +40,7 @@ def _register(spec: OpSpec) -> None:
     name = f"dsa_tvm::{spec.name}"
     torch.library.define(name, _schema(spec))
 
-    # For every device: a tensor that is not on the CPU gets the package's own error, which names the argument.
+    # For every device: `call` looks where the tensors are, and its error names the argument that is elsewhere.
     @torch.library.impl(name, "CompositeExplicitAutograd")
     def compute(*args, **kwargs):
         inputs, attrs = _named(spec, args, kwargs)

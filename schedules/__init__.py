@@ -21,3 +21,7 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
     "x86-64-v4": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v4"},
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
 }
+
+#: GPU architectures that a library has machine code for by default. Of Hopper's own instructions, which sm_90a has and
+#: sm_90 lacks, there are kernels; sm_100 and sm_120 without an ``a`` serve the later GPUs of their generations, too.
+CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")

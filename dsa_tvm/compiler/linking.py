@@ -11,10 +11,12 @@ from ..errors import BuildError
 from ..library import LIBRARY_NAME
 
 #: What runs a checked call.
-CORE = ("check.c", "error.c", "kernels.c", "operators.c", "stages.c", "threads.c")
-_DOORS = ("api.c", "choose.c", "ort.c", "ort_kernel.c", "ort_schema.c")
-#: specs.c and table.c are generated into the working directory.
+CORE = ("check.c", "device.c", "error.c", "kernels.c", "operators.c", "stages.c", "threads.c")
+_DOORS = ("api.c", "choose.c", "ort.c", "ort_cuda.c", "ort_kernel.c", "ort_schema.c")
+_CUDA = ("cuda.c", "cuda_operators.c", "cuda_stages.c")
+#: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.
 GENERATED = ("specs.c", "table.c")
+_GENERATED_CUDA = "cuda_table.c"
 _FLAGS = ("-std=gnu11", "-g0", "-Wall", "-Wextra", "-Werror=implicit-function-declaration")
 
 
@@ -31,11 +33,21 @@ def expect_compiler(cc: str) -> None:
         raise BuildError(f"cc: expected a C compiler, got {cc}, which is not on PATH")
 
 
-def run(command: Sequence[str], text: str | None = None, directory: Path | None = None) -> None:
-    """Run the compiler, on `text` perhaps. Raises `BuildError` with its own words."""
+def expect_nvcc(nvcc: str) -> None:
+    """Raise `BuildError` unless `nvcc` is on PATH."""
+    if not shutil.which(nvcc):
+        raise BuildError(
+            f"nvcc: expected NVIDIA's CUDA compiler, got {nvcc}, which is not on PATH; install the CUDA toolkit (12.8 "
+            "or later has all architectures; no GPU is needed), or name its nvcc with --nvcc"
+        )
+
+
+def run(command: Sequence[str], text: str | None = None, directory: Path | None = None) -> str:
+    """Run a compiler, on `text` perhaps, and tell what it said. Raises `BuildError` with its own words."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def flags(work: Path) -> list[str]:
@@ -52,7 +64,7 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     ----------
     objects : iterable of Path
     work : Path
-        Holds the generated files.
+        Holds the generated files. Those of `cuda_table` make it a library with CUDA kernels.
     cc : str
 
     Returns
@@ -62,17 +74,19 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     """
     export = export_directory()
     library = work / LIBRARY_NAME
+    cuda = (work / _GENERATED_CUDA).exists()
+    sources = (*CORE, *_DOORS, *(_CUDA if cuda else ("cuda_none.c",)))
     run(
         [
             *(cc, "-O2", *flags(work), "-shared"),
-            *(str(export / "src" / name) for name in (*CORE, *_DOORS)),
-            *(str(work / name) for name in GENERATED),
+            *(str(export / "src" / name) for name in sources),
+            *(str(work / name) for name in (*GENERATED, *([_GENERATED_CUDA] if cuda else []))),
             *map(str, objects),
             # nodelete: ONNX Runtime unloads the library with the last SessionOptions, and whoever else does so may
             # have its OpenMP threads alive; each time it came back it would leave some memory behind.
             *("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
             f"-Wl,--version-script={export / 'exports.map'}",
-            *("-lm", "-lpthread", "-o", str(library)),
+            *("-lm", "-lpthread", *(["-ldl"] if cuda else []), "-o", str(library)),
         ]
     )
     return library

@@ -12,34 +12,39 @@ const char *dsa_tvm_target(void) {
   return kernels ? kernels->target : NULL;
 }
 
+/* The size that options had at first; callers compiled then still pass it. */
+enum { FIRST_OPTIONS = 8 };
+
 static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs,
                               dsa_tvm_tensor *const *outputs, const dsa_tvm_options *options) {
-  int32_t threads = 0;
-  if (options && options->size < sizeof *options)
-    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected size of at least %u, got %u", dsa_ops[op].name,
-                    (unsigned)sizeof *options, (unsigned)options->size);
-  if (options) threads = options->num_threads;
-  if (threads < 0)
+  dsa_tvm_options how = {0};
+  if (options && options->size < FIRST_OPTIONS)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected size of at least %d, got %u", dsa_ops[op].name,
+                    FIRST_OPTIONS, (unsigned)options->size);
+  if (options) memcpy(&how, options, options->size < sizeof how ? options->size : sizeof how);
+  if (how.num_threads < 0)
     return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected num_threads >= 0, got %d", dsa_ops[op].name,
-                    (int)threads);
-  struct dsa_call call = {.op = &dsa_ops[op]};
+                    (int)how.num_threads);
+  struct dsa_call call = {.op = &dsa_ops[op], .takes_cuda = dsa_has_cuda};
   dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
   if (status == DSA_TVM_OK) status = dsa_check_outputs(&call, outputs);
   if (status != DSA_TVM_OK) return status;
-  struct dsa_executor executor = dsa_openmp_executor(threads);
+  if (call.device_type == CUDA_DEVICE) return dsa_cuda_run(&call, &how);
+  struct dsa_executor executor = dsa_openmp_executor(how.num_threads);
   return dsa_run(&call, &executor);
 }
 
-/* The operator of that name, if the counts are its own; -1 with an error set otherwise. */
+/* The operator of that name, if the counts are its own; -1 with an error set otherwise. num_outputs is NULL where there
+ * are none to count. */
 static int find(const char *op, const void *inputs, int32_t num_inputs, const void *attrs, int32_t num_attrs,
-                const void *outputs, int32_t num_outputs) {
+                const void *outputs, const int32_t *num_outputs) {
   for (int i = 0; op && i < NUM_OPS; i++) {
     const struct op_spec *spec = &dsa_ops[i];
     if (strcmp(op, spec->name)) continue;
-    if (num_inputs != spec->num_inputs || num_attrs != spec->num_attrs || num_outputs != spec->num_outputs)
+    int outs = num_outputs ? (int)*num_outputs : spec->num_outputs;
+    if (num_inputs != spec->num_inputs || num_attrs != spec->num_attrs || outs != spec->num_outputs)
       dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: expected %d inputs, %d attributes and %d outputs, got %d, %d and %d", op,
-               spec->num_inputs, spec->num_attrs, spec->num_outputs, (int)num_inputs, (int)num_attrs,
-               (int)num_outputs);
+               spec->num_inputs, spec->num_attrs, spec->num_outputs, (int)num_inputs, (int)num_attrs, outs);
     else if (!inputs || !outputs || (num_attrs && !attrs))
       dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: expected arrays of arguments, got a null pointer", op);
     else
@@ -53,19 +58,30 @@ static int find(const char *op, const void *inputs, int32_t num_inputs, const vo
 dsa_tvm_status dsa_tvm_call(const char *op, const dsa_tvm_tensor *const *inputs, int32_t num_inputs,
                             const dsa_tvm_attr *attrs, int32_t num_attrs, dsa_tvm_tensor *const *outputs,
                             int32_t num_outputs, const dsa_tvm_options *options) {
-  int i = find(op, inputs, num_inputs, attrs, num_attrs, outputs, num_outputs);
+  int i = find(op, inputs, num_inputs, attrs, num_attrs, outputs, &num_outputs);
   return i < 0 ? DSA_TVM_INVALID_ARGUMENT : execute(i, inputs, attrs, outputs, options);
 }
 
 dsa_tvm_status dsa_tvm_output_shapes(const char *op, const dsa_tvm_tensor *const *inputs, int32_t num_inputs,
                                      const dsa_tvm_attr *attrs, int32_t num_attrs, int64_t (*shapes)[3],
                                      int32_t num_outputs) {
-  int i = find(op, inputs, num_inputs, attrs, num_attrs, shapes, num_outputs);
+  int i = find(op, inputs, num_inputs, attrs, num_attrs, shapes, &num_outputs);
   if (i < 0) return DSA_TVM_INVALID_ARGUMENT;
-  struct dsa_call call = {.op = &dsa_ops[i]};
+  struct dsa_call call = {.op = &dsa_ops[i], .takes_cuda = dsa_has_cuda};
   dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
   for (int j = 0; status == DSA_TVM_OK && j < num_outputs; j++) dsa_output_shape(&call, j, shapes[j]);
   return status;
+}
+
+dsa_tvm_status dsa_tvm_workspace_size(const char *op, const dsa_tvm_tensor *const *inputs, int32_t num_inputs,
+                                      const dsa_tvm_attr *attrs, int32_t num_attrs, uint64_t *bytes) {
+  int i = find(op, inputs, num_inputs, attrs, num_attrs, bytes, NULL);
+  if (i < 0) return DSA_TVM_INVALID_ARGUMENT;
+  struct dsa_call call = {.op = &dsa_ops[i], .takes_cuda = dsa_has_cuda};
+  dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
+  if (status != DSA_TVM_OK) return status;
+  *bytes = 0;
+  return call.device_type == CUDA_DEVICE ? dsa_cuda_workspace(&call, bytes) : DSA_TVM_OK;
 }
 
 #define INPUTS(...) ((const dsa_tvm_tensor *const[]){__VA_ARGS__})

@@ -6,7 +6,6 @@
 
 #include "internal.h"
 
-#define CPU_DEVICE 1
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 
 /* Where the pieces of a message are put together. */
@@ -130,10 +129,9 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
                                    dsa_tvm_tensor *checked) {
   const char *op = call->op->name;
   struct text got = {{0}, 0}, want = {{0}, 0};
-  if (x->device.device_type != CPU_DEVICE)
-    return INVALID("%s: %s: expected a tensor on the CPU (DLPack device 1), got DLPack device %d", op, spec->name,
-                   (int)x->device.device_type);
-  dsa_tvm_status status = check_type(call, spec, x);
+  dsa_tvm_status status = dsa_check_device(call, spec, x);
+  if (status != DSA_TVM_OK) return status;
+  status = check_type(call, spec, x);
   if (status != DSA_TVM_OK) return status;
   if (x->ndim != spec->ndim)
     return INVALID("%s: %s: expected rank %d %s, got rank %d", op, spec->name, spec->ndim,
@@ -166,7 +164,7 @@ static size_t byte_size(const dsa_tvm_tensor *x) {
   return size;
 }
 
-static int overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
+int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
   uintptr_t a0 = (uintptr_t)a->data, b0 = (uintptr_t)b->data;
   size_t na = byte_size(a), nb = byte_size(b);
   return na && nb && a0 < b0 + nb && b0 < a0 + na;
@@ -184,6 +182,7 @@ dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *con
   dsa_tvm_status status;
   for (int d = 0; d < NUM_DIMS; d++) call->dim[d] = -1;
   memset(call->type, -1, sizeof call->type);
+  dsa_find_device(call, inputs);
   for (int i = 0; i < op->num_attrs; i++) {
     call->attr[i] = attrs[i];
     if ((status = check_attr(call, &op->attrs[i], attrs[i])) != DSA_TVM_OK) return status;
@@ -217,9 +216,9 @@ dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *o
     if (status != DSA_TVM_OK) return status;
     const char *shared = NULL;
     for (int j = 0; j < op->num_inputs; j++)
-      if (call->present[j] && overlap(&call->out[i], &call->in[j])) shared = op->inputs[j].name;
+      if (call->present[j] && dsa_overlap(&call->out[i], &call->in[j])) shared = op->inputs[j].name;
     for (int j = 0; j < i; j++)
-      if (overlap(&call->out[i], &call->out[j])) shared = op->outputs[j].name;
+      if (dsa_overlap(&call->out[i], &call->out[j])) shared = op->outputs[j].name;
     if (shared)
       return INVALID("%s: %s: expected memory of its own, got memory shared with %s", op->name, name, shared);
   }

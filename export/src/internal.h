@@ -7,6 +7,12 @@
 
 #include "dsa_tvm/dsa_tvm.h"
 
+/* DLPack's numbers of the devices. */
+enum { CPU_DEVICE = 1, CUDA_DEVICE = 2 };
+
+/* Of a workspace on a GPU. */
+enum { CUDA_ALIGNMENT = 256 };
+
 enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VARS = 2 };
 
 /* Numbers of dimensions and element types, and the tables: generated. */
@@ -72,6 +78,8 @@ struct dsa_call {
   dsa_tvm_attr attr[MAX_ATTRS];
   int64_t dim[NUM_DIMS];
   int8_t type[MAX_TYPE_VARS];
+  int takes_cuda; /* set by the caller: tensors may be on a GPU */
+  int32_t device_type, device_id;
 };
 
 /* error.c: one line for dsa_tvm_last_error(); returns `status`. */
@@ -82,9 +90,23 @@ dsa_tvm_status dsa_fail(dsa_tvm_status status, const char *format, ...) __attrib
 dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs);
 void dsa_output_shape(const struct dsa_call *call, int output, int64_t shape[MAX_NDIM]);
 dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *outputs);
+int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b);
 
-/* operators.c: computes a checked call. */
+/* device.c: the device that most inputs are on is the call's; and whether a tensor is on it. A call on a GPU also has a
+ * workspace, which must be large enough, aligned and its own. */
+void dsa_find_device(struct dsa_call *call, const dsa_tvm_tensor *const *inputs);
+dsa_tvm_status dsa_check_device(const struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x);
+dsa_tvm_status dsa_check_workspace(const struct dsa_call *call, const dsa_tvm_options *options, uint64_t needed);
+
+/* operators.c: computes a checked call whose tensors are on the CPU. */
 dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *executor);
+
+/* cuda_operators.c, or cuda_none.c in a library without CUDA kernels: enqueues a checked call whose tensors are on a
+ * GPU, and tells the bytes of workspace that it takes. The options are whole. */
+extern const int dsa_has_cuda;
+int dsa_cuda_serves(const struct op_spec *op);
+dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options);
+dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 
 /* threads.c: OpenMP. */
 struct dsa_executor dsa_openmp_executor(int32_t num_threads);

@@ -16,6 +16,8 @@ typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtShapeInferContext OrtShapeInferContext;
 typedef struct OrtOpAttr OrtOpAttr;
 typedef struct OrtCustomOp OrtCustomOp;
+typedef struct OrtMemoryInfo OrtMemoryInfo;
+typedef struct OrtAllocator OrtAllocator;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum { ORT_ARGUMENT_REQUIRED = 0, ORT_ARGUMENT_OPTIONAL = 1 };
@@ -43,6 +45,9 @@ typedef union OrtApi {
   ORT_SLOT(62, OrtStatus *(*GetDimensions)(const OrtTensorTypeAndShapeInfo *, int64_t *, size_t));
   ORT_SLOT(63, OrtStatus *(*GetSymbolicDimensions)(const OrtTensorTypeAndShapeInfo *, const char **, size_t));
   ORT_SLOT(65, OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *, OrtTensorTypeAndShapeInfo **));
+  ORT_SLOT(72, OrtStatus *(*MemoryInfoGetId)(const OrtMemoryInfo *, int *));
+  ORT_SLOT(75, OrtStatus *(*AllocatorAlloc)(OrtAllocator *, size_t, void **));
+  ORT_SLOT(76, OrtStatus *(*AllocatorFree)(OrtAllocator *, void *));
   ORT_SLOT(85, OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *, const char *name, float *));
   ORT_SLOT(86, OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *, const char *name, int64_t *));
   ORT_SLOT(88, OrtStatus *(*KernelContext_GetInputCount)(const OrtKernelContext *, size_t *));
@@ -51,6 +56,11 @@ typedef union OrtApi {
   ORT_SLOT(93, void (*ReleaseStatus)(OrtStatus *));
   ORT_SLOT(99, void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo *));
   ORT_SLOT(101, void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *));
+  ORT_SLOT(132, void (*ReleaseAllocator)(OrtAllocator *));
+  ORT_SLOT(193, OrtStatus *(*KernelContext_GetGPUComputeStream)(const OrtKernelContext *, void **));
+  ORT_SLOT(194, OrtStatus *(*GetTensorMemoryInfo)(const OrtValue *, const OrtMemoryInfo **)); /* borrowed */
+  ORT_SLOT(253, OrtStatus *(*KernelContext_GetAllocator)(const OrtKernelContext *, const OrtMemoryInfo *,
+                                                         OrtAllocator **));
   ORT_SLOT(267, OrtStatus *(*ShapeInferContext_GetInputCount)(const OrtShapeInferContext *, size_t *));
   ORT_SLOT(268, OrtStatus *(*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext *, size_t,
                                                                   OrtTensorTypeAndShapeInfo **)); /* borrowed */

@@ -16,6 +16,7 @@ OrtStatus *dsa_ort_status(const OrtApi *api, dsa_tvm_status status) {
 struct kernel {
   const struct ort_runtime *runtime;
   const struct op_spec *spec;
+  int on_gpu;
   dsa_tvm_attr attrs[MAX_ATTRS];
 };
 
@@ -41,12 +42,13 @@ OrtStatus *dsa_ort_create_kernel(const OrtCustomOp *self, const OrtApi *passed, 
   const struct ort_op *op = (const struct ort_op *)self;
   const OrtApi *api = op->runtime->api;
   *out = NULL;
-  if (!dsa_kernels()) return dsa_ort_status(api, DSA_TVM_UNSUPPORTED);
+  if (!op->on_gpu && !dsa_kernels()) return dsa_ort_status(api, DSA_TVM_UNSUPPORTED);
   struct kernel *kernel = calloc(1, sizeof *kernel);
   if (!kernel)
     return dsa_ort_status(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for a kernel", op->spec->name));
   kernel->runtime = op->runtime;
   kernel->spec = op->spec;
+  kernel->on_gpu = op->on_gpu;
   for (int i = 0; i < op->spec->num_attrs; i++) {
     OrtStatus *status = read_attr(api, info, op->spec, &op->spec->attrs[i], &kernel->attrs[i]);
     if (!status) continue;
@@ -74,9 +76,9 @@ static OrtStatus *read_shape(const struct ort_runtime *runtime, const OrtValue *
   return status;
 }
 
-static dsa_tvm_tensor cpu_tensor(int onnx_type, const int64_t *shape, size_t rank) {
+static dsa_tvm_tensor tensor_of(int onnx_type, const int64_t *shape, size_t rank) {
   dsa_tvm_tensor x = {0};
-  x.device.device_type = 1;
+  x.device.device_type = CPU_DEVICE;
   for (int i = 0; i < NUM_DTYPES; i++)
     if (dsa_dtypes[i].onnx == onnx_type) {
       x.dtype.code = dsa_dtypes[i].code;
@@ -126,7 +128,9 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
   const struct kernel *kernel = state;
   const OrtApi *api = kernel->runtime->api;
   const struct op_spec *op = kernel->spec;
-  struct dsa_call call = {.op = op};
+  struct dsa_call call = {.op = op, .takes_cuda = kernel->on_gpu};
+  const OrtValue *first = NULL;
+  int32_t gpu = 0;
   dsa_tvm_tensor tensors[MAX_INPUTS > MAX_OUTPUTS ? MAX_INPUTS : MAX_OUTPUTS];
   const dsa_tvm_tensor *inputs[MAX_INPUTS] = {0};
   dsa_tvm_tensor *outputs[MAX_OUTPUTS] = {0};
@@ -142,7 +146,13 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
     if ((status = api->KernelContext_GetInput(context, (size_t)i, &value))) return status;
     if (!value) continue;
     if ((status = read_shape(kernel->runtime, value, &type, shapes[i], &shape, &rank))) return status;
-    tensors[i] = cpu_tensor(type, shape, rank);
+    tensors[i] = tensor_of(type, shape, rank);
+    if (kernel->on_gpu) {
+      if (!first && (status = dsa_ort_gpu_of(api, value, &gpu))) return status;
+      first = value;
+      tensors[i].device.device_type = CUDA_DEVICE;
+      tensors[i].device.device_id = gpu;
+    }
     if ((status = api->GetTensorMutableData((OrtValue *)value, &tensors[i].data))) return status;
     inputs[i] = &tensors[i];
   }
@@ -156,11 +166,14 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
       return status;
     if (!value) continue;
     int type = spec->dtype >= 0 ? spec->dtype : call.type[-1 - spec->dtype];
-    tensors[i] = cpu_tensor(dsa_dtypes[type].onnx, output_shapes[i], (size_t)spec->ndim);
+    tensors[i] = tensor_of(dsa_dtypes[type].onnx, output_shapes[i], (size_t)spec->ndim);
+    tensors[i].device.device_type = call.device_type;
+    tensors[i].device.device_id = call.device_id;
     if ((status = api->GetTensorMutableData(value, &tensors[i].data))) return status;
     outputs[i] = &tensors[i];
   }
   if ((status = dsa_ort_status(api, dsa_check_outputs(&call, outputs)))) return status;
+  if (kernel->on_gpu) return dsa_ort_run_on_gpu(api, context, first, &call);
   struct session_pool pool = {api, context};
   struct dsa_executor executor = session_executor(&pool);
   return dsa_ort_status(api, dsa_run(&call, &executor));

@@ -14,8 +14,7 @@ static int element_type(const struct ort_op *op, const struct tensor_spec *tenso
 static const char *name(const OrtCustomOp *op) { return op_of(op)->spec->onnx_name; }
 
 static const char *provider(const OrtCustomOp *op) {
-  (void)op;
-  return NULL; /* the CPU */
+  return op_of(op)->on_gpu ? "CUDAExecutionProvider" : NULL; /* NULL: the CPU */
 }
 
 static int input_type(const OrtCustomOp *op, size_t i) { return element_type(op_of(op), &op_of(op)->spec->inputs[i]); }
@@ -134,7 +133,7 @@ static OrtStatus *infer_shapes(const OrtCustomOp *op, OrtShapeInferContext *cont
 }
 
 void dsa_ort_describe(struct ort_op *op, const struct ort_runtime *runtime, const struct op_spec *spec,
-                      const int8_t *types) {
+                      const int8_t *types, int on_gpu) {
   *op = (struct ort_op){
       .base = {.version = ORT_CUSTOM_OP_VERSION,
                .GetName = name,
@@ -155,5 +154,6 @@ void dsa_ort_describe(struct ort_op *op, const struct ort_runtime *runtime, cons
       .runtime = runtime,
       .spec = spec,
       .types = types,
+      .on_gpu = on_gpu,
   };
 }

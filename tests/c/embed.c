@@ -49,7 +49,7 @@ int main(void) {
   dsa_tvm_tensor o = tensor(out, DSA_TVM_FLOAT, out_shape, 3), l = tensor(lse, DSA_TVM_FLOAT, lse_shape, 2);
   dsa_tvm_tensor o2 = tensor(again, DSA_TVM_FLOAT, out_shape, 3);
   dsa_tvm_tensor mx = tensor(max_logits, DSA_TVM_FLOAT, lse_shape, 2);
-  dsa_tvm_options options = {sizeof(dsa_tvm_options), 2};
+  dsa_tvm_options options = {.size = sizeof(dsa_tvm_options), .num_threads = 2};
   double total = 0, best = 0;
   int i, d, failed = 0;
 

@@ -1,9 +1,9 @@
-/* dsa_tvm: DeepSeek Sparse Attention on CPUs, as a C library.
+/* dsa_tvm: DeepSeek Sparse Attention on CPUs and CUDA GPUs, as a C library.
  *
- * C99. Needs nothing else at run time: no TVM, no Python. Tensors are DLPack tensors: contiguous, on the CPU, at any
- * address their element type allows. Every function checks its arguments before it computes; on an error the outputs
- * are untouched and dsa_tvm_last_error() says which argument of which operator was expected to be what.
- * All functions may be called from any number of threads at once.
+ * C99. Needs nothing else at run time: no TVM, no Python. Tensors are DLPack tensors: contiguous, at any address their
+ * element type allows, all of a call on the CPU or all on one GPU. Every function checks its arguments before it
+ * computes; on an error the outputs are untouched and dsa_tvm_last_error() says which argument of which operator was
+ * expected to be what. All functions may be called from any number of threads at once.
  */
 #ifndef DSA_TVM_H_
 #define DSA_TVM_H_
@@ -14,6 +14,8 @@
 extern "C" {
 #endif
 
+/* Grows when something that is here changes. What is added, such as fields behind the others of dsa_tvm_options, leaves
+ * it as it is: a program compiled with an older header keeps working. */
 #define DSA_TVM_ABI_VERSION 1
 
 #if defined(__GNUC__)
@@ -26,7 +28,8 @@ typedef enum dsa_tvm_status {
   DSA_TVM_OK = 0,
   DSA_TVM_INVALID_ARGUMENT = 1, /* an argument has the wrong rank, shape, type, device, layout or value */
   DSA_TVM_OUT_OF_MEMORY = 2,    /* no memory for the workspace */
-  DSA_TVM_UNSUPPORTED = 3,      /* this CPU, or the value of DSA_TVM_TARGET, has no kernels in this library */
+  DSA_TVM_UNSUPPORTED = 3,      /* this CPU, this GPU or the value of DSA_TVM_TARGET has no kernels in this library; or
+                                   there is no CUDA driver */
   DSA_TVM_INTERNAL = 4          /* a kernel failed although its arguments were right: please report it */
 } dsa_tvm_status;
 
@@ -46,8 +49,8 @@ typedef DLTensor dsa_tvm_tensor;
 typedef struct dsa_tvm_tensor {
   void *data;
   struct {
-    int32_t device_type; /* 1: CPU */
-    int32_t device_id;
+    int32_t device_type; /* 1: CPU; 2: CUDA GPU */
+    int32_t device_id;   /* number of the GPU */
   } device;
   int32_t ndim;
   struct {
@@ -61,10 +64,16 @@ typedef struct dsa_tvm_tensor {
 } dsa_tvm_tensor;
 #endif
 
-/* How a call runs. A NULL pointer to it means the defaults. */
+/* How a call runs. A NULL pointer to it means the defaults. The fields behind num_threads are for calls on a GPU. Such
+ * a call is enqueued on the stream and returns. It runs in the calling thread's context, if that is one of the GPU,
+ * else in the GPU's primary one. Only the first call for a GPU allocates, for it loads the kernels: all others, and the
+ * first one too, can be captured in a CUDA graph. */
 typedef struct dsa_tvm_options {
-  uint32_t size;       /* sizeof(dsa_tvm_options), so that fields can be added */
-  int32_t num_threads; /* 0: the process default, see dsa_tvm_set_num_threads */
+  uint32_t size;           /* sizeof(dsa_tvm_options), so that fields can be added */
+  int32_t num_threads;     /* 0: the process default, see dsa_tvm_set_num_threads */
+  void *stream;            /* a CUstream or cudaStream_t; NULL: the default stream */
+  void *workspace;         /* memory of the GPU, at a multiple of 256, that is the call's own until it has run */
+  uint64_t workspace_size; /* at least what dsa_tvm_workspace_size tells */
 } dsa_tvm_options;
 
 /* DSA_TVM_ABI_VERSION of the library that is loaded. */
@@ -76,6 +85,10 @@ DSA_TVM_API const char *dsa_tvm_version(void);
 /* The kernels in use, such as "x86-64-v3"; chosen once, by CPUID or by the environment variable DSA_TVM_TARGET.
  * NULL, with an error set, where there are none for this CPU. */
 DSA_TVM_API const char *dsa_tvm_target(void);
+
+/* The GPU architectures the library has kernels for, such as "sm_80,sm_90,compute_80", of which the last stands for any
+ * later one. NULL, with an error set, where it was built without. Valid until the calling thread's next call. */
+DSA_TVM_API const char *dsa_tvm_cuda_archs(void);
 
 /* What went wrong in the calling thread's last failed call; "" when nothing has. Valid until its next call. */
 DSA_TVM_API const char *dsa_tvm_last_error(void);
@@ -154,6 +167,11 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_call(const char *op, const dsa_tvm_tensor *co
 DSA_TVM_API dsa_tvm_status dsa_tvm_output_shapes(const char *op, const dsa_tvm_tensor *const *inputs,
                                                  int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs,
                                                  int64_t (*shapes)[3], int32_t num_outputs);
+
+/* Checks likewise and tells the bytes of workspace that the call must have: 0 on the CPU. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_workspace_size(const char *op, const dsa_tvm_tensor *const *inputs,
+                                                  int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs,
+                                                  uint64_t *bytes);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,186 @@
+"""CUDA kernels: TensorIR -> CUDA text, by TVM -> fatbins, by nvcc. Neither needs a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BuildError
+from ..schedules import CUDA_ARCHS
+from ..schedules.cuda.source import DEVICE_HEADERS, cuda_source
+from ..spec import Dim
+from . import linking
+from .cuda_kernels import ANY, OPERATORS, Kernel
+
+_OLDEST = 80
+_FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-diag-suppress", "177", "-I", str(DEVICE_HEADERS))
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{')
+_C_TYPES = {"int": "int32_t", "uint": "uint32_t", "int64_t": "int64_t", "float": "float"}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel as it stands in the text.
+
+    Parameters
+    ----------
+    symbol : str
+    kernel : Kernel
+    threads : int
+        Of a block.
+    parameters : tuple of (str, str)
+        C type and name.
+    """
+
+    symbol: str
+    kernel: Kernel
+    threads: int
+    parameters: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The kernels of one operator, and the CUDA text of them all."""
+
+    op: str
+    functions: tuple[Function, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """The units for architectures whose kernels are the same. Every set has the same operators.
+
+    Parameters
+    ----------
+    archs : tuple of str
+        Such as ``sm_90a``: what there is to be machine code for.
+    ptx : str or None
+        Such as ``compute_80``, if the driver of a later GPU is to compile this set.
+    units : tuple of Unit
+    """
+
+    archs: tuple[str, ...]
+    ptx: str | None
+    units: tuple[Unit, ...]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Architectures, and the PTX."""
+        return self.archs + ((self.ptx,) if self.ptx else ())
+
+
+def check_archs(archs: Iterable[str]) -> tuple[str, ...]:
+    """Architectures in ascending order, each once; all default ones for none.
+
+    Raises
+    ------
+    BuildError
+        Something that is no architecture, or one before sm_80.
+    """
+    chosen = tuple(archs) or CUDA_ARCHS
+    for arch in chosen:
+        if not re.fullmatch(r"sm_\d{2,3}a?", arch) or number_of(arch) < _OLDEST:
+            raise BuildError(f"arch: expected sm_{_OLDEST} or later, such as {', '.join(CUDA_ARCHS)}, got {arch}")
+    return tuple(sorted(set(chosen), key=lambda arch: (number_of(arch), arch)))
+
+
+def number_of(arch: str) -> int:
+    """90 for ``sm_90``, ``sm_90a`` and ``compute_90``."""
+    return int(arch.partition("_")[2].removesuffix("a"))
+
+
+def is_exact(arch: str) -> bool:
+    """Whether code for `arch`, such as ``sm_90a``, runs on that architecture and no other."""
+    return arch.endswith("a")
+
+
+def generate(archs: Sequence[str], dims: Mapping[str, Dim]) -> list[KernelSet]:
+    """The kernel sets for `archs`, with the served values of `dims`."""
+    chosen: list[tuple[dict[str, list[Kernel]], list[str]]] = []
+    for arch in (*archs, ANY):
+        kernels = {op: list(make(arch, dims)) for op, make in OPERATORS.items()}
+        same = next((names for known, names in chosen if known == kernels), None)
+        if same is None:
+            chosen.append((kernels, [arch]))
+        else:
+            same.append(arch)
+    # PTX of the oldest: what later GPUs compile must not ask for more than any of them has.
+    ptx = f"compute_{number_of(archs[0])}"
+    return [
+        KernelSet(
+            tuple(name for name in names if name != ANY),
+            ptx if ANY in names else None,
+            tuple(_unit(op, listed) for op, listed in kernels.items()),
+        )
+        for kernels, names in chosen
+    ]
+
+
+def _unit(op: str, kernels: Sequence[Kernel]) -> Unit:
+    symbols = ["__".join((f"dsa_{op}", k.stage, *k.variant.values(), *map(str, k.sizes.values()))) for k in kernels]
+    text = cuda_source([(name, k.make()) for name, k in zip(symbols, kernels, strict=True)])
+    signatures = {name: (int(threads), _parameters(listed)) for threads, name, listed in _SIGNATURE.findall(text)}
+    return Unit(op, tuple(Function(n, k, *signatures[n]) for n, k in zip(symbols, kernels, strict=True)), text)
+
+
+def _parameters(listed: str) -> tuple[tuple[str, str], ...]:
+    parameters = []
+    for text in listed.replace("__restrict__", "").split(","):
+        kind, name = text.rsplit(maxsplit=1)
+        parameters.append(("const void *" if "*" in kind else f"{_C_TYPES[kind.strip()]} ", name))
+    return tuple(parameters)
+
+
+def compile_sets(
+    sets: Sequence[KernelSet], directory: Path, nvcc: str, progress: Callable[[str], None]
+) -> tuple[dict[tuple[int, str], Path], list[str]]:
+    """Compile every unit, as many at a time as there are CPUs.
+
+    Parameters
+    ----------
+    sets : sequence of KernelSet
+    directory : Path
+        Receives the fatbins.
+    nvcc : str
+    progress : callable
+        Takes a line of text.
+
+    Returns
+    -------
+    fatbins : dict
+        Number of the set and operator to a file.
+    said : list of str
+        The assembler's words on every kernel, for each unit.
+
+    Raises
+    ------
+    BuildError
+        nvcc fails.
+    """
+    jobs = [(i, unit) for i, kernels in enumerate(sets) for unit in kernels.units]
+    targets = ", ".join(name for kernels in sets for name in kernels.targets)
+    progress(f"compiling {sum(len(unit.functions) for _, unit in jobs)} CUDA kernels for {targets}")
+
+    def run(job: tuple[int, Unit]) -> tuple[Path, str]:
+        i, unit = job
+        return compile_unit(unit, sets[i].targets, directory / f"{unit.op}_{i}.fatbin", nvcc)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(run, jobs))
+    paths = {(i, unit.op): path for (i, unit), (path, _) in zip(jobs, results, strict=True)}
+    return paths, [said for _, said in results]
+
+
+def compile_unit(unit: Unit, targets: Iterable[str], fatbin: Path, nvcc: str = "nvcc") -> tuple[Path, str]:
+    """Compile one unit for `targets` into `fatbin`; also what the assembler said of every kernel."""
+    source = fatbin.with_suffix(".cu")
+    source.write_text(unit.text)
+    code = [word for t in targets for word in ("-gencode", f"arch=compute_{t.partition('_')[2]},code={t}")]
+    return fatbin, linking.run(
+        [nvcc, *_FLAGS, *code, "-fatbin", "-o", str(fatbin), str(source)], directory=fatbin.parent
+    )

@@ -1,0 +1,65 @@
+"""What every CUDA kernel takes of a multiprocessor, as the assembler says it, and the report of a library's kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cuda import KernelSet
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+_STATIC = re.compile(r"(\d+) bytes smem")
+_COLUMNS = ("registers", "stack", "spill_stores", "spill_loads", "static_shared", "dynamic_shared")
+
+
+def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]]:
+    """One entry for each kernel and architecture.
+
+    Parameters
+    ----------
+    said : iterable of str
+        Output of ``ptxas -v``.
+    sets : sequence of KernelSet
+        What was compiled.
+    """
+    dynamic = {
+        (f.symbol, arch): f.kernel.shared_bytes
+        for kernels in sets
+        for arch in kernels.archs
+        for unit in kernels.units
+        for f in unit.functions
+    }
+    entries = []
+    for match in _ENTRY.finditer("".join(said)):
+        found = match.groupdict()
+        static = _STATIC.search(found.pop("rest"))
+        kernel, arch = found.pop("kernel"), found.pop("arch")
+        entries.append(
+            {"kernel": kernel, "arch": arch, **{name: int(value) for name, value in found.items()}}
+            | {"static_shared": int(static[1]) if static else 0, "dynamic_shared": dynamic[kernel, arch]}
+        )
+    return entries
+
+
+def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The report of a library, by its manifest: the decisions of CPU kernels, the resources of CUDA kernels."""
+    for target, tables in manifest["kernels"].items():
+        for op, rows in tables.items():
+            for row in rows:
+                decisions = ", ".join(f"{name} {value}" for name, value in row["decisions"].items())
+                yield f"{target} {op} (s_q <= {row['s_q']}, s_kv <= {row['s_kv']}): {decisions}"
+    if not manifest["cuda"]:
+        return
+    entries = manifest["cuda"]["resources"]
+    width = max((len(entry["kernel"]) for entry in entries), default=0)
+    yield f"{'CUDA kernel':{width}}  arch    " + "  ".join(name.replace("_", " ") for name in _COLUMNS)
+    for entry in entries:
+        cells = "  ".join(f"{entry[name]:{len(name)}}" for name in _COLUMNS)
+        yield f"{entry['kernel']:{width}}  {entry['arch']:7} {cells}"

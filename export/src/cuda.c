@@ -1,0 +1,230 @@
+/* The CUDA driver: found when it is first needed, never linked. */
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "cuda.h"
+#include "cuda_abi.h"
+
+enum { MAX_DEVICES = 64 };
+
+static struct {
+#define POINTER(name, parameters) cu_result(*name) parameters;
+  DSA_CUDA_DRIVER(POINTER)
+#undef POINTER
+} cu;
+
+static char unavailable[512];
+static int num_devices;
+
+/* A device, and its set's kernels: handles that are valid in every context. */
+static struct device {
+  struct cuda_device properties;
+  cu_device handle;
+  cu_context primary;
+  cu_kernel *kernels;
+  char refusal[256]; /* why the kernels did not load: they never will */
+} devices[MAX_DEVICES];
+static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static const char *error_text(cu_result error) {
+  const char *text = NULL;
+  return cu.cuGetErrorString(error, &text) || !text ? "unknown error" : text;
+}
+
+static void find_driver(void) {
+  void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!driver) {
+    snprintf(unavailable, sizeof unavailable, "no CUDA driver could be loaded (%s); it comes with NVIDIA's GPU driver",
+             dlerror());
+    return;
+  }
+#define RESOLVE(name, parameters)                                                                              \
+  if (!(cu.name = (cu_result(*) parameters)dlsym(driver, #name))) {                                            \
+    snprintf(unavailable, sizeof unavailable, "the CUDA driver is too old: it has no " #name ", 12.0 has it"); \
+    return;                                                                                                    \
+  }
+  DSA_CUDA_DRIVER(RESOLVE)
+#undef RESOLVE
+  cu_result error = cu.cuInit(0);
+  if (!error) error = cu.cuDeviceGetCount(&num_devices);
+  if (error)
+    snprintf(unavailable, sizeof unavailable, "the CUDA driver does not start: %s", error_text(error));
+  else if (!num_devices)
+    snprintf(unavailable, sizeof unavailable, "the CUDA driver finds no GPU");
+}
+
+static int runs_on(const struct cuda_arch *arch, int capability) {
+  return arch->exact ? arch->number == capability : arch->number / 10 == capability / 10 && arch->number <= capability;
+}
+
+/* By the driver's own rule: machine code runs on its architecture and on later ones of the same generation, unless it
+ * is for that architecture alone. What is made for a GPU alone is preferred. */
+static const struct cuda_set *set_for(int capability) {
+  const struct cuda_set *found = NULL;
+  int best = 0;
+  for (int i = 0; i < dsa_num_cuda_sets; i++)
+    for (const struct cuda_arch *arch = dsa_cuda_sets[i].archs; arch->number; arch++)
+      if (runs_on(arch, capability) && 2 * arch->number + arch->exact > best) {
+        best = 2 * arch->number + arch->exact;
+        found = &dsa_cuda_sets[i];
+      }
+  for (int i = 0; i < dsa_num_cuda_sets && !found; i++)
+    if (dsa_cuda_sets[i].ptx && dsa_cuda_sets[i].ptx <= capability) found = &dsa_cuda_sets[i];
+  return found;
+}
+
+static cu_result find_properties(struct device *d, int ordinal) {
+  struct cuda_device *p = &d->properties;
+  int major = 0, minor = 0;
+  cu_result error = cu.cuDeviceGet(&d->handle, ordinal);
+  if (!error)
+    error = cu.cuDeviceGetAttribute(&p->multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, d->handle);
+  if (!error) error = cu.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, d->handle);
+  if (!error) error = cu.cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, d->handle);
+  if (!error)
+    error = cu.cuDeviceGetAttribute(&p->shared_bytes, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, d->handle);
+  if (!error && !d->primary) error = cu.cuDevicePrimaryCtxRetain(&d->primary, d->handle);
+  p->capability = 10 * major + minor;
+  p->set = set_for(p->capability);
+  return error;
+}
+
+/* The caller's own context, if it is on that device. */
+static cu_result enter(const struct device *d, int *pushed) {
+  cu_context context = NULL;
+  cu_device current;
+  cu_result error = cu.cuCtxGetCurrent(&context);
+  if (!error && context) error = cu.cuCtxGetDevice(&current);
+  if (error || (context && current == d->handle)) return error;
+  error = cu.cuCtxPushCurrent_v2(d->primary);
+  *pushed = !error;
+  return error;
+}
+
+static cu_result load_kernels(const struct device *d, cu_kernel *kernels) {
+  cu_library library = NULL;
+  cu_result error = 0;
+  int image = -1;
+  for (int k = 0; k < dsa_num_cuda_kernels && !error; k++) {
+    cu_function function;
+    if (!d->properties.set->shapes[k].threads) continue;
+    if (dsa_cuda_kernels[k].image != image) {
+      image = dsa_cuda_kernels[k].image;
+      error = cu.cuLibraryLoadData(&library, d->properties.set->images[image], NULL, NULL, 0, NULL, NULL, 0);
+    }
+    if (!error) error = cu.cuLibraryGetKernel(&kernels[k], library, dsa_cuda_kernels[k].name);
+    /* Has it loaded now: a kernel that were loaded at its first launch would break a capture. */
+    if (!error) error = cu.cuKernelGetFunction(&function, kernels[k]);
+    if (!error)
+      error = cu.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, d->properties.shared_bytes,
+                                      kernels[k], d->handle);
+  }
+  return error;
+}
+
+/* What the first call for a device does. The caller may be capturing already: this is no part of its graph. */
+static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
+  if (d->refusal[0]) return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
+  cu_result error = find_properties(d, ordinal);
+  const struct cuda_device *p = &d->properties;
+  if (!error && !p->set) {
+    snprintf(d->refusal, sizeof d->refusal,
+             "this library has no kernels for a GPU of compute capability %d.%d, but for %s", p->capability / 10,
+             p->capability % 10, dsa_tvm_cuda_archs());
+    return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
+  }
+  int pushed = 0;
+  if (!error) error = enter(d, &pushed);
+  if (!error) {
+    int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    cu_kernel *kernels = calloc((size_t)dsa_num_cuda_kernels, sizeof *kernels);
+    cu.cuThreadExchangeStreamCaptureMode(&mode);
+    error = kernels ? load_kernels(d, kernels) : CU_OUT_OF_MEMORY;
+    cu.cuThreadExchangeStreamCaptureMode(&mode);
+    if (error)
+      free(kernels);
+    else
+      d->kernels = kernels;
+  }
+  cu_context context;
+  if (pushed) cu.cuCtxPopCurrent_v2(&context);
+  if (!error) return DSA_TVM_OK;
+  const char *words = error_text(error);
+  if (error == CU_OUT_OF_MEMORY)
+    return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the kernels on CUDA device %d: %s", op, ordinal, words);
+  snprintf(d->refusal, sizeof d->refusal, "the kernels do not load on CUDA device %d: %s", ordinal, words);
+  return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
+}
+
+dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  const char *op = call->call->op->name;
+  int ordinal = call->call->device_id;
+  pthread_once(&once, find_driver);
+  if (unavailable[0]) return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, unavailable);
+  if (ordinal < 0 || ordinal >= num_devices || ordinal >= MAX_DEVICES)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: %s: expected a CUDA device in 0..%d, got %d", op,
+                    call->call->op->inputs[0].name, num_devices - 1, ordinal);
+  struct device *d = &devices[ordinal];
+  pthread_mutex_lock(&devices_lock);
+  dsa_tvm_status status = d->kernels ? DSA_TVM_OK : prepare(d, ordinal, op);
+  pthread_mutex_unlock(&devices_lock);
+  if (status != DSA_TVM_OK) return status;
+  call->device = &d->properties;
+  cu_result error = enter(d, &call->pushed);
+  if (error) return dsa_fail(DSA_TVM_INTERNAL, "%s: no context of CUDA device %d: %s", op, ordinal, error_text(error));
+  return DSA_TVM_OK;
+}
+
+void dsa_cuda_end(struct cuda_call *call) {
+  cu_context context;
+  if (call->pushed) cu.cuCtxPopCurrent_v2(&context);
+}
+
+static int serves(const struct cuda_kernel *kernel, const struct dsa_call *call) {
+  for (int v = 0; v < MAX_TYPE_VARS; v++)
+    if (kernel->types[v] >= 0 && kernel->types[v] != call->type[v]) return 0;
+  for (int i = 0; i < MAX_SIZES; i++)
+    if (kernel->sizes[i].dim >= 0 && kernel->sizes[i].length != call->dim[kernel->sizes[i].dim]) return 0;
+  return 1;
+}
+
+/* The number of the kernel that serves the call; -1 where there is none. */
+static int find_kernel(const struct cuda_call *call, int first, int count) {
+  for (int k = first; k < first + count; k++)
+    if (call->device->set->shapes[k].threads && serves(&dsa_cuda_kernels[k], call->call)) return k;
+  return -1;
+}
+
+const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count) {
+  int k = find_kernel(call, first, count);
+  return k < 0 ? NULL : &call->device->set->shapes[k];
+}
+
+dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call) {
+  return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: this library has no CUDA kernel for these element types and lengths",
+                  call->call->op->name);
+}
+
+dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
+                               int64_t dynamic_bytes, void **args) {
+  int k = find_kernel(call, first, count);
+  if (k < 0) return dsa_cuda_unserved(call);
+  if (!grid_x || !grid_y) return DSA_TVM_OK;
+  const char *op = call->call->op->name, *name = dsa_cuda_kernels[k].name;
+  const struct cuda_shape *shape = &call->device->set->shapes[k];
+  if (dynamic_bytes == MOST_SHARED) dynamic_bytes = shape->shared_bytes;
+  if (grid_x > INT32_MAX || grid_y > UINT16_MAX || dynamic_bytes > call->device->shared_bytes)
+    return dsa_fail(DSA_TVM_INTERNAL, "%s: %s: no launch of %lld x %lld blocks with %lld of %d bytes of shared memory",
+                    op, name, (long long)grid_x, (long long)grid_y, (long long)dynamic_bytes,
+                    call->device->shared_bytes);
+  /* A kernel's handle is accepted in a function's place: the driver finds its function in the current context. */
+  cu_result error = cu.cuLaunchKernel((cu_function)devices[call->call->device_id].kernels[k], (unsigned)grid_x,
+                                      (unsigned)grid_y, 1, (unsigned)shape->threads, 1, 1, (unsigned)dynamic_bytes,
+                                      (cu_stream)call->stream, args, NULL);
+  if (!error) return DSA_TVM_OK;
+  return dsa_fail(error == CU_OUT_OF_MEMORY ? DSA_TVM_OUT_OF_MEMORY : DSA_TVM_INTERNAL, "%s: %s: %s", op, name,
+                  error_text(error));
+}

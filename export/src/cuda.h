@@ -1,0 +1,88 @@
+/* CUDA kernels in the library, and how a call on a GPU launches them. */
+#ifndef DSA_TVM_CUDA_H_
+#define DSA_TVM_CUDA_H_
+
+#include "internal.h"
+
+/* A kernel as every set has it. A stage of an operator has one for each choice of element types and of the lengths that
+ * its code is made for; what a kernel leaves open is -1. */
+enum { MAX_SIZES = 2 };
+struct cuda_kernel {
+  const char *name;
+  int image;
+  int8_t types[MAX_TYPE_VARS];
+  struct {
+    int dim;
+    int64_t length;
+  } sizes[MAX_SIZES];
+};
+
+/* What the launching code must know of each operator's decisions. */
+struct cuda_topk {
+  int list_factor, list_min, list_max, selector_bytes;
+};
+
+struct cuda_shape {
+  int threads;      /* 0: the set lacks this kernel */
+  int shared_bytes; /* the most that a launch takes */
+  union {
+    struct cuda_topk topk;
+  } of;
+};
+
+struct cuda_arch {
+  int number; /* 90 for sm_90 and sm_90a */
+  int exact;  /* sm_90a: its code runs on no later one */
+};
+
+/* The kernels for some architectures, made with the same decisions. An image is the fatbin of one operator. */
+struct cuda_set {
+  const struct cuda_arch *archs; /* those that it has machine code for, and one with number 0 behind */
+  int ptx;          /* from which on the driver can compile it itself; 0: it cannot */
+  const char *const *images;
+  const struct cuda_shape *shapes; /* by kernel */
+};
+
+/* Generated. */
+extern const struct cuda_kernel dsa_cuda_kernels[];
+extern const struct cuda_set dsa_cuda_sets[];
+extern const int dsa_num_cuda_kernels, dsa_num_cuda_sets;
+
+struct cuda_device {
+  int multiprocessors, capability; /* 90 for 9.0 */
+  int shared_bytes;                /* the most that a block may have */
+  const struct cuda_set *set;
+};
+
+/* A call while it is enqueued. */
+struct cuda_call {
+  const struct dsa_call *call;
+  const struct cuda_device *device;
+  void *stream;
+  char *workspace;
+  uint64_t used, peak; /* bytes of the workspace: taken now, and at most */
+  int measuring;       /* only the peak is asked for */
+  int pushed;
+};
+
+/* cuda.c: makes a context of the call's device current: the caller's, where it has one on that device, else the primary
+ * one. The first call for a device loads the kernels, the only time that anything is allocated. Every success is
+ * followed by dsa_cuda_end. */
+dsa_tvm_status dsa_cuda_begin(struct cuda_call *call);
+void dsa_cuda_end(struct cuda_call *call);
+
+/* cuda.c: of `count` kernels from `first` on, the one for the call's element types and lengths: its shape, NULL where
+ * there is none; and its launch. `args` are the addresses of the kernel's arguments in their order. A
+ * grid without blocks is nothing to do. The generated functions of cuda_launch.h, dsa_shape_<op>_<stage> and
+ * dsa_launch_<op>_<stage>, call these. */
+enum { MOST_SHARED = -1 }; /* for dynamic_bytes: what the kernel's shape says */
+dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call); /* the error for that */
+const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count);
+dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
+                               int64_t dynamic_bytes, void **args);
+
+/* cuda_operators.c: the next bytes of the workspace, aligned as it is. What is taken goes back by setting call->used to
+ * what it was before: whatever is enqueued later may have it, for a stream is in order. */
+void *dsa_cuda_take(struct cuda_call *call, uint64_t bytes);
+
+#endif

@@ -1,0 +1,45 @@
+/* The part of the CUDA driver's C interface that is used here, declared so that a build needs no CUDA header. */
+#ifndef DSA_TVM_CUDA_ABI_H_
+#define DSA_TVM_CUDA_ABI_H_
+
+typedef int cu_result; /* 0: success */
+typedef int cu_device;
+typedef struct CUctx_st *cu_context;
+typedef struct CUlib_st *cu_library;
+typedef struct CUkern_st *cu_kernel;
+typedef struct CUfunc_st *cu_function;
+typedef struct CUstream_st *cu_stream;
+
+enum {
+  CU_OUT_OF_MEMORY = 2,
+  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+  CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+  CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
+  CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
+  CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
+  CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+};
+
+/* Every entry point with its parameters; _v2 where the plain name is an older interface. */
+#define DSA_CUDA_DRIVER(X)                                                                                          \
+  X(cuInit, (unsigned flags))                                                                                       \
+  X(cuGetErrorString, (cu_result error, const char **text))                                                         \
+  X(cuDeviceGetCount, (int *count))                                                                                 \
+  X(cuDeviceGet, (cu_device * device, int ordinal))                                                                 \
+  X(cuDeviceGetAttribute, (int *value, int attribute, cu_device device))                                            \
+  X(cuDevicePrimaryCtxRetain, (cu_context * context, cu_device device))                                             \
+  X(cuCtxGetCurrent, (cu_context * context))                                                                        \
+  X(cuCtxGetDevice, (cu_device * device))                                                                           \
+  X(cuCtxPushCurrent_v2, (cu_context context))                                                                      \
+  X(cuCtxPopCurrent_v2, (cu_context * context))                                                                     \
+  X(cuThreadExchangeStreamCaptureMode, (int *mode))                                                                 \
+  X(cuLibraryLoadData, (cu_library * library, const void *code, int *jit_options, void **jit_values, unsigned jits, \
+                        int *options, void **values, unsigned num_options))                                         \
+  X(cuLibraryGetKernel, (cu_kernel * kernel, cu_library library, const char *name))                                 \
+  X(cuKernelGetFunction, (cu_function * function, cu_kernel kernel))                                                \
+  X(cuKernelSetAttribute, (int attribute, int value, cu_kernel kernel, cu_device device))                           \
+  X(cuLaunchKernel, (cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,     \
+                     unsigned block_y, unsigned block_z, unsigned shared_bytes, cu_stream stream, void **args,      \
+                     void **extra))
+
+#endif

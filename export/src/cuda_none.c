@@ -1,0 +1,29 @@
+/* In the place of the CUDA side in a library that was built without it: the checks let no call get here. */
+#include "internal.h"
+
+const int dsa_has_cuda = 0;
+
+int dsa_cuda_serves(const struct op_spec *op) {
+  (void)op;
+  return 0;
+}
+
+static dsa_tvm_status refuse(void) {
+  return dsa_fail(DSA_TVM_UNSUPPORTED,
+                  "this library has no CUDA kernels; dsa-tvm build --target cuda makes one with them");
+}
+
+const char *dsa_tvm_cuda_archs(void) {
+  refuse();
+  return NULL;
+}
+
+dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) {
+  (void)call, (void)bytes;
+  return refuse();
+}
+
+dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options) {
+  (void)call, (void)options;
+  return refuse();
+}

@@ -1,0 +1,123 @@
+/* A CUDA driver that computes nothing and writes down what it is asked for. The environment says what it finds:
+ * FAKE_GPUS, FAKE_CAPABILITY, FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE (the function
+ * that fails). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int number(const char *name, int otherwise) {
+  const char *text = getenv(name);
+  return text ? atoi(text) : otherwise;
+}
+
+static int outcome(const char *function) {
+  const char *failure = getenv("FAKE_FAILURE");
+  return failure && !strcmp(failure, function) ? 999 : 0;
+}
+
+#define OUTCOME outcome(__func__)
+
+static int contexts[8], *current;
+
+int cuInit(unsigned flags) {
+  int own = number("FAKE_CONTEXT", -1);
+  (void)flags;
+  if (own >= 0) current = &contexts[own];
+  return OUTCOME;
+}
+
+int cuGetErrorString(int error, const char **text) {
+  *text = error == 999 ? "the failure that was asked for" : NULL;
+  return *text == NULL;
+}
+
+int cuDeviceGetCount(int *count) {
+  *count = number("FAKE_GPUS", 1);
+  return OUTCOME;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+  *device = ordinal;
+  return OUTCOME;
+}
+
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  int capability = number("FAKE_CAPABILITY", 90);
+  (void)device;
+  *value = attribute == 16 ? 132 : attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 99 << 10;
+  return OUTCOME;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+  *context = &contexts[device];
+  return OUTCOME;
+}
+
+int cuCtxGetCurrent(void **context) {
+  *context = current;
+  return OUTCOME;
+}
+
+int cuCtxGetDevice(int *device) {
+  *device = (int)(current - contexts);
+  return OUTCOME;
+}
+
+static int *below;
+
+int cuCtxPushCurrent_v2(void *context) {
+  below = current;
+  current = context;
+  fprintf(stderr, "push %d\n", (int)(current - contexts));
+  return OUTCOME;
+}
+
+int cuCtxPopCurrent_v2(void **context) {
+  *context = current;
+  fprintf(stderr, "pop %d\n", (int)(current - contexts));
+  current = below;
+  return OUTCOME;
+}
+
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+  static int now;
+  int before = now;
+  now = *mode;
+  *mode = before;
+  fprintf(stderr, "capture mode %d\n", now);
+  return OUTCOME;
+}
+
+#ifndef TOO_OLD
+int cuLibraryLoadData(void **library, const void *code, int *a, void **b, unsigned c, int *d, void **e, unsigned f) {
+  (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
+  *library = (void *)(size_t)code;
+  fprintf(stderr, "image %.6s\n", (const char *)code);
+  return OUTCOME;
+}
+
+int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
+  (void)library;
+  *kernel = strdup(name);
+  return OUTCOME;
+}
+#endif
+
+int cuKernelGetFunction(void **function, void *kernel) {
+  *function = kernel;
+  return OUTCOME;
+}
+
+int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
+  (void)attribute, (void)kernel, (void)device;
+  fprintf(stderr, "at most %d\n", value);
+  return OUTCOME;
+}
+
+int cuLaunchKernel(void *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned by, unsigned bz,
+                   unsigned shared_bytes, void *stream, void **args, void **extra) {
+  (void)by, (void)bz, (void)args, (void)extra;
+  fprintf(stderr, "launch %s grid %u %u %u block %u shared %u stream %zu context %d\n", (const char *)kernel, x, y, z,
+          threads, shared_bytes, (size_t)stream, current ? (int)(current - contexts) : -1);
+  return OUTCOME;
+}

@@ -1,0 +1,150 @@
+"""A node on a GPU in an ONNX Runtime that is no more than a table of functions, where the driver is the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from typing import ClassVar
+
+import numpy as np
+from gpu_call import ALIGNMENT
+from test_topk import DATA
+
+from dsa_tvm import library
+from dsa_tvm.ops import OPS
+
+_ONNX = {"float32": 1, "int32": 6}
+
+
+class CustomOp(ctypes.Structure):
+    """``OrtCustomOp``, as far as it is called here."""
+
+    _fields_ = (
+        ("version", c_uint32),
+        ("create_kernel", c_void_p),
+        ("name", CFUNCTYPE(c_char_p, c_void_p)),
+        ("provider", CFUNCTYPE(c_char_p, c_void_p)),
+        ("between", c_void_p * 13),
+        ("create_kernel_v2", CFUNCTYPE(c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_void_p))),
+        ("compute_v2", CFUNCTYPE(c_void_p, c_void_p, c_void_p)),
+    )
+
+
+class Runtime:
+    """An ONNX Runtime with one node: `inputs` and `attrs` in order, an int32 output."""
+
+    STREAM = 77
+    _all: ClassVar[list] = []
+
+    def __init__(self, inputs, attrs):
+        self.values = list(inputs)
+        self.attrs, self.ops, self.memory, self.freed, self.released, self.errors = attrs, [], [], [], 0, []
+        # The library knows it by its address, for as long as the process lives.
+        self._all.append(self)
+        self._slots, self._keep = (c_void_p * 415)(), []
+        types = CFUNCTYPE(c_void_p, c_uint32)(lambda version: ctypes.addressof(self._slots))
+        text = ctypes.create_string_buffer(b"1.24.0")
+        version = CFUNCTYPE(c_void_p)(lambda: ctypes.addressof(text))
+        self.base = (c_void_p * 2)(*(ctypes.cast(f, c_void_p) for f in (types, version)))
+        self._keep += [types, version]
+        self._offer(0, self._create_status, c_int, c_char_p)
+        self._offer(26, self._store(1, 1), c_char_p, POINTER(c_void_p))
+        self._offer(27, lambda domain, op: self.ops.append(CustomOp.from_address(op)), c_void_p, c_void_p)
+        self._offer(28, lambda options, domain: None, c_void_p, c_void_p)
+        self._offer(51, self._data, c_void_p, POINTER(c_void_p))
+        self._offer(72, self._store(1, 0), c_void_p, POINTER(c_int))
+        self._offer(75, self._allocate, c_void_p, c_size_t, POINTER(c_void_p))
+        self._offer(76, lambda allocator, p: self.freed.append(p), c_void_p, c_void_p)
+        self._offer(86, self._integer, c_void_p, c_char_p, POINTER(c_int64))
+        self._offer(88, self._store(1, len(inputs)), c_void_p, POINTER(c_size_t))
+        self._offer(90, self._value, c_void_p, c_size_t, POINTER(c_void_p))
+        self._offer(91, self._output, c_void_p, c_size_t, POINTER(c_int64), c_size_t, POINTER(c_void_p))
+        self._offer(93, lambda status: None, c_void_p)
+        self._offer(132, self._release, c_void_p)
+        self._offer(193, self._store(1, self.STREAM), c_void_p, POINTER(c_void_p))
+        self._offer(194, self._store(1, 1), c_void_p, POINTER(c_void_p))
+        self._offer(253, self._store(2, 1), c_void_p, c_void_p, POINTER(c_void_p))
+        self._offer(414, self._shape, c_void_p, POINTER(c_int), POINTER(c_void_p), POINTER(c_size_t))
+
+    def _offer(self, slot, function, *types):
+        made = CFUNCTYPE(c_void_p, *types)(lambda *args: function(*args) or None)
+        self._keep.append(made)
+        self._slots[slot] = ctypes.cast(made, c_void_p)
+
+    @staticmethod
+    def _store(position, value):
+        """A function that stores `value` where the argument at `position` points."""
+
+        def function(*args):
+            args[position][0] = value
+
+        return function
+
+    def _create_status(self, code, message):
+        self.errors.append(f"{code}: {message.decode()}")
+        return len(self.errors)
+
+    def _data(self, value, to):
+        to[0] = self.values[value - 1].ctypes.data
+
+    def _allocate(self, allocator, size, to):
+        memory = np.full(size + ALIGNMENT, 0xFF, np.uint8)
+        to[0] = memory.ctypes.data + -memory.ctypes.data % ALIGNMENT
+        self.memory.append((memory, to[0], size))
+
+    def _integer(self, info, name, to):
+        to[0] = self.attrs[name.decode()]
+
+    def _value(self, context, i, to):
+        to[0] = i + 1
+
+    def _output(self, context, i, shape, rank, to):
+        self.values.append(np.full(shape[:rank], -7, np.int32))
+        to[0] = len(self.values)
+
+    def _release(self, allocator):
+        self.released += 1
+
+    def _shape(self, value, kind, shape, rank):
+        array = self.values[value - 1]
+        lengths = (c_int64 * array.ndim)(*array.shape)
+        self._keep.append(lengths)
+        kind[0], shape[0], rank[0] = _ONNX[array.dtype.name], ctypes.addressof(lengths), array.ndim
+
+    @staticmethod
+    def _text(function, op):
+        return function(ctypes.addressof(op))
+
+    def run(self, name, provider):
+        """The output of the operator that is registered for that provider."""
+        lib = ctypes.CDLL(library.get_library_path())
+        lib.RegisterCustomOps.restype = c_void_p
+        assert not lib.RegisterCustomOps(c_void_p(1), self.base)
+        (op,) = [x for x in self.ops if (self._text(x.name, x), self._text(x.provider, x)) == (name, provider)]
+        kernel = c_void_p()
+        assert not op.create_kernel_v2(ctypes.addressof(op), None, None, ctypes.byref(kernel)), self.errors
+        assert not op.compute_v2(kernel, None), self.errors
+        return self.values[-1]
+
+
+def test_a_node_on_the_gpu():
+    for shape in ((3, 900), (1, 40000)):  # the second takes a workspace
+        logits = DATA["ties"](np.random.default_rng(0), shape)
+        inputs = [logits, np.zeros(shape[0], np.int32), np.full(shape[0], shape[1], np.int32)]
+        runtime = Runtime(inputs, {"topk": 64})
+        np.testing.assert_array_equal(
+            runtime.run(b"TopKIndices", b"CUDAExecutionProvider"), OPS["topk"].reference(*inputs, 64)[0]
+        )
+        sizes = [size for _, _, size in runtime.memory]
+        assert sizes == ([] if shape[0] == 3 else [2 * 4 * 4 * 64])
+        assert runtime.freed == [address for _, address, _ in runtime.memory] and runtime.released == len(sizes)
+
+
+def test_what_is_registered():
+    runtime = Runtime([np.zeros((1, 5), np.float32), *np.array([[0], [5]], np.int32)], {"topk": 2})
+    runtime.run(b"TopKIndices", b"CUDAExecutionProvider")
+    listed = [(op.name(ctypes.addressof(op)).decode(), op.provider(ctypes.addressof(op))) for op in runtime.ops]
+    for spec in OPS.values():
+        assert listed.count((spec.onnx_name, None)) == len(spec.variants)
+        # Without CUDA kernels it is not the GPU's: ONNX Runtime then takes the CPU's.
+        assert listed.count((spec.onnx_name, b"CUDAExecutionProvider")) in (0, len(spec.variants))

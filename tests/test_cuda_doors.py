@@ -1,0 +1,174 @@
+"""Calls on a GPU without one: through the emulator as the driver, through drivers that fail, and with none at all."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+
+import pytest
+from cuda_emulator import Emulator
+from cuda_library import HERE, build, build_driver, environment, python
+
+import dsa_tvm
+from dsa_tvm import library
+from dsa_tvm.spec import DIMS
+
+pytest.importorskip("tvm", reason="building needs apache-tvm")
+
+from dsa_tvm.schedules import CUDA_ARCHS
+from dsa_tvm.schedules.cuda.source import DEVICE_HEADERS
+
+from dsa_tvm.compiler import cuda
+
+#: A call of topk whose tensors say they are on a GPU, in the memory of the process.
+CALL = """
+import ctypes, os, numpy as np
+from gpu_call import Call, Options
+from dsa_tvm import library
+rows, s_kv, topk = 3, 900, 64
+x, n, out = np.zeros((rows, s_kv), "f"), np.zeros(rows, "i4"), np.full((rows, topk), -7, "i4")
+call = Call("topk", {"logits": x, "ks": n, "ke": n}, {"topk": topk}, [out])
+call.run(Options(ctypes.sizeof(Options), 0, 4096))
+"""
+
+ON_CPU = """
+import numpy as np, dsa_tvm
+n = np.array([5], np.int32)
+assert dsa_tvm.topk(np.array([[1, 5, 2, 4, 3]], np.float32), n * 0, n, 2).tolist() == [[1, 3]]
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory):
+    return build_driver(tmp_path_factory.mktemp("recorder"))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_operators_on_the_emulator(built, tmp_path_factory, order):
+    units = cuda.generate(CUDA_ARCHS[:1], DIMS)[0].units
+    directory = tmp_path_factory.getbasetemp() / "emulator"
+    if not directory.exists():
+        directory.mkdir()
+        Emulator("\n".join(unit.text for unit in units), DEVICE_HEADERS, directory)
+    files = [str(HERE / name) for name in ("cuda_cases.py", "cuda_ort_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    env = environment(built, directory, CUDA_EMULATOR_ORDER=str(order))
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
+
+
+def test_a_call_is_enqueued_where_it_is_asked_for(built, recorder):
+    done = python(CALL + "call.run(Options(ctypes.sizeof(Options), 0, 7))\n", environment(built, recorder))
+    assert done.returncode == 0, done.stderr
+    launch = "launch dsa_topk__rows grid 3 1 1 block 512 shared {shared} stream {stream} context 0"
+    lines = done.stderr.splitlines()
+    launches = [line for line in lines if line.startswith("launch")]
+    shared = launches[0].split("shared ")[1].split()[0]
+    assert launches == [launch.format(shared=shared, stream=stream) for stream in (4096, 7)]
+    # The kernels come once, in the relaxed mode, and the context is put back each time.
+    assert [line for line in lines if line.startswith("capture")] == ["capture mode 2", "capture mode 0"]
+    assert lines.count("image fatbin") == 1 and lines.index("image fatbin") > lines.index("capture mode 2")
+    assert lines.count("push 0") == lines.count("pop 0") == 3
+
+
+@pytest.mark.parametrize(("own", "pushed"), [("0", False), ("1", True)])
+def test_the_callers_context_is_used_if_it_is_one_of_the_device(built, recorder, own, pushed):
+    done = python(CALL, environment(built, recorder, FAKE_GPUS="2", FAKE_CONTEXT=own))
+    assert done.returncode == 0, done.stderr
+    assert ("push 0" in done.stderr) is pushed and "context 0" in done.stderr
+
+
+@pytest.mark.parametrize("capability", ["80", "87", "90", "103", "110", "121"])
+def test_gpus_with_kernels(built, recorder, capability):
+    done = python(CALL, environment(built, recorder, FAKE_CAPABILITY=capability))
+    assert done.returncode == 0 and "launch" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"FAKE_CAPABILITY": "75"},
+            "3: topk: this library has no kernels for a GPU of compute capability 7.5, but for sm_80,",
+        ),
+        ({"FAKE_GPUS": "0"}, "3: topk: the CUDA driver finds no GPU"),
+        ({"FAKE_FAILURE": "cuInit"}, "3: topk: the CUDA driver does not start: the failure that was asked for"),
+        ({"FAKE_FAILURE": "cuLibraryLoadData"}, "3: topk: the kernels do not load on CUDA device 0: the failure that"),
+        (
+            {"FAKE_FAILURE": "cuKernelGetFunction"},
+            "3: topk: the kernels do not load on CUDA device 0: the failure that",
+        ),
+        (
+            {"FAKE_FAILURE": "cuDevicePrimaryCtxRetain"},
+            "3: topk: the kernels do not load on CUDA device 0: the failure",
+        ),
+        ({"FAKE_FAILURE": "cuLaunchKernel"}, "4: topk: dsa_topk__rows: the failure that was asked for"),
+    ],
+)
+def test_failures(built, recorder, variables, words):
+    done = python(CALL, environment(built, recorder, **variables))
+    assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
+    assert python(ON_CPU, environment(built, recorder, **variables)).returncode == 0
+
+
+def has_driver():
+    try:
+        return bool(ctypes.CDLL("libcuda.so.1"))
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["none", "broken", "too old"])
+def test_without_a_driver(built, tmp_path, kind):
+    if kind == "none" and has_driver():
+        pytest.skip("this machine has a CUDA driver")
+    if kind == "broken":
+        (tmp_path / "libcuda.so.1").write_bytes(b"not an ELF file" * 100)
+    if kind == "too old":
+        build_driver(tmp_path, "-DTOO_OLD")
+    words = "the CUDA driver is too old: it has no cuLibraryLoadData, 12.0 has it"
+    env = environment(built, tmp_path)
+    done = python(CALL, env)
+    assert (words if kind == "too old" else "no CUDA driver could be loaded (") in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("gpu_call.Refused: 3: topk: ")
+    assert python(ON_CPU, env).returncode == 0
+    function = """
+import numpy as np, dsa_tvm
+from cuda_cases import OnGpu
+n = np.array([5], np.int32)
+dsa_tvm.topk(OnGpu(np.zeros((1, 5), np.float32)), OnGpu(n), OnGpu(n), 2, out=OnGpu(np.zeros((1, 2), np.int32)))
+"""
+    assert "dsa_tvm.errors.LibraryError: topk: " in python(function, env).stderr.splitlines()[-1]
+
+
+def test_the_manifest_lists_what_there_is_for_gpus(built):
+    manifest = library.verify(built)
+    assert manifest["targets"] == [dsa_tvm.active_target()]
+    assert manifest["cuda"]["archs"] == list(CUDA_ARCHS) and manifest["cuda"]["ptx"] == "compute_80"
+    assert {"dsa_topk__rows", "dsa_topk__parts", "dsa_topk__merge"} <= manifest["cuda"]["kernels"][0]["topk"].keys()
+    code = "from dsa_tvm import library; import json; print(json.dumps(library.cuda_archs()))"
+    archs = json.loads(python(code, environment(built, built.parent)).stdout)
+    assert archs == [*CUDA_ARCHS, "compute_80"]
+
+
+def test_a_library_without_cuda_says_how_to_get_one():
+    assert library.cuda_archs() == () and library.verify(library.default_path())["cuda"] is None
+    lib = library.load()
+    assert lib.dsa_tvm_cuda_archs() is None and b"dsa-tvm build --target cuda" in lib.dsa_tvm_last_error()
+
+
+def test_onnx_runtime_still_runs_on_the_cpu(built):
+    """The operators are registered for CUDAExecutionProvider too, which this ONNX Runtime need not have."""
+    for name in ("onnx", "onnxruntime"):
+        pytest.importorskip(name)
+    files = [str(HERE / "test_ort.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(built, built.parent))
+    assert done.returncode == 0, done.stdout[-3000:]
