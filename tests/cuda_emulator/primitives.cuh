@@ -210,3 +210,25 @@ DSA_DEVICE float dsa_exp2(float x) {
   float y = exp2f(x);
   return y < 0x1p-126f ? 0 : y;
 }
+
+DSA_DEVICE float dsa_max_nan(float x, float y) { return x != x || y != y ? NAN : x > y ? x : y; }
+
+DSA_DEVICE unsigned dsa_mul_bf16x2(unsigned a, unsigned b) {
+  return bf16_bits(Bf16::get(a, 0) * Bf16::get(b, 0)) | bf16_bits(Bf16::get(a, 1) * Bf16::get(b, 1)) << 16;
+}
+
+/* Three barriers: around the clearing of the votes, and behind the last one. */
+DSA_DEVICE int dsa_barrier_or(int predicate) {
+  static int votes;
+  dsa_barrier(0, emulator::m.threads);
+  if (emulator::m.current->index == 0) votes = 0;
+  dsa_barrier(0, emulator::m.threads);
+  votes |= predicate != 0;
+  dsa_barrier(0, emulator::m.threads);
+  return votes;
+}
+
+DSA_DEVICE float dsa_reciprocal(float x) {
+  float y = 1 / (std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x);
+  return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y;
+}

@@ -19,7 +19,8 @@ DSA_DEVICE int dsa_behind_16(const float *p) { return (int)((uintptr_t)p >> 2 & 
    `width` bytes, to which `from` is aligned. Zeros where `valid` is 0, and then `from` is not read. */
 DSA_DEVICE void dsa_copy_16(void *to, const void *from, int width, int valid) {
   if (((uintptr_t)from & 15) == 0 || !valid) {
-    dsa_cp_async_16(to, from, valid);
+    /* The address must be aligned even where nothing is read. */
+    dsa_cp_async_16(to, (const void *)((uintptr_t)from & ~(uintptr_t)15), valid);
   } else if (width == 4) {
     for (int e = 0; e < 4; e++) ((unsigned *)to)[e] = ((const unsigned *)from)[e];
   } else if (width == 2) {
@@ -31,6 +32,9 @@ DSA_DEVICE void dsa_copy_16(void *to, const void *from, int width, int valid) {
 
 /* Two e4m3 in the low half of `x` as two f16, exactly. */
 DSA_DEVICE unsigned dsa_e4m3x2_to_f16x2(unsigned x) {
+#ifdef DSA_HAS_E4M3
+  return dsa_cvt_e4m3x2(x);
+#else
   unsigned both = (x & 0xFF) | (x & 0xFF00) << 8;
   unsigned sign = (both & 0x00800080) << 8, magnitude = both & 0x007F007F;
   /* The exponent's bias is 8 less than f16's: the shifted bits are the value times 2**-8, subnormals included. */
@@ -38,4 +42,193 @@ DSA_DEVICE unsigned dsa_e4m3x2_to_f16x2(unsigned x) {
   /* NaN is the one magnitude that carries into bit 7. */
   unsigned nan = (magnitude + 0x00010001 & 0x00800080) * 0xFC;
   return scaled | nan | sign;
+#endif
 }
+
+/* 16 aligned bytes of shared memory to registers. */
+struct alignas(16) DsaFour {
+  float x[4];
+};
+DSA_DEVICE void dsa_get_128(float *to, const void *from) {
+  DsaFour four = *(const DsaFour *)from;
+#pragma unroll
+  for (int e = 0; e < 4; e++) to[e] = four.x[e];
+}
+
+/* 4 bytes to where 2 are all that `to` is surely aligned to. */
+DSA_DEVICE void dsa_put_2x16(void *to, unsigned x) {
+  if (((uintptr_t)to & 3) == 0) {
+    *(unsigned *)to = x;
+  } else {
+    ((unsigned short *)to)[0] = (unsigned short)x;
+    ((unsigned short *)to)[1] = (unsigned short)(x >> 16);
+  }
+}
+
+/* 4 aligned bytes. */
+DSA_DEVICE void dsa_put_32(void *to, unsigned x) { *(unsigned *)to = x; }
+
+/* Two e4m3 in the low half of `x` as two bf16, exactly. As with f16; here the biases differ by 120. */
+DSA_DEVICE unsigned dsa_e4m3x2_to_bf16x2(unsigned x) {
+  unsigned both = (x & 0xFF) | (x & 0xFF00) << 8;
+  unsigned sign = (both & 0x00800080) << 8, magnitude = both & 0x007F007F;
+  unsigned scaled = dsa_mul_bf16x2(magnitude << 4, 0x7B807B80);
+  unsigned nan = (magnitude + 0x00010001 & 0x00800080) * 0xFF;
+  return scaled | nan | sign;
+}
+
+/* 16 bytes of global memory, of elements of `width` bytes, to which `from` is aligned. */
+DSA_DEVICE void dsa_load_16(unsigned *to, const void *from, int width) {
+  if (((uintptr_t)from & 15) == 0) {
+    dsa_load_128(to, from);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    const unsigned char *bytes = (const unsigned char *)from + 4 * e;
+    if (width == 4)
+      to[e] = *(const unsigned *)bytes;
+    else if (width == 2)
+      to[e] = ((const unsigned short *)bytes)[0] | (unsigned)((const unsigned short *)bytes)[1] << 16;
+    else
+      to[e] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | (unsigned)bytes[3] << 24;
+  }
+}
+
+/* 16 elements for tensor cores, two to a word: e4m3 as f16, f32 as the sum of three bf16, in `words` of eight each. */
+DSA_DEVICE void dsa_words_bfloat16(unsigned *words, const void *from) {
+  dsa_load_16(words, from, 2);
+  dsa_load_16(words + 4, (const char *)from + 16, 2);
+}
+DSA_DEVICE void dsa_words_float16(unsigned *words, const void *from) { dsa_words_bfloat16(words, from); }
+DSA_DEVICE void dsa_words_float8_e4m3fn(unsigned *words, const void *from) {
+  unsigned raw[4];
+  dsa_load_16(raw, from, 1);
+#pragma unroll
+  for (int i = 0; i < 8; i++) words[i] = dsa_e4m3x2_to_f16x2(raw[i / 2] >> 16 * (i % 2));
+}
+DSA_DEVICE void dsa_words_float32(unsigned *words, const void *from) {
+#pragma unroll
+  for (int i = 0; i < 24; i++) words[i] = 0;
+#pragma unroll
+  for (int quad = 0; quad < 4; quad++) {
+    unsigned raw[4];
+    dsa_load_16(raw, (const char *)from + 16 * quad, 4);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      unsigned bits = raw[e], magnitude = bits & 0x7FFFFFFF;
+      /* What was cut off of an infinity or NaN is nothing. */
+      if (magnitude > 0x7F800000) bits = 0x7FFF0000;
+#pragma unroll
+      for (int part = 0; part < 3; part++) {
+        unsigned top = bits & 0xFFFF0000;
+        words[part * 8 + quad * 2 + e / 2] |= e % 2 ? top : top >> 16;
+        float x, cut;
+        memcpy(&x, &bits, 4);
+        memcpy(&cut, &top, 4);
+        x -= cut;
+        memcpy(&bits, &x, 4);
+        if (magnitude >= 0x7F800000) bits = 0;
+      }
+    }
+  }
+}
+
+/* Words 0, 2, 4, 6 and 1, 3, 5, 7 to 16 aligned bytes of shared memory each. */
+struct alignas(16) DsaFourWords {
+  unsigned x[4];
+};
+DSA_DEVICE void dsa_put_even_odd(void *even, void *odd, const unsigned *words) {
+  *(DsaFourWords *)even = {words[0], words[2], words[4], words[6]};
+  *(DsaFourWords *)odd = {words[1], words[3], words[5], words[7]};
+}
+
+DSA_DEVICE int dsa_aligned_16(const void *p) { return ((uintptr_t)p & 15) == 0; }
+
+DSA_DEVICE int dsa_clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+/* 16 bytes to shared memory at once, of elements of `width` bytes; zeros where `valid` is 0, and nothing is read. */
+DSA_DEVICE void dsa_copy_elements(void *to, const void *from, int width, int valid) {
+  DsaFourWords words = {0, 0, 0, 0};
+  if (valid) dsa_load_16(words.x, from, width);
+  *(DsaFourWords *)to = words;
+}
+
+/* The same, asynchronously if `from` is aligned to 16. */
+DSA_DEVICE void dsa_copy_or_clear_16(void *to, const void *from, int width, int valid) {
+  if (((uintptr_t)from & 15) == 0)
+    dsa_cp_async_16(to, from, valid);
+  else
+    dsa_copy_elements(to, from, width, valid);
+}
+
+/* Two neighbouring 16 bit elements, the first one in the low half. */
+DSA_DEVICE unsigned dsa_get_2x16(const void *from) {
+  if (((uintptr_t)from & 3) == 0) return *(const unsigned *)from;
+  const unsigned short *elements = (const unsigned short *)from;
+  return elements[0] | (unsigned)elements[1] << 16;
+}
+
+/* 8 aligned bytes. */
+struct alignas(8) DsaTwo {
+  float x[2];
+};
+DSA_DEVICE void dsa_get_64(float *to, const void *from) {
+  DsaTwo two = *(const DsaTwo *)from;
+  to[0] = two.x[0];
+  to[1] = two.x[1];
+}
+DSA_DEVICE void dsa_put_64(void *to, float low, float high) { *(DsaTwo *)to = {low, high}; }
+
+/* What two f32 are more than `rounded`, they themselves in 16 bits; rounded likewise. */
+DSA_DEVICE unsigned dsa_rest_bf16(float low, float high, unsigned rounded) {
+  unsigned bits[2] = {rounded << 16, rounded & 0xFFFF0000};
+  float x[2];
+  memcpy(x, bits, 8);
+  return dsa_pack_bf16(low - x[0], high - x[1]);
+}
+DSA_DEVICE unsigned dsa_rest_f16(float low, float high, unsigned rounded) {
+  float x = dsa_f16_to_f32((unsigned short)rounded), y = dsa_f16_to_f32((unsigned short)(rounded >> 16));
+  return dsa_pack_f16(low - x, high - y);
+}
+
+/* Of four neighbouring threads, thread i gets word i of each, in their order. The whole warp. */
+DSA_DEVICE void dsa_transpose_quad(unsigned *x) {
+  int odd = threadIdx.x & 1, upper = threadIdx.x >> 1 & 1;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    unsigned got = dsa_shuffle_xor(odd ? x[i] : x[i + 1], 1);
+    x[i] = odd ? got : x[i];
+    x[i + 1] = odd ? x[i + 1] : got;
+  }
+  unsigned low = dsa_shuffle_xor(upper ? x[0] : x[2], 2), high = dsa_shuffle_xor(upper ? x[1] : x[3], 2);
+  /* By values: a register has no address. */
+  x[0] = upper ? low : x[0], x[1] = upper ? high : x[1];
+  x[2] = upper ? x[2] : low, x[3] = upper ? x[3] : high;
+}
+
+/* 16 bytes to where 2 are all that `to` is surely aligned to. */
+DSA_DEVICE void dsa_put_8x16(void *to, const unsigned *x) {
+  if (((uintptr_t)to & 15) == 0) {
+    *(DsaFourWords *)to = {x[0], x[1], x[2], x[3]};
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; e++) ((unsigned short *)to)[e] = (unsigned short)(x[e / 2] >> e % 2 * 16);
+}
+
+/* 16 e4m3 times `scale` in bf16: eight to 16 aligned bytes each, the second eight first if `swapped`. */
+DSA_DEVICE void dsa_put_e4m3_as_bf16(void *first, void *second, const unsigned *raw, float scale, int swapped) {
+  unsigned words[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    unsigned pair = dsa_e4m3x2_to_f16x2((swapped ? raw[(i / 2 + 2) % 4] : raw[i / 2]) >> 16 * (i % 2));
+    float x = dsa_f16_to_f32((unsigned short)pair), y = dsa_f16_to_f32((unsigned short)(pair >> 16));
+    words[i] = dsa_pack_bf16(x * scale, y * scale);
+  }
+  *(DsaFourWords *)first = {words[0], words[1], words[2], words[3]};
+  *(DsaFourWords *)second = {words[4], words[5], words[6], words[7]};
+}
+
+/* An f32 that nobody writes while the kernel runs, of 4 aligned bytes. */
+DSA_DEVICE float dsa_load_f32(const void *from) { return *(const float *)from; }

@@ -143,3 +143,37 @@ DSA_DEVICE float dsa_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+
+/* The larger one, NaN if either is. */
+DSA_DEVICE float dsa_max_nan(float x, float y) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
+
+/* Two products rounded to nearest even, subnormals included. */
+DSA_DEVICE unsigned dsa_mul_bf16x2(unsigned a, unsigned b) {
+  unsigned r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  return r;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+/* Two e4m3 in the low half of `x` as two f16, exactly. */
+#define DSA_HAS_E4M3 1
+DSA_DEVICE unsigned dsa_cvt_e4m3x2(unsigned x) {
+  unsigned r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((unsigned short)x));
+  return r;
+}
+#endif
+
+/* The block's own barrier, which also tells whether any thread's `predicate` is not 0. */
+DSA_DEVICE int dsa_barrier_or(int predicate) { return __syncthreads_or(predicate); }
+
+/* 1 / x to 1 unit in the last place, subnormals as zero. Unlike a division it needs no call, which costs registers. */
+DSA_DEVICE float dsa_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}

@@ -1,0 +1,228 @@
+"""The CUDA indexer, run on the CPU, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compare import assert_close
+from samples import DTYPES, indexer_inputs
+
+from cuda_emulator import Emulator
+from dsa_tvm.ops import OPS
+
+pytest.importorskip("tvm")
+
+from dsa_tvm.schedules.cuda import source
+from dsa_tvm.schedules.cuda.lightning_indexer import Decisions, default, tensor_ir
+
+SPEC = OPS["lightning_indexer"]
+BF16 = SPEC.variants[1]
+ALL = {"-".join(v.values()): v for v in SPEC.variants}
+SMALL = Decisions(warps=2, key_tiles=1, head_tiles=2, queries=2, stages=2)
+
+#: Kernels by name: types, decisions and width.
+KERNELS = {
+    **{name: (variant, SMALL, 64) for name, variant in ALL.items()},
+    # Rows of 64 and 32 bytes, which are padded; more of everything else.
+    "bf16-32": (BF16, Decisions(warps=1, key_tiles=4, head_tiles=4, queries=3, stages=3), 32),
+    "f32-32": (SPEC.variants[0], Decisions(warps=2, key_tiles=2, head_tiles=4, queries=3, stages=3), 32),
+    "fp8-32": (SPEC.variants[6], Decisions(warps=2, key_tiles=2, head_tiles=4, queries=1, stages=4), 32),
+    "f32-fp8-32": (SPEC.variants[3], Decisions(warps=2, key_tiles=2, head_tiles=4, queries=2, stages=3), 32),
+    "bf16-few": (BF16, default(BF16, 128, few_queries=True), 128),
+    "bf16-many": (BF16, default(BF16, 128, few_queries=False), 128),
+    "f32-many": (SPEC.variants[0], default(SPEC.variants[0], 128, few_queries=False), 128),
+    "fp8-many": (SPEC.variants[6], default(SPEC.variants[6], 128, few_queries=False), 128),
+}
+
+#: Orders of threads and whether copies land at once.
+SCHEDULES = [(0, False), (1, True), (2, False), (3, True)]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    functions = [(_symbol(name), tensor_ir(*kernel)) for name, kernel in KERNELS.items()]
+    return Emulator(source.cuda_source(functions), source.DEVICE_HEADERS, tmp_path_factory.mktemp("indexer"))
+
+
+def _symbol(name):
+    return "indexer_" + name.replace("-", "_")
+
+
+def _unaligned(x):
+    """The same memory, which an order of threads that puts it before a guard page misaligns by an element."""
+    return np.append(x.ravel(), x.ravel()[:1])
+
+
+def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=1, schedule=(0, False), misalign=False):
+    """Logits of `a`, written to rows of `out` where that is given."""
+    variant, c, d_idx = KERNELS[name]
+    s_q, h_idx, _ = a["q"].shape
+    s_kv = len(a["k"])
+    m1 = s_q if m1 is None else m1
+    out = np.full((s_q, s_kv), 77, np.float32) if out is None else out
+    runs = -(-s_kv // (tiles * c.block_keys))
+    blocks = -(-(m1 - m0) // c.queries)
+    tensors = [a[n] for n in ("q", "k", "weights", "ks", "ke", "k_scale")]
+    if misalign:
+        assert schedule[0] % 2 == 0
+        tensors = [None if x is None else _unaligned(x) for x in tensors]
+    for x in tensors:
+        if x is not None:
+            x.flags.writeable = False
+    scalars = (s_kv, h_idx, m0, m1, row0, tiles, int(a["k_scale"] is not None), fill, blocks, runs)
+    emulator.launch(
+        _symbol(name),
+        (blocks, runs),
+        *tensors,
+        out,
+        *scalars,
+        shared_bytes=c.shared_bytes(variant, d_idx, h_idx),
+        order=schedule[0],
+        eager=schedule[1],
+    )
+    return out
+
+
+def check(emulator, name, a, **options):
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        (expected,) = SPEC.reference(**a)
+    logits = launch(emulator, name, a, **options)
+    assert_close(logits, expected, SPEC.tolerance["logits"]["float32"])
+    return logits
+
+
+def inputs(name, seed=0, **sizes):
+    variant, _, d_idx = KERNELS[name]
+    return indexer_inputs(np.random.default_rng(seed), variant, d_idx=d_idx, **sizes)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_kernels(emulator, name, scaled):
+    a = inputs(name, s_kv=270, h_idx=33, scaled=scaled)
+    for schedule in SCHEDULES:
+        # One run of more tiles than there are stages, and several.
+        for tiles in (1000, 2):
+            check(emulator, name, a, tiles=tiles, schedule=schedule)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_unaligned(emulator, name):
+    check(emulator, name, inputs(name, s_kv=131, h_idx=7, scaled=True), misalign=True)
+
+
+@pytest.mark.parametrize("name", ["bf16-32", "bfloat16-bfloat16", "bf16-many", "f32-32", "fp8-32", "f32-fp8-32"])
+@pytest.mark.parametrize("h_idx", [1, 8, 15, 16, 17, 32, 33, 63, 64])
+def test_heads(emulator, name, h_idx):
+    check(emulator, name, inputs(name, h_idx, s_kv=77, h_idx=h_idx), schedule=SCHEDULES[h_idx % 4])
+
+
+@pytest.mark.parametrize("s_kv", [1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129, 500])
+@pytest.mark.parametrize("s_q", [1, 2, 7])
+@pytest.mark.parametrize("tiles", [1, 3, 1000])
+def test_lengths(emulator, s_q, s_kv, tiles):
+    for name in ("bfloat16-bfloat16", "bf16-32", "f32-32"):
+        a = inputs(name, s_kv, s_q=s_q, s_kv=s_kv, h_idx=3)
+        a["ke"][:] = s_kv
+        check(emulator, name, a, tiles=tiles, schedule=SCHEDULES[s_kv % 4])
+
+
+@pytest.mark.parametrize("name", ["bfloat16-bfloat16", "bf16-32", "fp8-32", "f32-32"])
+@pytest.mark.parametrize("tiles", [1, 4, 1000])
+def test_ranges(emulator, name, tiles):
+    rng = np.random.default_rng(tiles)
+    a = inputs(name, s_q=60, s_kv=500, h_idx=4)
+    a["ks"][:], a["ke"][:] = rng.integers(-50, 550, (2, 60))
+    a["ks"][:5] = -(2**31), 2**31 - 1, 200, 499, 0
+    a["ke"][:5] = 2**31 - 1, -(2**31), 201, 500, 0
+    for schedule in SCHEDULES:
+        check(emulator, name, a, tiles=tiles, schedule=schedule)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("h_idx", [1, 33])
+def test_nan_and_infinity_go_where_they_belong(emulator, name, h_idx):
+    a = inputs(name, s_kv=150, h_idx=h_idx)
+    a["ke"][:] = 150
+    for argument in ("q", "k"):
+        a[argument][a[argument] == 0] = 1
+    a["k"][3, 5] = np.nan
+    a["k"][50, 7], a["k"][51, 8] = np.inf, -np.inf  # NaN in e4m3
+    a["q"][1, 0, 9] = np.nan
+    a["q"][2, 0, 10], a["q"][3, 0, 11] = np.inf, -np.inf
+    a["k"][[60, 61, 62], [10, 11, 9]] = 0
+    a["weights"][4, -1] = np.inf
+    for schedule in SCHEDULES:
+        logits = check(emulator, name, a, schedule=schedule)
+    assert np.isnan(logits[0]).sum() < 5 < np.isfinite(logits[0]).sum()
+
+
+@pytest.mark.parametrize("name", ["bfloat16-bfloat16", "float16-float16", "bfloat16-float8_e4m3fn"])
+def test_every_code_of_a_key_is_read_exactly(emulator, name):
+    """One head, q = e0, weight 1: the logit is relu of the key's first entry."""
+    dtype = DTYPES[KERNELS[name][0]["K"]]
+    codes = np.arange(256**dtype.itemsize, dtype=f"uint{8 * dtype.itemsize}")
+    a = inputs(name, s_q=2, s_kv=len(codes), h_idx=1)
+    a["q"][:], a["k"][:], a["weights"][:] = 0, 0, 1
+    a["q"][:, 0, 0] = 1, -1
+    a["k"][:, 0] = codes.view(dtype)
+    a["ke"][:] = len(codes)
+    with np.errstate(invalid="ignore"):  # of signalling NaN
+        values = np.stack([a["k"][:, 0].astype(np.float32), -a["k"][:, 0].astype(np.float32)])
+    np.testing.assert_array_equal(launch(emulator, name, a, tiles=64), np.where(values <= 0, np.float32(0), values))
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn-float8_e4m3fn", "float32-float8_e4m3fn", "float16-float8_e4m3fn"])
+def test_every_element_of_a_query_is_read_exactly(emulator, name):
+    """A key for each of them that is zero elsewhere: none is lost on the way, and none in another's place."""
+    dtype = DTYPES[KERNELS[name][0]["T"]]
+    a = inputs(name, s_q=4, s_kv=64, h_idx=2)
+    bits = np.random.default_rng(0).integers(0, 256**dtype.itemsize, (4, 2, 64), dtype=f"uint{8 * dtype.itemsize}")
+    a["q"] = bits.view(dtype)
+    # Smaller numbers have parts that are less than the least bf16.
+    a["q"][~(np.abs(a["q"].astype(np.float64)) > 1e-30) | ~np.isfinite(a["q"].astype(np.float64))] = 2.5
+    a["k"][:] = np.eye(64)
+    a["weights"][:] = 1, 0
+    a["ke"][:] = 64
+    logits = launch(emulator, name, a)
+    np.testing.assert_array_equal(logits, np.maximum(a["q"][:, 0].astype(np.float32), 0))
+
+
+def test_unseen_keys_do_not_matter(emulator):
+    a = inputs("bf16-many", s_kv=500, scaled=True)
+    a["ks"][:], a["ke"][:] = 100, 200
+    before = launch(emulator, "bf16-many", a)
+    a = {**a, "k": a["k"].copy(), "k_scale": a["k_scale"].copy()}
+    for part in (slice(None, 100), slice(200, None)):
+        a["k"][part] = np.nan
+        a["k_scale"][part] = np.nan
+    np.testing.assert_array_equal(launch(emulator, "bf16-many", a, schedule=(1, True)), before)
+
+
+def test_decisions_do_not_change_bits(emulator):
+    a = inputs("bf16-many", s_kv=400, scaled=True)
+    many = launch(emulator, "bf16-many", a, tiles=2)
+    np.testing.assert_array_equal(launch(emulator, "bf16-few", a, tiles=1), many)
+
+
+@pytest.mark.parametrize("name", ["bfloat16-bfloat16", "bf16-32"])
+def test_some_queries(emulator, name):
+    """The rows of some queries, and of these only the keys that they see."""
+    a = inputs(name, s_q=12, s_kv=300, h_idx=4)
+    a["ks"][:], a["ke"][:] = np.arange(12) * 20 - 10, np.arange(12) * 25 + 20
+    a["ke"][7] = 0
+    everything = launch(emulator, name, a)
+    for m0, m1, row0 in ((0, 12, 0), (5, 10, 2), (11, 12, 0), (3, 3, 1)):
+        for fill in (0, 1):
+            out = np.full((row0 + m1 - m0, 300), 77, np.float32)
+            launch(emulator, name, a, out=out, m0=m0, m1=m1, row0=row0, fill=fill)
+            expected = np.full_like(out, 77)
+            expected[row0:] = everything[m0:m1]
+            if not fill:
+                expected[np.isneginf(expected)] = 77
+            np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(("s_q", "s_kv"), [(0, 10), (3, 0)])
+def test_empty(emulator, s_q, s_kv):
+    launch(emulator, "bf16-32", inputs("bf16-32", s_q=s_q, s_kv=s_kv, h_idx=2))
