@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from . import env, functions, gate, library, presets, workload
-from .errors import ArgumentError, DsaError
-from .files import write_atomically
+from . import figures, functions, gate, library, presets, workload
+from .errors import ArgumentError
 from .ops import OPS
 from .peers import Skipped, peer
 from .progress import Progress
 from .report import aligned, digits
 from .workload import Workload
 
-#: Turns that every contender gets.
-ROUNDS = 3
 _PEERS = {"torch": "torch", "ort": "ORT", "numpy": "numpy"}
+_DEFAULTS = {"s_q": [1, 16, 128], "s_kv": [2048, 32768], "dtype": "float32", "seconds": 1.0}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     LibraryError
         As `dsa_tvm.library.load`.
     """
+    args = figures.with_defaults(args, _DEFAULTS)
     ops, threads, preset = _checked(args)
     shapes = list(itertools.product(ops, args.s_q, args.s_kv))
     disturbed = workload.load_notes()
@@ -62,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
     finally:
         # After Ctrl-C as well: what has been measured has been measured.
         if args.json and rows:
-            _write(args, rows)
-    for line in [*_notes(rows), *disturbed]:
+            sizes = {"name": args.preset, **asdict(preset)}
+            document = {"target": library.active_target(), "preset": sizes, "seconds": args.seconds, "rows": rows}
+            figures.write(args.json, document)
+    for line in [*figures.notes(rows, _PEERS), *disturbed]:
         print(line)
-    failed = [f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}: {row['failed']}" for row in rows if row["failed"]]
-    if failed:
-        raise gate.CheckError(f"bench: {len(failed)} of {len(rows)} results are wrong; the first: {failed[0]}")
+    figures.raise_for_wrong(rows)
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
@@ -78,7 +74,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[
     calls : mapping
         Functions without arguments, by name.
     seconds : float
-        Time for each, spread over `ROUNDS` turns; a turn has at least one call.
+        Time for each, spread over `figures.ROUNDS` turns; a turn has at least one call.
 
     Returns
     -------
@@ -87,38 +83,27 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[
     """
     for call in calls.values():
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            turn: list[float] = []
-            begin = now = time.perf_counter()
-            while not turn or now - begin < seconds / ROUNDS:
-                start = now
-                call()
-                now = time.perf_counter()
-                turn.append(now - start)
-            # The first call of a turn meets the caches and the spinning threads that the one before it left.
-            times[name] += turn[1:] or turn
-    return {name: statistics.median(taken) for name, taken in times.items()}
+
+    def turn(call: Callable[[], Any]) -> list[float]:
+        taken: list[float] = []
+        begin = now = time.perf_counter()
+        while not taken or now - begin < seconds / figures.ROUNDS:
+            start = now
+            call()
+            now = time.perf_counter()
+            taken.append(now - start)
+        # The first call of a turn meets the caches and the spinning threads that the one before it left.
+        return taken[1:] or taken
+
+    return figures.in_turns(calls, turn)
 
 
 def _checked(args: argparse.Namespace) -> tuple[list[str], list[int], presets.Preset]:
-    for op in args.op:
-        if op not in OPS:
-            raise ArgumentError(f"bench: operator: expected one of {', '.join(OPS)}, got {op!r}")
-    for name in ("s_q", "s_kv", "threads"):
-        for value in getattr(args, name):
-            if value < 1:
-                raise ArgumentError(f"bench: {name}: expected at least 1, got {value}")
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise ArgumentError(f"bench: seconds: expected a positive number, got {args.seconds}")
+    preset = figures.check_arguments(args, ("s_q", "s_kv", "threads"))
     if args.dtype not in workload.DTYPES:
         raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {args.dtype!r}")
-    if args.json and args.json.is_dir():
-        # Now, not after minutes of measuring.
-        raise ArgumentError(f"bench: json: expected a file, got the directory {args.json}")
     threads = args.threads or sorted({1, workload.usable_cpus()})
-    return list(dict.fromkeys(args.op or OPS)), list(dict.fromkeys(threads)), presets.get(args.preset)
+    return list(dict.fromkeys(args.op or OPS)), list(dict.fromkeys(threads)), preset
 
 
 def _measure(
@@ -156,7 +141,7 @@ def _measure(
         del outputs
         times = interleaved(calls, args.seconds)
         seconds = times.pop("ours")
-        row["peers"] |= {name: {"ms": 1e3 * taken, "ratio": taken / seconds} for name, taken in times.items()}
+        row["peers"] |= figures.peer_figures(times, seconds)
         row |= {
             "ours_ms": 1e3 * seconds,
             "max_error": finding.error,
@@ -191,43 +176,4 @@ def _cells(row: Mapping[str, Any], peers: list[str]) -> list[str]:
     cells.append(
         f"{digits(row['gflops'])} GFLOP/s" if row["us_per_row"] is None else f"{digits(row['us_per_row'])} us/row"
     )
-    for name in peers:
-        figures = row["peers"].get(name, {})
-        cells += ["-", "-"] if "ms" not in figures else [digits(figures["ms"]), _ratio(figures["ratio"])]
-    return cells
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else digits(value)
-
-
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Why there is a dash, once for each reason."""
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        for name, figures in row["peers"].items():
-            if "skipped" in figures:
-                where = f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}"
-                reasons.setdefault(f"{_PEERS[name]}: {figures['skipped']}", []).append(where)
-    notes = []
-    for reason, places in reasons.items():
-        first, *others = dict.fromkeys(places)
-        notes.append(f"-  {reason} ({first}{f' and {len(others)} more' if others else ''})")
-    ties = sum(row.get("near_ties", 0) for row in rows)
-    if ties:
-        notes.append(f"{ties} selected keys of the sampled rows differ from float64's selection, all within rounding")
-    return notes
-
-
-def _write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    document = {
-        "environment": env.report(),
-        "target": library.active_target(),
-        "preset": {"name": args.preset, **asdict(presets.get(args.preset))},
-        "seconds": args.seconds,
-        "rows": rows,
-    }
-    try:
-        write_atomically(args.json, (json.dumps(document, indent=2) + "\n").encode())
-    except OSError as error:
-        raise DsaError(f"bench: json: {error}") from error
+    return cells + figures.peer_cells(row, peers)

@@ -44,9 +44,12 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from . import bench
+    if args.suite == "cuda":
+        from .gpu_bench import run
+    else:
+        from .bench import run
 
-    bench.run(args)
+    run(args)
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -82,20 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, default=32768, help="use at most this many bytes (default: 32768)")
     demo.add_argument("--threads", type=int, default=0, help="threads (default: all)")
 
-    bench = command("bench", _bench, "time the operators against torch and plain ONNX Runtime")
+    bench = command("bench", _bench, "time the operators against torch, plain ONNX Runtime and others")
     bench.add_argument("op", nargs="*", help="operators (default: all)")
-    bench.add_argument("--s-q", type=int, nargs="+", default=[1, 16, 128], help="query tokens")
-    bench.add_argument("--s-kv", type=int, nargs="+", default=[2048, 32768], help="key tokens")
+    bench.add_argument("--suite", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    bench.add_argument("--s-q", type=int, nargs="+", default=[], help="query tokens")
+    bench.add_argument("--s-kv", type=int, nargs="+", default=[], help="key tokens")
     bench.add_argument("--threads", type=int, nargs="+", default=[], help="threads (default: 1 and all)")
     bench.add_argument(
         "--preset",
         default=presets.DEFAULT,
         help=f"sizes of a model: {', '.join(presets.PRESETS)} (default: {presets.DEFAULT})",
     )
-    bench.add_argument(
-        "--dtype", default="float32", help="element type of ours: float32 (the default), bfloat16, float16"
-    )
-    bench.add_argument("--seconds", type=float, default=1.0, help="time for each figure (default: 1)")
+    bench.add_argument("--dtype", help="element type of ours: float32, bfloat16, float16; float8_e4m3fn on a GPU")
+    bench.add_argument("--seconds", type=float, help="time for each figure (default: 1, or 0.2 on a GPU)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
 
     build = command("build", _build, "compile a library for other targets or sizes")

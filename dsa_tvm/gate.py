@@ -15,6 +15,8 @@ from .spec import Tolerance
 from .workload import Workload
 
 _LOGITS = OPS["lightning_indexer"]
+#: Inputs that all queries share.
+_SHARED = {t.name for spec in OPS.values() for t in spec.inputs if t.shape[0] != "s_q"}
 
 
 class CheckError(DsaError, AssertionError):
@@ -154,9 +156,11 @@ def check_indices(
     return near_ties
 
 
-def indexer_inputs(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def indexer_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of `dsa_attention` that `indexer_topk` takes, by its names."""
-    return {n: inputs[{"q": "index_q", "k": "index_k"}.get(n, n)] for n in ("q", "k", "weights", "ks", "ke")}
+    names = {"q": "index_q", "k": "index_k", "k_scale": "index_k_scale"}
+    found = {t.name: inputs.get(names.get(t.name, t.name)) for t in _LOGITS.inputs}
+    return {n: x for n, x in found.items() if x is not None}
 
 
 def references(work: Workload, rows: Sequence[int]) -> tuple[Any, ...]:
@@ -170,6 +174,7 @@ def check(
     rows: Sequence[int],
     where: str = "",
     known: tuple[Any, ...] | None = None,
+    selected: np.ndarray | None = None,
 ) -> Finding:
     """Check what an operator returned.
 
@@ -188,6 +193,8 @@ def check(
         What to call it in messages; the operator's name by default.
     known : tuple, optional
         `references` of the same, for a caller that checks several results of one workload.
+    selected : ndarray, optional
+        The indices [s_q, topk] that `dsa_attention` selected; by default what `indexer_topk` selects here.
 
     Returns
     -------
@@ -211,7 +218,7 @@ def check(
     dtype = str(inputs[spec.inputs[0].name].dtype)
     if work.op == "dsa_attention":
         indexer, topk = indexer_inputs(inputs), attrs.pop("topk")
-        indices = functions.indexer_topk(**indexer, topk=topk)
+        indices = functions.indexer_topk(**indexer, topk=topk) if selected is None else selected
         near_ties = check_indices(where, indexer, indices, topk, rows)
         out, _, lse = OPS["sparse_mla"].reference(inputs["q"][rows], inputs["kv"], indices[rows], **attrs)
         exact: tuple[Any, ...] = (out, lse)
@@ -226,4 +233,4 @@ def check(
 
 def _rows(inputs: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
     """The inputs cut to some queries."""
-    return {n: x if n in ("k", "kv", "index_k") else x[list(rows)] for n, x in inputs.items()}
+    return {n: x if n in _SHARED else x[list(rows)] for n, x in inputs.items()}

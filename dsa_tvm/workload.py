@@ -27,7 +27,7 @@ class Workload:
     op : str
         Name of the operator.
     inputs : mapping
-        The required inputs by name: C-contiguous float32 (or `with_dtype`) and int32 arrays.
+        The inputs by name: C-contiguous arrays, float32 (or `with_dtype`) and int32; on a GPU, torch tensors.
     attrs : mapping
         The attributes by name.
     lengths : mapping
@@ -35,7 +35,7 @@ class Workload:
     """
 
     op: str
-    inputs: Mapping[str, np.ndarray]
+    inputs: Mapping[str, Any]
     attrs: Mapping[str, Any]
     lengths: Mapping[str, int]
 

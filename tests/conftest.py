@@ -13,6 +13,26 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 
+@pytest.fixture
+def gpu():
+    """For what a CPU does not have."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from dsa_tvm import library
+
+    if not library.cuda_archs():
+        pytest.skip("the library has no CUDA kernels: dsa-tvm build --target cuda, then DSA_TVM_LIBRARY")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Where the tensors are."""
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")
+    return request.param
+
+
 def pytest_sessionstart(session):
     import dsa_tvm
 

@@ -1,156 +1,171 @@
-"""The operators on a GPU, through torch: the CPU's own tests, and what only a GPU has."""
+"""What only a GPU has: streams, graphs, several devices. Its results are tested where those of the CPU are."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
-from test_topk import DATA
-
-import dsa_tvm
-from dsa_tvm import library
-from dsa_tvm.ops import OPS
 
 pytest.importorskip("torch")
 
 import torch
+from devices import as_tuple, run, run_torch, same_bits, to_array, to_device
+from operator_tensors import SIZES, arrays, check, tensors
 
-import dsa_tvm.torch_ops
+import dsa_tvm
+from dsa_tvm.ops import OPS
 
-
-@pytest.fixture
-def gpu():
-    """For what a CPU does not have."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if not library.cuda_archs():
-        pytest.skip("the library has no CUDA kernels: pip install . -C cmake.define.DSA_TVM_CUDA=ON")
+CALLS = [(op, size) for op in OPS for size in SIZES]
+#: The argument that is elsewhere in `test_devices_do_not_mix`.
+MOVED = {"lightning_indexer": "ke", "topk": "ke", "indexer_topk": "k", "sparse_mla": "attn_sink", "dsa_attention": "kv"}
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Where the tensors are."""
-    if request.param == "cuda":
-        request.getfixturevalue("gpu")
-    return request.param
+def call(op, given):
+    return as_tuple(getattr(dsa_tvm, op)(**given))
 
 
-def arguments(logits, device, ks=None, ke=None):
-    rows, s_kv = logits.shape
-    ks = np.zeros(rows, np.int32) if ks is None else np.asarray(ks, np.int32)
-    ke = np.full(rows, s_kv, np.int32) if ke is None else np.asarray(ke, np.int32)
-    return [torch.from_numpy(x).to(device) for x in (logits, ks, ke)]
+def equal(x, y):
+    return all(same_bits(a, b) for a, b in zip(x, y, strict=True))
 
 
-def check(logits, topk, device, ks=None, ke=None):
-    tensors = arguments(logits, device, ks, ke)
-    (expected,) = OPS["topk"].reference(*(x.cpu().numpy() for x in tensors), topk)
-    for select in (dsa_tvm.topk, lambda *x: torch.ops.dsa_tvm.topk(*x[:3], topk=x[3])):
-        indices = select(*tensors, topk)
-        assert indices.device == tensors[0].device
-        np.testing.assert_array_equal(indices.cpu().numpy(), expected)
-
-
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("s_kv", [1, 15, 65, 1000, 4097, 20000])
-def test_every_kind_of_row(data, s_kv, device):
-    logits = DATA[data](np.random.default_rng(s_kv), (2, s_kv))
-    for topk in (1, 7, 512, 2048, 4096):
-        check(logits, topk, device)
-
-
-@pytest.mark.parametrize("data", ["normal", "ascending", "ties", "half nan"])
-def test_long_row(data, device):
-    check(DATA[data](np.random.default_rng(0), (1, 300000)), 2048, device)
-
-
-def test_ranges(device):
-    rng = np.random.default_rng(1)
-    ks, ke = rng.integers(-50, 750, (2, 200))
-    check(rng.standard_normal((200, 700)).astype(np.float32), 100, device, ks, ke)
-
-
-@pytest.mark.parametrize(("s_q", "s_kv"), [(0, 10), (3, 0), (0, 0)])
-def test_empty(s_q, s_kv, device):
-    check(np.zeros((s_q, s_kv), np.float32), 5, device)
-
-
-def test_70000_queries(device):
-    check(DATA["ties"](np.random.default_rng(0), (70000, 65)), 7, device)
-
-
-@pytest.mark.parametrize("shift", [1, 2, 3])
-def test_any_alignment_and_memory_around(shift, device):
-    """The logits begin off any boundary, between NaN; nothing but the output is written."""
-    rows, s_kv, topk = 3, 5000, 64
-    memory = torch.full((rows * s_kv + 64,), float("nan"), device=device)
-    logits = memory[shift : shift + rows * s_kv].view(rows, s_kv)
-    values = DATA["normal"](np.random.default_rng(shift), (rows, s_kv))
-    logits.copy_(torch.from_numpy(values))
-    before = memory.clone()
-    around = torch.full((rows * topk + 32,), -7, dtype=torch.int32, device=device)
-    out = around[16 + shift : 16 + shift + rows * topk].view(rows, topk)
-    dsa_tvm.topk(logits, *arguments(values, device)[1:], topk, out=out)
-    (expected,) = OPS["topk"].reference(values, np.zeros(rows, np.int32), np.full(rows, s_kv, np.int32), topk)
-    np.testing.assert_array_equal(out.cpu().numpy(), expected)
-    assert torch.equal(memory.view(torch.int32), before.view(torch.int32))
-    assert (around[: 16 + shift] == -7).all() and (around[16 + shift + rows * topk :] == -7).all()
-
-
-def test_compiled(device):
-    tensors = arguments(DATA["normal"](np.random.default_rng(0), (4, 3000)), device)
-    compiled = torch.compile(lambda *x: torch.ops.dsa_tvm.topk(*x, topk=64), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*tensors), dsa_tvm.topk(*tensors, 64))
-
-
-@pytest.mark.parametrize("shape", [(4, 3000), (1, 200000)])
-def test_graph(shape, gpu):
-    """A captured call computes on what its inputs hold when the graph runs."""
-    rng = np.random.default_rng(0)
-    tensors = arguments(DATA["normal"](rng, shape), "cuda")
+@pytest.mark.parametrize(("op", "size"), CALLS)
+def test_a_graph_computes_on_what_its_inputs_hold_when_it_runs(op, size, gpu):
+    given = tensors(op, "cuda", size)
+    call(op, given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        indices = dsa_tvm.topk(*tensors, 512)
-    for data in ("normal", "ties"):
-        logits = DATA[data](rng, shape)
-        tensors[0].copy_(torch.from_numpy(logits))
-        graph.replay()
-        assert torch.equal(indices, dsa_tvm.topk(*tensors, 512))
+        captured = call(op, given)
+    for seed in (1, 2):
+        for name, x in tensors(op, "cuda", size, seed=seed).items():
+            if isinstance(x, torch.Tensor):
+                given[name].copy_(x)
+        for _ in range(2):
+            graph.replay()
+            assert equal(captured, call(op, given))
+        check(op, captured, arrays(op, size, seed=seed), "cuda")
 
 
-def test_first_call_in_a_capture(gpu):
+@pytest.mark.parametrize("op", OPS)
+def test_first_call_in_a_capture(op, gpu):
     """Loading the kernels is no part of the graph. In a process of its own: here they are loaded."""
-    code = """
+    code = f"""
 import torch, dsa_tvm
-x = torch.randn(4, 3000, device="cuda"); n = torch.full((4,), 3000, dtype=torch.int32, device="cuda"); zero = n * 0
+from operator_tensors import tensors
+from devices import as_tuple, same_bits
+given = tensors({op!r}, "cuda", "few")
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    captured = dsa_tvm.topk(x, zero, n, 64)
+    captured = as_tuple(dsa_tvm.{op}(**given))
 graph.replay()
-assert torch.equal(captured, dsa_tvm.topk(x, zero, n, 64))
+for x, y in zip(captured, as_tuple(dsa_tvm.{op}(**given)), strict=True):
+    assert same_bits(x, y)
 """
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_side_stream(gpu):
+@pytest.mark.parametrize(("op", "size"), CALLS)
+def test_side_stream(op, size, gpu):
     """The call waits for what is on its stream, and for nothing else."""
-    tensors = arguments(DATA["normal"](np.random.default_rng(0), (64, 20000)), "cuda")
-    expected = dsa_tvm.topk(*tensors, 512)
-    late = torch.empty_like(tensors[0])
+    given = tensors(op, "cuda", size)
+    expected = call(op, given)
+    first = OPS[op].inputs[0].name
+    late = torch.zeros_like(given[first])
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
+    stream, busy = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda._sleep(500_000_000)  # on the default stream
+    busy.record()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(tensors[0])
-        indices = dsa_tvm.topk(late, *tensors[1:], 512)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(given[first])
+        outputs = call(op, given | {first: late})
     stream.synchronize()
-    assert torch.equal(indices, expected)
+    assert not busy.query(), "the call waited for another stream"
+    assert equal(outputs, expected)
 
 
-def test_devices_do_not_mix(gpu):
-    tensors = arguments(np.zeros((2, 9), np.float32), "cuda")
-    with pytest.raises(dsa_tvm.ArgumentError, match="topk: ke: expected a tensor on CUDA device 0 like the others"):
-        dsa_tvm.topk(*tensors[:2], tensors[2].cpu(), 3)
+@pytest.mark.parametrize("op", OPS)
+def test_streams_at_a_time(op, gpu):
+    """Calls on several streams have workspaces of their own."""
+    given = [tensors(op, "cuda", "few", seed=seed) for seed in range(4)]
+    expected = [call(op, x) for x in given]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in given]
+    for _ in range(5):
+        results = []
+        for stream, x in zip(streams, given, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(call(op, x))
+        torch.cuda.synchronize()
+        assert all(equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_both_devices_agree(op, gpu):
+    """Within twice the tolerances, for each has its own error; what was selected is selected by the same logits."""
+    given = arrays(op, "many")
+    if op in ("indexer_topk", "dsa_attention"):
+        check(op, call(op, tensors(op, "cuda", "many")), given, "cuda")
+        return
+    dtype = given[OPS[op].inputs[0].name].dtype.name
+    theirs = call(op, tensors(op, "cpu", "many"))
+    for tensor, x, y in zip(OPS[op].outputs, call(op, tensors(op, "cuda", "many")), theirs, strict=True):
+        tolerance = OPS[op].tolerance.get(tensor.name, {}).get(dtype)
+        if tolerance is None:
+            assert torch.equal(x.cpu(), y)
+        else:
+            torch.testing.assert_close(x.cpu(), y, atol=2 * tolerance.abs, rtol=2 * tolerance.rel)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_devices_do_not_mix(op, gpu):
+    given = tensors(op, "cuda", "few")
+    name = MOVED[op]
+    words = f"{op}: {name}: expected a tensor on CUDA device 0 like the others"
+    elsewhere = ["cpu", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
+    for device in elsewhere:
+        with pytest.raises(dsa_tvm.ArgumentError, match=words):
+            call(op, given | {name: given[name].to(device)})
+    outputs = call(op, given)
+    with pytest.raises(dsa_tvm.ArgumentError, match=f"{op}: {OPS[op].outputs[0].name}: expected a tensor on CUDA"):
+        call(op, given | {"out": (outputs[0].cpu(), *outputs[1:])})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_another_gpu_than_the_current_one(op, gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    expected = call(op, tensors(op, "cuda:0", "few"))
+    there = call(op, tensors(op, "cuda:1", "few"))
+    assert torch.cuda.current_device() == 0 and all(x.device.index == 1 for x in there)
+    assert equal(expected, [x.to("cuda:0") for x in there])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_memory_comes_back(op, gpu):
+    given = tensors(op, "cuda", "long")
+    call(op, given)
+    held = torch.cuda.memory_allocated()
+    for _ in range(3):
+        call(op, given)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == held
+
+
+@pytest.mark.parametrize(("op", "size"), CALLS)
+def test_torch_gives_what_numpy_does(op, size):
+    given = arrays(op, size)
+    for x, y in zip(as_tuple(run(op, "cpu", **given)), as_tuple(run_torch(op, "cpu", **given)), strict=True):
+        assert (x.view("uint8") == y.view("uint8")).all()
+
+
+@pytest.mark.parametrize("variant", OPS["lightning_indexer"].variants, ids=lambda v: "-".join(v.values()))
+def test_tensors_arrive_as_they_are(variant, device):
+    """What these tests pass, and read back, is what they mean."""
+    for x in arrays("lightning_indexer", "few", variant).values():
+        there = to_device(x, device)
+        assert there.device.type == device and there.shape == x.shape and there.is_contiguous()
+        assert (to_array(there.view(torch.uint8)) == x.view("uint8").reshape(there.view(torch.uint8).shape)).all()

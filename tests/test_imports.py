@@ -38,9 +38,12 @@ ALLOWED = {
     "env": {"library"},
 }
 #: Free to import anything; nothing imports them.
-TOPS = {"bench", "cli", "demo"}
+TOPS = {"bench", "cli", "demo", "gpu_bench"}
 #: Serve the commands.
-SHARED = {"gate", "peers", "progress", "prompt", "report", "workload"}
+SHARED = {
+    *("figures", "gate", "peers", "progress", "prompt", "report", "workload"),
+    *("gpu_check", "gpu_device", "gpu_peers", "gpu_torch", "gpu_workload"),
+}
 
 
 def parts():

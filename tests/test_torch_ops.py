@@ -20,18 +20,19 @@ KWARGS = {
 }
 
 
-def arguments(name, s_q=3, s_kv=200, dtype=torch.float32, key_dtype=None):
+def arguments(name, device, s_q=3, s_kv=200, dtype=torch.float32, key_dtype=None):
     torch.manual_seed(s_q)
     ks, ke = torch.zeros(s_q, dtype=torch.int32), torch.full((s_q,), s_kv, dtype=torch.int32)
     index = (torch.randn(s_q, 8, 64).to(dtype), torch.randn(s_kv, 64).to(key_dtype or dtype), torch.rand(s_q, 8))
     q, kv = torch.randn(s_q, 4, 576).to(dtype), torch.randn(s_kv, 576).to(dtype)
-    return {
+    made = {
         "lightning_indexer": (*index, ks, ke),
         "topk": (torch.randn(s_q, s_kv), ks, ke),
         "indexer_topk": (*index, ks, ke, torch.rand(s_kv)),
         "sparse_mla": (q, kv, torch.randint(-1, s_kv, (s_q, 16), dtype=torch.int32), torch.randn(4)),
         "dsa_attention": (*index, ks, ke, q, kv, torch.rand(s_kv), torch.randn(4)),
     }[name]
+    return tuple(x.to(device) for x in made)
 
 
 def tensors(x):
@@ -43,22 +44,22 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(name):
-    torch.library.opcheck(getattr(OPERATORS, name).default, arguments(name), KWARGS[name])
+def test_opcheck(name, device):
+    torch.library.opcheck(getattr(OPERATORS, name).default, arguments(name, device), KWARGS[name])
 
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_same_as_the_function(name, dtype):
-    args = arguments(name, dtype=dtype, key_dtype=torch.float8_e4m3fn)
+def test_same_as_the_function(name, dtype, device):
+    args = arguments(name, device, dtype=dtype, key_dtype=torch.float8_e4m3fn)
     plain = getattr(dsa_tvm, name)(*args, **KWARGS[name])
     assert equal(getattr(OPERATORS, name)(*args, **KWARGS[name]), plain)
     assert all(isinstance(x, torch.Tensor) for x in tensors(plain))
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_fake_outputs_are_like_real_ones(name):
-    args = arguments(name, dtype=torch.bfloat16)
+def test_fake_outputs_are_like_real_ones(name, device):
+    args = arguments(name, device, dtype=torch.bfloat16)
     real = tensors(getattr(OPERATORS, name)(*args, **KWARGS[name]))
     meta = tensors(getattr(OPERATORS, name)(*(a.to("meta") for a in args), **KWARGS[name]))
     assert [(x.shape, x.dtype, x.stride()) for x in real] == [(x.shape, x.dtype, x.stride()) for x in meta]
@@ -74,35 +75,35 @@ class Wrapper(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_compile(name):
+def test_compile(name, device):
     compiled = torch.compile(Wrapper(name), fullgraph=True, dynamic=True, backend="aot_eager")
     for s_q, s_kv in ((3, 200), (5, 301)):
-        args = arguments(name, s_q, s_kv)
+        args = arguments(name, device, s_q, s_kv)
         assert equal(compiled(*args), Wrapper(name)(*args))
 
 
-def test_compile_with_inductor():
+def test_compile_with_inductor(device):
     def step(*args):
         return torch.relu(OPERATORS.lightning_indexer(*args)) + 1
 
-    args = arguments("lightning_indexer")
+    args = arguments("lightning_indexer", device)
     assert equal(torch.compile(step, fullgraph=True)(*args), step(*args))
 
 
-def test_export():
-    args = arguments("dsa_attention")
+def test_export(device):
+    args = arguments("dsa_attention", device)
     s_q, s_kv = torch.export.Dim("s_q"), torch.export.Dim("s_kv")
     lengths = [s_q, s_kv, s_q, s_q, s_q, s_q, s_kv, s_kv, None]
     shapes = ([{0: n} if n else None for n in lengths],)
     exported = torch.export.export(Wrapper("dsa_attention"), args, dynamic_shapes={"args": tuple(*shapes)})
     for s_q, s_kv in ((3, 200), (5, 301)):
-        args = arguments("dsa_attention", s_q, s_kv)
+        args = arguments("dsa_attention", device, s_q, s_kv)
         assert equal(exported.module()(*args), Wrapper("dsa_attention")(*args))
 
 
 @pytest.mark.parametrize("name", ["lightning_indexer", "sparse_mla", "dsa_attention"])
-def test_gradients_are_refused(name):
-    first, *rest = arguments(name)
+def test_gradients_are_refused(name, device):
+    first, *rest = arguments(name, device)
     first.requires_grad_()
     out = tensors(getattr(OPERATORS, name)(first, *rest, **KWARGS[name]))[0]
     with pytest.raises(NotImplementedError, match=rf"dsa_tvm\.{name} has no backward"):
@@ -113,13 +114,13 @@ def test_gradients_are_refused(name):
         getattr(dsa_tvm, name)(first, *rest, **KWARGS[name])
 
 
-def test_inference_mode():
+def test_inference_mode(device):
     with torch.inference_mode():
-        assert OPERATORS.topk(*arguments("topk"), topk=3).shape == (3, 3)
+        assert OPERATORS.topk(*arguments("topk", device), topk=3).shape == (3, 3)
 
 
-def test_errors_keep_their_words():
-    logits, ks, ke = arguments("topk")
+def test_errors_keep_their_words(device):
+    logits, ks, ke = arguments("topk", device)
     with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected a contiguous tensor"):
         OPERATORS.topk(logits.T.contiguous().T, ks, ke, topk=3)
     with pytest.raises(dsa_tvm.ArgumentError, match="topk: ke: expected int32, got "):

@@ -1,0 +1,92 @@
+"""The operators on either device, from arrays to arrays: the tests of the one are those of the other."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import numpy as np
+
+import dsa_tvm
+from dsa_tvm.ops import OPS
+
+
+def run(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
+    """What ``dsa_tvm.<op>(*args, **kwargs)`` returns.
+
+    On a GPU `run_torch` calls it.
+
+    Parameters
+    ----------
+    op : str
+    device : str
+        "cpu" or "cuda".
+    *args, **kwargs
+        Of the function, the tensors as arrays.
+    """
+    return getattr(dsa_tvm, op)(*args, **kwargs) if device == "cpu" else run_torch(op, device, *args, **kwargs)
+
+
+def run_torch(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
+    """`run`, with torch tensors on any device.
+
+    The function and ``torch.ops`` must give the same bits, which is also to say that two calls do, and leave their
+    inputs as they are.
+    """
+    import torch
+
+    importlib.import_module("dsa_tvm.torch_ops")  # registers them
+    function = getattr(dsa_tvm, op)
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    tensors = {n: to_device(x, device) if isinstance(x, np.ndarray) else x for n, x in given.items()}
+    before = {n: x.clone() for n, x in tensors.items() if isinstance(x, torch.Tensor)}
+    results = as_tuple(function(**tensors))
+    again = as_tuple(getattr(torch.ops.dsa_tvm, op)(**complete(op, tensors)))
+    assert all(x.device == next(iter(before.values())).device for x in results)
+    assert all(same_bits(x, y) for x, y in zip(results, again, strict=True)), f"{op}: two calls differ"
+    assert all(same_bits(tensors[n], x) for n, x in before.items()), f"{op}: an input has changed"
+    arrays = tuple(to_array(x) for x in results)
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+def complete(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the attributes that the functions have defaults for, and torch.ops has not."""
+    if not any(attr.name == "sm_scale" for attr in OPS[op].attrs):
+        return arguments
+    found = {"d_v": 512, **arguments}
+    if found.get("sm_scale") is None:
+        found["sm_scale"] = arguments["q"].shape[-1] ** -0.5
+    return found
+
+
+def as_tuple(x: Any) -> tuple[Any, ...]:
+    """The outputs of an operator that may have one."""
+    return tuple(x) if isinstance(x, tuple | list) else (x,)
+
+
+def same_bits(x: Any, y: Any) -> bool:
+    """Whether two tensors are equal, NaN included."""
+    import torch
+
+    return x.shape == y.shape and torch.equal(*(z.reshape(-1).view(torch.uint8) for z in (x, y)))
+
+
+def to_device(array: np.ndarray, device: str) -> Any:
+    """A torch tensor of its own."""
+    import torch
+
+    carrier = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}.get(array.dtype.name)
+    if carrier is None:
+        return torch.tensor(array, device=device)
+    bits = torch.tensor(np.ascontiguousarray(array).view(carrier), device=device)
+    return bits.view(getattr(torch, array.dtype.name))
+
+
+def to_array(x: Any) -> np.ndarray:
+    """A torch tensor as an array on the CPU."""
+    import ml_dtypes
+    import torch
+
+    x = x.cpu()
+    return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if x.dtype is torch.bfloat16 else x.numpy()

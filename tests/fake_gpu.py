@@ -1,0 +1,64 @@
+"""A GPU to measure on, whose tensors are on the CPU and whose time is made up; and small cases of its suite."""
+
+from __future__ import annotations
+
+import torch
+
+from dsa_tvm import presets
+
+SMALL = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=2, d_qk=576, d_v=512)
+CASES = [
+    *(("lightning_indexer", dtype) for dtype in ("bfloat16", "float8_e4m3fn")),
+    *(("topk", "float32"), ("sparse_mla", "bfloat16"), ("dsa_attention", "bfloat16")),
+    *(("indexer_topk", dtype) for dtype in ("bfloat16", "float8_e4m3fn")),
+]
+
+
+CEILINGS = {"bf16_tflops": 1.0, "fp8_tflops": 2.0, "copy_tbps": 1.0}
+
+
+class FakeGpu:
+    """The CPU, with a clock of its own: what is enqueued is done when it is waited for."""
+
+    device, capability = "cpu", 90
+
+    class out_of_memory(RuntimeError):
+        pass
+
+    def __init__(self):
+        self.host, self.gpu, self.log, self.dead = 0.0, 0.0, [], False
+
+    def now(self):
+        return self.host
+
+    def synchronize(self):
+        if self.dead:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self.host = max(self.host, self.gpu)
+        self.log.append("synchronize")
+
+    def enqueue(self, seconds, launch=0.0):
+        self.host += launch
+        self.gpu = max(self.gpu, self.host) + seconds
+
+    def hold(self, seconds):
+        self.enqueue(seconds)
+
+    def flush(self):
+        self.log.append("flush")
+
+    def mark(self):
+        self.gpu = max(self.gpu, self.host)
+        return self.gpu
+
+    def elapsed(self, begin, end):
+        return end - begin
+
+    def free(self):
+        pass
+
+    def describe(self):
+        return {"name": "Fake", "torch": torch.__version__, "cuda": "none"}
+
+    def ceilings(self):
+        return CEILINGS
