@@ -24,6 +24,7 @@ from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
 from .spec import DIMS, Dim, with_values
 
 if TYPE_CHECKING:
+    from .compiler.cuda_kernels import Kernel
     from .compiler.objects import Compiled
 
 #: Targets a library has by default, by the machine it is built for.
@@ -172,12 +173,16 @@ def _add_cuda(
         "kernels": [
             {
                 "archs": kernels.targets,
-                **{unit.op: {f.symbol: asdict(f.kernel.decisions) for f in unit.functions} for unit in kernels.units},
+                **{unit.op: {f.symbol: _decisions(f.kernel) for f in unit.functions} for unit in kernels.units},
             }
             for kernels in sets
         ],
         "resources": resources.parse(said, sets),
     }
+
+
+def _decisions(kernel: Kernel) -> dict[str, int]:
+    return asdict(kernel.decisions) if kernel.decisions else {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

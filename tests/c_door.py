@@ -27,12 +27,16 @@ class CDoor(Door):
     def run(self, call: Call) -> list[np.ndarray]:
         inputs = [structure(x) for x in call.inputs.values()]
         outputs = [structure(x) for x in call.outputs.values()]
-        options = Options(call.options.get("size", ctypes.sizeof(Options)), call.options.get("num_threads", 0))
-        status = (self._typed if self.typed else self._generic)(call, inputs, outputs, ctypes.byref(options))
+        options = ctypes.byref(self.options(call))
+        status = (self._typed if self.typed else self._generic)(call, inputs, outputs, options)
         if status == 1:
             raise Refused(self.library.dsa_tvm_last_error().decode())
         assert status == 0, f"status {status}: {self.library.dsa_tvm_last_error().decode()}"
         return [call.tensor(t.name).array for t in call.spec.outputs]
+
+    def options(self, call: Call) -> ctypes.Structure:
+        """How the call is to run."""
+        return Options(call.options.get("size", ctypes.sizeof(Options)), call.options.get("num_threads", 0))
 
     def _typed(self, call: Call, inputs: list, outputs: list, options: Any) -> int:
         attrs = [(ctypes.c_double if a.kind is float else ctypes.c_int64)(call.attrs[a.name]) for a in call.spec.attrs]

@@ -33,6 +33,26 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def cuda_sets():
+    """The CUDA kernels of a whole library. Making them takes a minute, so nothing makes them again."""
+    pytest.importorskip("tvm", reason="building needs apache-tvm")
+    from dsa_tvm.schedules import CUDA_ARCHS
+
+    from dsa_tvm.compiler import cuda
+    from dsa_tvm.spec import DIMS
+
+    return cuda.generate(CUDA_ARCHS, DIMS)
+
+
+@pytest.fixture(scope="session")
+def cuda_built(cuda_sets, tmp_path_factory):
+    """The library of them, compiled for every architecture if there is nvcc, which takes minutes."""
+    from cuda_library import build
+
+    return build(tmp_path_factory.mktemp("cuda"), cuda_sets)
+
+
 def pytest_sessionstart(session):
     import dsa_tvm
 

@@ -1,15 +1,20 @@
-"""A library with CUDA kernels, without nvcc or a GPU: no driver of the tests looks into its fatbins."""
+"""A library with CUDA kernels: no driver of the tests looks into its fatbins, so that it can do without nvcc."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import dsa_tvm
-from dsa_tvm import library
+import pytest
+from cuda_emulator import Emulator
+from dsa_tvm.schedules.cuda.source import DEVICE_HEADERS, translation_unit
+
+import dsa_tvm.build
+from dsa_tvm.compiler import cuda
 
 HERE = Path(__file__).parent
 
@@ -19,16 +24,31 @@ printf 'fatbin' > "$2"
 """
 
 
-def build(directory: Path, *arguments: str) -> Path:
-    """A library with this machine's CPU kernels and CUDA kernels that no GPU runs."""
-    nvcc = directory / "nvcc"
-    nvcc.write_text(_NVCC)
-    nvcc.chmod(0o755)
-    targets = ("--target", dsa_tvm.active_target(), "--target", "cuda")
-    command = [sys.executable, "-m", "dsa_tvm.cli", "build", *targets, "--nvcc", str(nvcc), "--records", "none"]
-    done = subprocess.run([*command, "--out", str(directory), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return directory / library.LIBRARY_NAME
+def build(directory: Path, sets: Sequence[cuda.KernelSet]) -> Path:
+    """A library with this machine's CPU kernels and `sets`, whose machine code is left out without nvcc."""
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        fake = directory / "nvcc"
+        fake.write_text(_NVCC)
+        fake.chmod(0o755)
+        nvcc = str(fake)
+    targets = (dsa_tvm.active_target(), "cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        # The build would make them anew.
+        patch.setattr(cuda, "generate", lambda archs, dims: sets)
+        return dsa_tvm.build.build(directory, targets=targets, version=dsa_tvm.__version__, nvcc=nvcc)
+
+
+def emulator(kernels: cuda.KernelSet, lengths: Mapping[str, int], directory: Path) -> Path:
+    """The directory of a driver that runs the kernels for these lengths, and none for others."""
+    functions = [
+        f
+        for unit in kernels.units
+        for f in unit.functions
+        if all(lengths.get(name, length) == length for name, length in f.kernel.sizes.items())
+    ]
+    Emulator(translation_unit(f.definition for f in functions), DEVICE_HEADERS, directory)
+    return directory
 
 
 def build_driver(directory: Path, *flags: str) -> Path:

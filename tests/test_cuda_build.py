@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
+import re
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_build import cli
 
+import dsa_tvm.build
+from dsa_tvm import library
 from dsa_tvm.errors import BuildError
 from dsa_tvm.spec import DIMS
 
 pytest.importorskip("tvm", reason="building needs apache-tvm")
 
 from dsa_tvm.schedules import CUDA_ARCHS
-from dsa_tvm.schedules.cuda.source import DEVICE_HEADERS
+from dsa_tvm.schedules.cuda.source import DEVICE_HEADERS, translation_unit
 
 from dsa_tvm.compiler import cuda, cuda_kernels, resources
 
@@ -26,31 +31,74 @@ SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227, 
 
 
 @pytest.fixture(scope="module")
-def sets():
-    return cuda.generate(CUDA_ARCHS, DIMS)
+def sets(cuda_sets):
+    return cuda_sets
 
 
-@pytest.mark.skipif(not NVCC, reason="nvcc is not installed")
-@pytest.mark.parametrize("op", cuda_kernels.OPERATORS)
-def test_every_kernel_compiles_for_every_architecture(op, sets, request, tmp_path):
-    """What compiled once is not compiled again: nvcc's words are kept with pytest's cache."""
-    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
-    headers = "".join(path.read_text() for path in sorted(DEVICE_HEADERS.iterdir()))
-    said = []
-    for i, kernels in enumerate(sets):
-        unit = next(unit for unit in kernels.units if unit.op == op)
-        key = hashlib.sha256("".join((version, headers, unit.text, *kernels.targets)).encode()).hexdigest()
-        words = request.config.cache.get(f"cuda/{key}", None)
-        if words is None:
-            _, words = cuda.compile_unit(unit, kernels.targets, tmp_path / f"{i}.fatbin", NVCC)
-            request.config.cache.set(f"cuda/{key}", words)
-        said.append(words)
-    entries = resources.parse(said, sets)
-    symbols = {f.symbol for unit in sets[0].units if unit.op == op for f in unit.functions}
-    assert {(e["kernel"], e["arch"]) for e in entries} == {(s, arch) for s in symbols for arch in CUDA_ARCHS}
+@pytest.fixture(scope="module")
+def entries(cuda_built):
+    """What the assembler says of every kernel, for every architecture."""
+    if not NVCC:
+        pytest.skip("nvcc is not installed")
+    return library.verify(cuda_built)["cuda"]["resources"]
+
+
+def test_every_kernel_compiles_for_every_architecture(entries, sets):
+    expected = {
+        (function.symbol, arch)
+        for kernels in sets
+        for arch in kernels.archs
+        for unit in kernels.units
+        for function in unit.functions
+    }
+    assert {(e["kernel"], e["arch"]) for e in entries} == expected
+
+
+def test_registers_and_shared_memory(entries):
     for entry in entries:
         assert entry["registers"] and not entry["spill_stores"] + entry["spill_loads"] + entry["stack"], entry
         assert entry["static_shared"] == 0 and entry["dynamic_shared"] <= SHARED[entry["arch"]] << 10, entry
+
+
+#: Instructions of some kernels: products by tensor cores and by warpgroups, of 16 and of 8 bits, loads for them, copies
+#: that are asynchronous and of bulk, and barriers in shared memory.
+MEANT = {
+    ("sm_80", "lightning_indexer__many__bfloat16__bfloat16__128"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
+    ("sm_80", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
+    ("sm_89", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    ("sm_120", "sparse_mla__attend__float16__576__512"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    ("sm_90a", "lightning_indexer__hopper_many__bfloat16__bfloat16__128__64"): ("HGMMA", "UTMALDG", "SYNCS"),
+    ("sm_90a", "lightning_indexer__hopper_many__float8_e4m3fn__float8_e4m3fn__128__64"): ("QGMMA", "UTMALDG", "SYNCS"),
+    ("sm_90a", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
+}
+
+
+@pytest.mark.parametrize(("arch", "kernel"), MEANT)
+def test_instructions(arch, kernel, sets, tmp_path):
+    """What the disassembler finds in the machine code, not what was written."""
+    if not NVCC:
+        pytest.skip("nvcc is not installed")
+    disassembler = find_disassembler()
+    if not disassembler:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    kernels = next(s for s in sets if arch in s.archs)
+    (function,) = [f for unit in kernels.units for f in unit.functions if f.symbol == f"dsa_{kernel}"]
+    source, cubin = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
+    source.write_text(translation_unit([function.definition]))
+    flags = ["-std=c++17", "-O3", "-I", str(DEVICE_HEADERS), "-diag-suppress", "177"]
+    code = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
+    subprocess.run([NVCC, *flags, "-gencode", code, "-cubin", "-o", str(cubin), str(source)], check=True)
+    machine_code = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    assert [word for word in MEANT[arch, kernel] if word not in machine_code] == []
+    assert not re.search(r"\b(LDL|STL)\b", machine_code)
+
+
+def find_disassembler():
+    """On PATH, or from NVIDIA's package."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    found = [str(path) for place in places for path in place.glob("**/bin/nvdisasm")]
+    return shutil.which("nvdisasm") or next(iter(found), None)
 
 
 def test_shared_memory(sets):
@@ -107,10 +155,17 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes smem, 440 bytes cme
         (["--target", "cuda", "--nvcc", "no-such-nvcc"], "nvcc: expected NVIDIA's CUDA compiler, got no-such-nvcc"),
         (["--arch", "sm_90"], "arch: expected --target cuda beside it"),
         (["--target", "cuda", "--arch", "sm_70", "--nvcc", "true"], "arch: expected sm_80 or later"),
-        (["--target", "cuda", "--target", "x86-64-v3", "--nvcc", "false"], "false -std=c++17"),
     ],
 )
 def test_refusals(tmp_path, arguments, words):
     done = cli("build", "--out", tmp_path / "lib", *arguments)
     assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert not list(tmp_path.glob("lib/*"))
+
+
+def test_a_failing_compiler_leaves_nothing(sets, tmp_path, monkeypatch):
+    few = [replace(sets[0], units=sets[0].units[1:2])]
+    monkeypatch.setattr(cuda, "generate", lambda archs, dims: few)
+    with pytest.raises(BuildError, match=r"false -std=c\+\+17"):
+        dsa_tvm.build.build(tmp_path / "lib", targets=("x86-64-v3", "cuda"), version="0", nvcc="false")
     assert not list(tmp_path.glob("lib/*"))

@@ -6,20 +6,24 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BuildError
 from ..schedules import CUDA_ARCHS
-from ..schedules.cuda.source import DEVICE_HEADERS, cuda_source
+from ..schedules.cuda.source import DEVICE_HEADERS, translation_unit
 from ..spec import Dim
-from . import linking
+from . import cuda_text, linking
 from .cuda_kernels import ANY, OPERATORS, Kernel
 
 _OLDEST = 80
 _FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-diag-suppress", "177", "-I", str(DEVICE_HEADERS))
-_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{')
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, \d+)?\) (\w+)\(([^)]*)\) \{')
 _C_TYPES = {"int": "int32_t", "uint": "uint32_t", "int64_t": "int64_t", "float": "float"}
+
+
+#: C type of a parameter that the kernel gets the value of.
+TENSOR_MAP = "const struct cuda_tensor_map *"
 
 
 @dataclass(frozen=True)
@@ -34,21 +38,27 @@ class Function:
         Of a block.
     parameters : tuple of (str, str)
         C type and name.
+    definition : str
     """
 
     symbol: str
     kernel: Kernel
     threads: int
     parameters: tuple[tuple[str, str], ...]
+    definition: str = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The kernels of one operator, and the CUDA text of them all."""
+    """The kernels of one operator."""
 
     op: str
     functions: tuple[Function, ...]
-    text: str
+
+    @property
+    def text(self) -> str:
+        """CUDA source."""
+        return translation_unit(f.definition for f in self.functions)
 
 
 @dataclass(frozen=True)
@@ -109,30 +119,44 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim]) -> list[KernelSet]:
             chosen.append((kernels, [arch]))
         else:
             same.append(arch)
+    # Sets share most of their kernels.
+    jobs = {
+        (kernel.symbol(op), kernel.decisions): (kernel.symbol(op), kernel.make)
+        for kernels, _ in chosen
+        for op, listed in kernels.items()
+        for kernel in listed
+    }
+    texts = cuda_text.definitions(jobs)
     # PTX of the oldest: what later GPUs compile must not ask for more than any of them has.
     ptx = f"compute_{number_of(archs[0])}"
     return [
         KernelSet(
             tuple(name for name in names if name != ANY),
             ptx if ANY in names else None,
-            tuple(_unit(op, listed) for op, listed in kernels.items()),
+            tuple(
+                Unit(op, tuple(_function(k, texts[k.symbol(op), k.decisions]) for k in listed))
+                for op, listed in kernels.items()
+            ),
         )
         for kernels, names in chosen
     ]
 
 
-def _unit(op: str, kernels: Sequence[Kernel]) -> Unit:
-    symbols = ["__".join((f"dsa_{op}", k.stage, *k.variant.values(), *map(str, k.sizes.values()))) for k in kernels]
-    text = cuda_source([(name, k.make()) for name, k in zip(symbols, kernels, strict=True)])
-    signatures = {name: (int(threads), _parameters(listed)) for threads, name, listed in _SIGNATURE.findall(text)}
-    return Unit(op, tuple(Function(n, k, *signatures[n]) for n, k in zip(symbols, kernels, strict=True)), text)
+def _function(kernel: Kernel, definition: str) -> Function:
+    match = _SIGNATURE.search(definition)
+    assert match, definition[:200]
+    threads, symbol, listed = match.groups()
+    return Function(symbol, kernel, int(threads), _parameters(listed), definition)
 
 
 def _parameters(listed: str) -> tuple[tuple[str, str], ...]:
     parameters = []
     for text in listed.replace("__restrict__", "").split(","):
         kind, name = text.rsplit(maxsplit=1)
-        parameters.append(("const void *" if "*" in kind else f"{_C_TYPES[kind.strip()]} ", name))
+        if "CUtensorMap" in kind:
+            parameters.append((TENSOR_MAP, name))
+        else:
+            parameters.append(("const void *" if "*" in kind else f"{_C_TYPES[kind.strip()]} ", name))
     return tuple(parameters)
 
 

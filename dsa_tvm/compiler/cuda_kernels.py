@@ -7,15 +7,23 @@ fields of `Kernel.facts`, and its launches in cuda_stages.c.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
-from ..schedules.cuda import topk
+from ..ops import OPS
+from ..schedules.cuda import combine, hopper_indexer, lightning_indexer, sparse_mla, topk
 from ..spec import Dim
 
 #: Key of a module's DEFAULT for every GPU that has no decisions of its own.
 ANY = "cuda"
+#: Where there are kernels of Hopper's own instructions.
+HOPPER = "sm_90a"
+#: The most heads that each of its indexers takes.
+_HOPPER_HEADS = (32, 64)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Kernel:
     ----------
     stage : str
         Which of the operator's launches it serves. All kernels of a stage have the same parameters.
-    decisions : Decisions
+    decisions : Decisions or None
     make : callable
         Makes the PrimFunc.
     shared_bytes : int
@@ -37,6 +45,11 @@ class Kernel:
         Element types of the type variables; none where one kernel serves all.
     sizes : mapping
         Lengths of dimensions that the code is made for.
+    limits : mapping
+        Lengths of dimensions that it is made for at most.
+    hopper : bool
+        Whether it is made of instructions that only sm_90a has. It then asks for tensors at multiples of 16 bytes, and
+        is preferred to the others of its stage.
     """
 
     stage: str
@@ -46,6 +59,23 @@ class Kernel:
     facts: Mapping[str, int]
     variant: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
+    hopper: bool = False
+
+    @property
+    def rank(self) -> tuple[float, bool]:
+        """Of the kernels of a stage that serve a call, the one with the least is taken."""
+        return min(self.limits.values(), default=math.inf), not self.hopper
+
+    def symbol(self, op: str) -> str:
+        """Its name in the library."""
+        lengths = (*self.sizes.values(), *self.limits.values())
+        kind = ("hopper",) if self.hopper and not self.stage.startswith("hopper") else ()
+        return "__".join((f"dsa_{op}", self.stage, *kind, *self.variant.values(), *map(str, lengths)))
+
+
+def _variants(op: str) -> list[dict[str, str]]:
+    return [dict(variant) for variant in OPS[op].variants]
 
 
 def _topk(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
@@ -57,7 +87,86 @@ def _topk(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
         yield Kernel(stage, c, make, c.shared_bytes(dims["topk"].maximum), facts)
 
 
+def _lightning_indexer(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
+    for stage, variant, d_idx in itertools.product(
+        ("many", "few"), _variants("lightning_indexer"), dims["d_idx"].values
+    ):
+        c = lightning_indexer.default(variant, d_idx, stage == "few", arch)
+        group = 8 * c.head_tiles
+        key_bytes, group_bytes = c.shared_bytes(variant, d_idx, 0), c.shared_bytes(variant, d_idx, group)
+        yield Kernel(
+            stage,
+            c,
+            functools.partial(lightning_indexer.tensor_ir, variant, c, d_idx),
+            c.shared_bytes(variant, d_idx, dims["h_idx"].maximum),
+            {
+                **{"block_keys": c.block_keys, "queries": c.queries},
+                **{"key_bytes": key_bytes, "group": group, "group_bytes": group_bytes - key_bytes},
+            },
+            variant,
+            {"d_idx": d_idx},
+        )
+    if arch == HOPPER:
+        yield from _hopper_indexer(arch, dims)
+
+
+def _hopper_indexer(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
+    variants = [v for v in _variants("lightning_indexer") if hopper_indexer.serves(v)]
+    for stage, variant, d_idx, heads in itertools.product(
+        ("hopper_many", "hopper_few"), variants, dims["d_idx"].values, _HOPPER_HEADS
+    ):
+        c = hopper_indexer.default(variant, d_idx, stage == "hopper_few")
+        box_queries, box_heads, _ = c.q_box(variant, d_idx, heads)
+        yield Kernel(
+            stage,
+            c,
+            functools.partial(hopper_indexer.tensor_ir, variant, c, d_idx, heads),
+            c.shared_bytes(variant, d_idx),
+            {
+                **{"block_keys": c.block_keys, "queries": c.queries(heads)},
+                **{"heads": box_heads, "box_queries": box_queries, "span": hopper_indexer.span(variant, d_idx)},
+            },
+            variant,
+            {"d_idx": d_idx},
+            {"h_idx": heads},
+            hopper=True,
+        )
+
+
+def _sparse_mla(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
+    for variant, d_qk, d_v in itertools.product(_variants("sparse_mla"), dims["d_qk"].values, dims["d_v"].values):
+        if d_v > d_qk:
+            continue
+        most = dims["h_q"].maximum
+        limits: list[dict[str, int]] = [{}]
+        if variant["T"] != "float32" and most > sparse_mla.FEW_HEADS:
+            limits.append({"h_q": sparse_mla.FEW_HEADS})
+        for limit in limits:
+            c = sparse_mla.default(variant, arch, few_heads=bool(limit))
+            yield _attention(sparse_mla, variant, c, d_qk, d_v, limit)
+    for variant, d_v in itertools.product(_variants("sparse_mla"), dims["d_v"].values):
+        make = functools.partial(combine.tensor_ir, variant, d_v)
+        yield Kernel("combine", None, make, 0, {}, variant, {"d_v": d_v})
+
+
+def _attention(
+    module: ModuleType,
+    variant: dict[str, str],
+    c: Any,
+    d_qk: int,
+    d_v: int,
+    limits: dict[str, int],
+    hopper: bool = False,
+) -> Kernel:
+    facts = {"heads": c.heads, "block_keys": c.block_keys, "split_keys": c.split_keys, "stats": sparse_mla.STATS}
+    make = functools.partial(module.tensor_ir, variant, c, d_qk, d_v)
+    lengths = {"d_qk": d_qk, "d_v": d_v}
+    return Kernel("attend", c, make, c.shared_bytes(variant, d_qk), facts, variant, lengths, limits, hopper)
+
+
 #: Operator to a function of the architecture, or `ANY`, and the dimensions with their served values.
 OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim]], Iterator[Kernel]]] = {
+    "lightning_indexer": _lightning_indexer,
     "topk": _topk,
+    "sparse_mla": _sparse_mla,
 }

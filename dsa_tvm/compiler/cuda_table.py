@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cuda import Function, KernelSet, is_exact, number_of
+from .cuda import TENSOR_MAP, Function, KernelSet, is_exact, number_of
 
 # As in internal.h and cuda.h.
 _MAX_TYPE_VARS = 2
-_MAX_SIZES = 2
+_MAX_SIZES = 3
 
 
 def _stages(sets: Sequence[KernelSet]) -> list[tuple[int, str, str, list[Function]]]:
@@ -19,7 +19,11 @@ def _stages(sets: Sequence[KernelSet]) -> list[tuple[int, str, str, list[Functio
         for image, unit in enumerate(kernels.units):
             for function in unit.functions:
                 found.setdefault((image, unit.op, function.kernel.stage), {}).setdefault(function.symbol, function)
-    return [(*where, list(functions.values())) for where, functions in sorted(found.items(), key=lambda x: x[0][0])]
+    return [
+        # The first that serves a call is taken.
+        (*where, sorted(functions.values(), key=lambda f: f.kernel.rank))
+        for where, functions in sorted(found.items(), key=lambda x: x[0][0])
+    ]
 
 
 def header(sets: Sequence[KernelSet]) -> str:
@@ -28,13 +32,15 @@ def header(sets: Sequence[KernelSet]) -> str:
     for _, op, stage, functions in _stages(sets):
         parameters = functions[0].parameters
         name, these = f"{op}_{stage}", f"{first}, {len(functions)}"
+        args = ", ".join(f"(void *){n}" if kind == TENSOR_MAP else f"&{n}" for kind, n in parameters)
         parts.append(
+            f"#define DSA_HAS_{name.upper()} 1\n"
             f"static inline const struct cuda_shape *dsa_shape_{name}(const struct cuda_call *call) {{\n"
             f"  return dsa_cuda_shape(call, {these});\n}}\n\n"
             f"static inline dsa_tvm_status dsa_launch_{name}(\n"
             "    const struct cuda_call *call, int64_t grid_x, int64_t grid_y, int64_t dynamic_bytes,\n"
             f"    {', '.join(kind + parameter for kind, parameter in parameters)}) {{\n"
-            f"  void *args[] = {{{', '.join(f'&{parameter}' for _, parameter in parameters)}}};\n"
+            f"  void *args[] = {{{args}}};\n"
             f"  return dsa_cuda_launch(call, {these}, grid_x, grid_y, dynamic_bytes, args);\n}}\n"
         )
         first += len(functions)
@@ -43,10 +49,16 @@ def header(sets: Sequence[KernelSet]) -> str:
 
 def _kernel(image: int, function: Function) -> str:
     types = [f"DTYPE_{t.upper()}" for t in function.kernel.variant.values()]
-    sizes = [f"{{DIM_{name.upper()}, {length}}}" for name, length in function.kernel.sizes.items()]
+    kernel = function.kernel
+    sizes = [
+        f"{{DIM_{name.upper()}, {length}, {at_most}}}"
+        for at_most, lengths in enumerate((kernel.sizes, kernel.limits))
+        for name, length in lengths.items()
+    ]
     types += ["-1"] * (_MAX_TYPE_VARS - len(types))
-    sizes += ["{-1, 0}"] * (_MAX_SIZES - len(sizes))
-    return f'  {{"{function.symbol}", {image}, {{{", ".join(types)}}}, {{{", ".join(sizes)}}}}},\n'
+    sizes += ["{-1, 0, 0}"] * (_MAX_SIZES - len(sizes))
+    head = f'"{function.symbol}", {image}, {int(kernel.hopper)}'
+    return f"  {{{head}, {{{', '.join(types)}}}, {{{', '.join(sizes)}}}}},\n"
 
 
 def _shape(op: str, function: Function | None) -> str:

@@ -5,7 +5,6 @@
 #include <stdlib.h>
 
 #include "cuda.h"
-#include "cuda_abi.h"
 
 enum { MAX_DEVICES = 64 };
 
@@ -183,18 +182,22 @@ void dsa_cuda_end(struct cuda_call *call) {
   if (call->pushed) cu.cuCtxPopCurrent_v2(&context);
 }
 
-static int serves(const struct cuda_kernel *kernel, const struct dsa_call *call) {
+static int serves(const struct cuda_kernel *kernel, const struct cuda_call *call) {
+  if (kernel->aligned && !call->aligned) return 0;
   for (int v = 0; v < MAX_TYPE_VARS; v++)
-    if (kernel->types[v] >= 0 && kernel->types[v] != call->type[v]) return 0;
-  for (int i = 0; i < MAX_SIZES; i++)
-    if (kernel->sizes[i].dim >= 0 && kernel->sizes[i].length != call->dim[kernel->sizes[i].dim]) return 0;
+    if (kernel->types[v] >= 0 && kernel->types[v] != call->call->type[v]) return 0;
+  for (int i = 0; i < MAX_SIZES; i++) {
+    if (kernel->sizes[i].dim < 0) continue;
+    int64_t length = call->call->dim[kernel->sizes[i].dim];
+    if (length > kernel->sizes[i].length || (!kernel->sizes[i].at_most && length < kernel->sizes[i].length)) return 0;
+  }
   return 1;
 }
 
 /* The number of the kernel that serves the call; -1 where there is none. */
 static int find_kernel(const struct cuda_call *call, int first, int count) {
   for (int k = first; k < first + count; k++)
-    if (call->device->set->shapes[k].threads && serves(&dsa_cuda_kernels[k], call->call)) return k;
+    if (call->device->set->shapes[k].threads && serves(&dsa_cuda_kernels[k], call)) return k;
   return -1;
 }
 
@@ -227,4 +230,26 @@ dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int coun
   if (!error) return DSA_TVM_OK;
   return dsa_fail(error == CU_OUT_OF_MEMORY ? DSA_TVM_OUT_OF_MEMORY : DSA_TVM_INTERNAL, "%s: %s: %s", op, name,
                   error_text(error));
+}
+
+dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,
+                                   struct cuda_tensor_map *map) {
+  static const unsigned one[3] = {1, 1, 1};
+  int width = boxes->element_bytes, rank = boxes->rank, row = boxes->box[0] * width;
+  uint64_t lengths[3], strides[3];
+  unsigned box[3];
+  for (int i = 0; i < rank; i++) {
+    lengths[i] = (uint64_t)boxes->lengths[i];
+    strides[i] = lengths[i] * (i ? strides[i - 1] : (uint64_t)width);
+    box[i] = (unsigned)boxes->box[i];
+  }
+  cu_result error = cu.cuTensorMapEncodeTiled(
+      map, width == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, (unsigned)rank,
+      (void *)boxes->data, lengths, strides, box, one, 0,
+      row == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+      : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                  : CU_TENSOR_MAP_SWIZZLE_32B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
+  if (!error) return DSA_TVM_OK;
+  return dsa_fail(DSA_TVM_INTERNAL, "%s: no tensor map: %s", call->call->op->name, error_text(error));
 }

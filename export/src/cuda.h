@@ -2,31 +2,45 @@
 #ifndef DSA_TVM_CUDA_H_
 #define DSA_TVM_CUDA_H_
 
+#include "cuda_abi.h"
 #include "internal.h"
 
 /* A kernel as every set has it. A stage of an operator has one for each choice of element types and of the lengths that
  * its code is made for; what a kernel leaves open is -1. */
-enum { MAX_SIZES = 2 };
+enum { MAX_SIZES = 3 };
 struct cuda_kernel {
   const char *name;
   int image;
+  int aligned; /* takes tensors at multiples of 16 bytes only */
   int8_t types[MAX_TYPE_VARS];
   struct {
     int dim;
     int64_t length;
+    int at_most; /* otherwise that length */
   } sizes[MAX_SIZES];
 };
 
 /* What the launching code must know of each operator's decisions. */
+struct cuda_lightning_indexer {
+  int block_keys, queries;
+  int key_bytes, group, group_bytes; /* shared memory: of the keys, and of each group of so many heads */
+  int heads, box_queries, span;      /* of tensor maps: heads and queries of a box, bytes of its rows */
+};
 struct cuda_topk {
   int list_factor, list_min, list_max, selector_bytes;
+};
+struct cuda_sparse_mla {
+  int heads, block_keys;
+  int split_keys, stats; /* the fewest keys of a part, and the numbers that it leaves for each head beside its sums */
 };
 
 struct cuda_shape {
   int threads;      /* 0: the set lacks this kernel */
   int shared_bytes; /* the most that a launch takes */
   union {
+    struct cuda_lightning_indexer lightning_indexer;
     struct cuda_topk topk;
+    struct cuda_sparse_mla sparse_mla;
   } of;
 };
 
@@ -62,6 +76,7 @@ struct cuda_call {
   char *workspace;
   uint64_t used, peak; /* bytes of the workspace: taken now, and at most */
   int measuring;       /* only the peak is asked for */
+  int aligned;         /* all tensors of the types that a call may choose are at multiples of 16 bytes */
   int pushed;
 };
 
@@ -71,7 +86,7 @@ struct cuda_call {
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call);
 void dsa_cuda_end(struct cuda_call *call);
 
-/* cuda.c: of `count` kernels from `first` on, the one for the call's element types and lengths: its shape, NULL where
+/* cuda.c: of `count` kernels from `first` on, the first for the call's element types and lengths: its shape, NULL where
  * there is none; and its launch. `args` are the addresses of the kernel's arguments in their order. A
  * grid without blocks is nothing to do. The generated functions of cuda_launch.h, dsa_shape_<op>_<stage> and
  * dsa_launch_<op>_<stage>, call these. */
@@ -80,6 +95,17 @@ dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call); /* the error for
 const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count);
 dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
                                int64_t dynamic_bytes, void **args);
+
+/* cuda.c: the tensor map of a contiguous array at a multiple of 16 bytes, innermost length first: boxes of it are copied
+ * to shared memory, rows of 32, 64 or 128 bytes swizzled. */
+struct cuda_boxes {
+  const void *data;
+  int element_bytes, rank; /* 1 or 2; 2 or 3 */
+  int64_t lengths[3];
+  int box[3];
+};
+dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,
+                                   struct cuda_tensor_map *map);
 
 /* cuda_operators.c: the next bytes of the workspace, aligned as it is. What is taken goes back by setting call->used to
  * what it was before: whatever is enqueued later may have it, for a stream is in order. */

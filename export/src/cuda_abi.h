@@ -2,6 +2,8 @@
 #ifndef DSA_TVM_CUDA_ABI_H_
 #define DSA_TVM_CUDA_ABI_H_
 
+#include <stdint.h>
+
 typedef int cu_result; /* 0: success */
 typedef int cu_device;
 typedef struct CUctx_st *cu_context;
@@ -9,6 +11,11 @@ typedef struct CUlib_st *cu_library;
 typedef struct CUkern_st *cu_kernel;
 typedef struct CUfunc_st *cu_function;
 typedef struct CUstream_st *cu_stream;
+
+/* CUtensorMap: what a bulk copy reads. */
+struct cuda_tensor_map {
+  _Alignas(64) uint64_t opaque[16];
+};
 
 enum {
   CU_OUT_OF_MEMORY = 2,
@@ -18,6 +25,12 @@ enum {
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
   CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+  CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
+  CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1,
+  CU_TENSOR_MAP_SWIZZLE_32B = 1,
+  CU_TENSOR_MAP_SWIZZLE_64B = 2,
+  CU_TENSOR_MAP_SWIZZLE_128B = 3,
+  CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
 };
 
 /* Every entry point with its parameters; _v2 where the plain name is an older interface. */
@@ -38,6 +51,10 @@ enum {
   X(cuLibraryGetKernel, (cu_kernel * kernel, cu_library library, const char *name))                                 \
   X(cuKernelGetFunction, (cu_function * function, cu_kernel kernel))                                                \
   X(cuKernelSetAttribute, (int attribute, int value, cu_kernel kernel, cu_device device))                           \
+  X(cuTensorMapEncodeTiled, (struct cuda_tensor_map * map, int type, unsigned rank, void *base,                     \
+                             const uint64_t *lengths, const uint64_t *strides, const unsigned *box,                 \
+                             const unsigned *element_strides, int interleave, int swizzle, int l2_promotion,        \
+                             int out_of_bounds))                                                                    \
   X(cuLaunchKernel, (cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,     \
                      unsigned block_y, unsigned block_z, unsigned shared_bytes, cu_stream stream, void **args,      \
                      void **extra))

@@ -3,11 +3,6 @@
 
 const int dsa_has_cuda = 0;
 
-int dsa_cuda_serves(const struct op_spec *op) {
-  (void)op;
-  return 0;
-}
-
 static dsa_tvm_status refuse(void) {
   return dsa_fail(DSA_TVM_UNSUPPORTED,
                   "this library has no CUDA kernels; dsa-tvm build --target cuda makes one with them");

@@ -4,6 +4,77 @@
 #include "cuda_launch.h"
 #include "stages.h"
 
+/* Blocks for each multiprocessor that a launch is cut for: those that see fewer keys leave room for others. */
+enum { BLOCKS_PER_MULTIPROCESSOR = 8, FEWEST_TILES = 4 };
+
+/* How rows of queries and tiles of keys are cut into blocks. */
+struct cut {
+  int64_t blocks, runs, run_tiles;
+};
+static struct cut cut_of(const struct cuda_scoring *s, const struct cuda_lightning_indexer *kernel, int64_t processors,
+                         int64_t fewest_tiles) {
+  struct cut cut = {.blocks = divide_up(s->m1 - s->m0, kernel->queries)};
+  int64_t tiles = divide_up(s->s_kv, kernel->block_keys);
+  cut.run_tiles = divide_up(tiles, divide_up(BLOCKS_PER_MULTIPROCESSOR * processors, cut.blocks));
+  /* A block loads its queries before its first tile. */
+  if (cut.run_tiles < fewest_tiles) cut.run_tiles = fewest_tiles;
+  cut.runs = divide_up(tiles, cut.run_tiles);
+  return cut;
+}
+
+/* Blocks with many queries read the keys fewer times, but there must be enough of them. */
+static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *many, int64_t processors) {
+  int64_t tiles = divide_up(s->s_kv, many->block_keys);
+  return divide_up(s->m1 - s->m0, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
+}
+
+#ifdef DSA_HAS_LIGHTNING_INDEXER_HOPPER_MANY
+static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_scoring *s,
+                                      const struct cuda_lightning_indexer *kernel, int few, int64_t processors) {
+  int width = c->call->in[0].dtype.bits / 8, d_idx = (int)c->call->dim[DIM_D_IDX], box = kernel->span / width;
+  struct cuda_tensor_map q_map, k_map;
+  struct cuda_boxes q = {s->q, width, 3, {d_idx, s->h_idx, s->m1}, {box, kernel->heads, kernel->box_queries}};
+  struct cuda_boxes k = {s->k, width, 2, {d_idx, s->s_kv}, {box, kernel->block_keys}};
+  dsa_tvm_status status = dsa_cuda_tensor_map(c, &q, &q_map);
+  if (status == DSA_TVM_OK) status = dsa_cuda_tensor_map(c, &k, &k_map);
+  if (status != DSA_TVM_OK) return status;
+  struct cut cut = cut_of(s, kernel, processors, few ? 1 : FEWEST_TILES);
+#define SCORE(stage)                                                                                               \
+  dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, MOST_SHARED, &q_map, &k_map, s->weights, s->ks,    \
+                                       s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx, s->m0, s->m1, 0,  \
+                                       (int32_t)cut.run_tiles, s->scaled, !s->only_visible, cut.blocks,            \
+                                       (int32_t)cut.runs)
+  return few ? SCORE(hopper_few) : SCORE(hopper_many);
+#undef SCORE
+}
+#endif
+
+dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s) {
+  int64_t processors = c->device->multiprocessors;
+  const struct cuda_shape *many = dsa_shape_lightning_indexer_many(c), *few = dsa_shape_lightning_indexer_few(c);
+  if (!many || !few) return dsa_cuda_unserved(c);
+  if (c->measuring || s->m0 == s->m1 || !s->s_kv) return DSA_TVM_OK;
+#ifdef DSA_HAS_LIGHTNING_INDEXER_HOPPER_MANY
+  const struct cuda_shape *h_many = dsa_shape_lightning_indexer_hopper_many(c);
+  const struct cuda_shape *h_few = dsa_shape_lightning_indexer_hopper_few(c);
+  if (h_many && h_few) {
+    int use_few = are_few(s, &h_many->of.lightning_indexer, processors);
+    return score_on_hopper(c, s, &(use_few ? h_few : h_many)->of.lightning_indexer, use_few, processors);
+  }
+#endif
+  int use_few = are_few(s, &many->of.lightning_indexer, processors);
+  const struct cuda_lightning_indexer *kernel = &(use_few ? few : many)->of.lightning_indexer;
+  struct cut cut = cut_of(s, kernel, processors, use_few ? 1 : FEWEST_TILES);
+  int64_t shared_bytes = kernel->key_bytes + divide_up(s->h_idx, kernel->group) * kernel->group_bytes;
+#define SCORE(stage)                                                                                             \
+  dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, shared_bytes, s->q, s->k, s->weights, s->ks,     \
+                                       s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx, s->m0, s->m1,   \
+                                       0, (int32_t)cut.run_tiles, s->scaled, !s->only_visible, cut.blocks,       \
+                                       (int32_t)cut.runs)
+  return use_few ? SCORE(few) : SCORE(many);
+#undef SCORE
+}
+
 /* A block for each row leaves multiprocessors idle where the rows are few. The merge reads topk keys of every part, so
  * that parts pay until they are about as long as all that it reads. */
 enum { LONG_ROW = 16384, MOST_PARTS = 64 };
@@ -17,7 +88,7 @@ static int64_t parts_of(const struct cuda_selection *s, const struct cuda_device
 
 dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection *s) {
   const struct cuda_shape *shape = dsa_shape_topk_rows(c);
-  if (!shape) return DSA_TVM_UNSUPPORTED;
+  if (!shape) return dsa_cuda_unserved(c);
   const struct cuda_topk *cut = &shape->of.topk;
   int64_t parts = parts_of(s, c->device);
   void *values = NULL, *positions = NULL;
@@ -39,4 +110,29 @@ dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection 
   if (status != DSA_TVM_OK) return status;
   return dsa_launch_topk_merge(c, s->rows, 1, shared_bytes, values, NULL, NULL, positions, NULL, s->indices,
                                parts * s->topk, s->topk, capacity, s->rows, 1);
+}
+
+/* A block for each group of heads of each query; where these are few, the keys are cut into parts. */
+dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a) {
+  const struct cuda_shape *shape = dsa_shape_sparse_mla_attend(c);
+  if (!shape) return dsa_cuda_unserved(c);
+  const struct cuda_sparse_mla *cut = &shape->of.sparse_mla;
+  int64_t blocks = a->rows * divide_up(a->h_q, cut->heads), d_v = c->call->dim[DIM_D_V];
+  int64_t wanted = blocks && blocks < c->device->multiprocessors ? c->device->multiprocessors / blocks : 1;
+  int64_t keys = divide_up(a->topk, wanted);
+  if (keys < cut->split_keys) keys = cut->split_keys;
+  keys = divide_up(keys, cut->block_keys) * cut->block_keys;
+  int64_t parts = divide_up(a->topk, keys);
+  void *sums = NULL, *stats = NULL;
+  if (parts > 1) {
+    sums = dsa_cuda_take(c, 4u * (uint64_t)(a->rows * a->h_q * parts * d_v));
+    stats = dsa_cuda_take(c, 4u * (uint64_t)(a->rows * a->h_q * parts * cut->stats));
+  }
+  if (c->measuring) return DSA_TVM_OK;
+  dsa_tvm_status status = dsa_launch_sparse_mla_attend(
+      c, blocks, parts, MOST_SHARED, a->q, a->kv, a->indices, a->sink, a->length, a->out, a->max_logits, a->lse, sums,
+      stats, a->rows, a->s_kv, a->h_q, a->topk, parts, keys, a->sm_scale, a->has_sink, a->has_length);
+  if (parts == 1 || status != DSA_TVM_OK) return status;
+  return dsa_launch_sparse_mla_combine(c, a->rows * a->h_q, 1, 0, sums, stats, a->sink, a->out, a->max_logits, a->lse,
+                                       a->rows * a->h_q, a->h_q, parts, a->has_sink);
 }

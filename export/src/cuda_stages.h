@@ -5,12 +5,32 @@
 
 #include "cuda.h"
 
-/* Rows of logits, the first of them and of everything else at the pointers, and where their indices go. */
+/* Scoring: queries [m0, m1), whose logits are written from the pointer on. */
+struct cuda_scoring {
+  const void *q, *k, *weights, *ks, *ke, *k_scale;
+  void *logits;
+  int64_t m0, m1, s_kv, h_idx;
+  int scaled;
+  int only_visible; /* nobody reads a logit outside [ks, ke) */
+};
+dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s);
+
+/* Selection: rows of logits, the first of them and of everything else at the pointers, and where their indices go. */
 struct cuda_selection {
   const void *logits, *ks, *ke;
   void *indices;
   int64_t rows, s_kv, topk;
 };
 dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection *s);
+
+/* Attention: the first of the queries, and of everything that belongs to them, at the pointers. */
+struct cuda_attention {
+  const void *q, *kv, *indices, *sink, *length;
+  void *out, *max_logits, *lse;
+  int64_t rows, s_kv, h_q, topk;
+  float sm_scale;
+  int has_sink, has_length;
+};
+dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a);
 
 #endif

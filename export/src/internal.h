@@ -104,7 +104,6 @@ dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *e
 /* cuda_operators.c, or cuda_none.c in a library without CUDA kernels: enqueues a checked call whose tensors are on a
  * GPU, and tells the bytes of workspace that it takes. The options are whole. */
 extern const int dsa_has_cuda;
-int dsa_cuda_serves(const struct op_spec *op);
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options);
 dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 

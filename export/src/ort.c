@@ -12,23 +12,20 @@ enum { OLDEST_MINOR = 18 };
 static OrtStatus *add_operators(struct ort_runtime *runtime) {
   const OrtApi *api = runtime->api;
   size_t count = 0;
-  for (int i = 0; i < NUM_OPS; i++) count += (size_t)(2 * dsa_ops[i].num_variants);
+  for (int i = 0; i < NUM_OPS; i++) count += (size_t)((1 + dsa_has_cuda) * dsa_ops[i].num_variants);
   runtime->ops = calloc(count, sizeof *runtime->ops);
   if (!runtime->ops) return dsa_ort_status(api, dsa_fail(DSA_TVM_OUT_OF_MEMORY, "no memory for the operators"));
   OrtStatus *status = api->CreateCustomOpDomain(DOMAIN, &runtime->domain);
   struct ort_op *op = runtime->ops;
-  for (int i = 0; i < 2 * NUM_OPS; i++) {
-    const struct op_spec *spec = &dsa_ops[i / 2];
-    int on_gpu = i % 2;
-    if (on_gpu && !dsa_cuda_serves(spec)) continue;
-    for (int v = 0; v < spec->num_variants && !status; v++, op++) {
-      dsa_ort_describe(op, runtime, spec, spec->variants[v], on_gpu);
-      op->base.CreateKernelV2 = dsa_ort_create_kernel;
-      op->base.KernelComputeV2 = dsa_ort_compute;
-      op->base.KernelDestroy = free;
-      status = api->CustomOpDomain_Add(runtime->domain, &op->base);
-    }
-  }
+  for (int on_gpu = 0; on_gpu <= dsa_has_cuda; on_gpu++)
+    for (int i = 0; i < NUM_OPS; i++)
+      for (int v = 0; v < dsa_ops[i].num_variants && !status; v++, op++) {
+        dsa_ort_describe(op, runtime, &dsa_ops[i], dsa_ops[i].variants[v], on_gpu);
+        op->base.CreateKernelV2 = dsa_ort_create_kernel;
+        op->base.KernelComputeV2 = dsa_ort_compute;
+        op->base.KernelDestroy = free;
+        status = api->CustomOpDomain_Add(runtime->domain, &op->base);
+      }
   return status;
 }
 

@@ -8,17 +8,17 @@ grid is whatever the launcher passes, and neither a GPU nor a driver is needed t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-#: Directory of the headers that generated source includes: primitives.cuh, then helpers.cuh.
+#: Directory of the headers that generated source includes: primitives.cuh, then helpers.cuh and hopper.cuh.
 DEVICE_HEADERS = Path(__file__).parent / "device"
 
-_PRELUDE = "#include <primitives.cuh>\n#include <helpers.cuh>\n"
+_PRELUDE = "#include <primitives.cuh>\n#include <helpers.cuh>\n#include <hopper.cuh>\n"
 
 # No storage rewrite and no merging of shared allocations: both reuse memory by a liveness analysis that cannot see
 # what device functions do with the addresses they are given.
@@ -56,29 +56,34 @@ def _generate(symbol: str, func: tirx.PrimFunc) -> str:
         return tvm.get_global_func("target.build.cuda")(module, target).inspect_source("cuda")
 
 
-def cuda_source(functions: Sequence[tuple[str, tirx.PrimFunc]]) -> str:
-    """One translation unit with a kernel for each function.
+def device_code(symbol: str, func: tirx.PrimFunc) -> str:
+    """The definition of one kernel.
 
     Parameters
     ----------
-    functions : sequence of (str, PrimFunc)
-        Symbol and function. The function's parameters are typed handles and scalars, its threads are bound with
-        ``T.launch_thread``, and its shared memory is one buffer of scope ``shared.dyn`` at most.
-
-    Returns
-    -------
-    str
-        Source to compile with `DEVICE_HEADERS`, or with other headers of the same names, on the include path.
+    symbol : str
+    func : PrimFunc
+        Its parameters are typed handles and scalars, its threads are bound with ``T.launch_thread``, and its shared
+        memory is one buffer of scope ``shared.dyn`` at most.
     """
     compile_callback = "tvm_callback_cuda_compile"
     previous = tvm.get_global_func(compile_callback, allow_missing=True)
     tvm_ffi.register_global_func(compile_callback, lambda code: b"not compiled", override=True)
     try:
-        texts = [_generate(symbol, func) for symbol, func in functions]
+        text = _generate(symbol, func)
     finally:
         if previous is not None:
             tvm_ffi.register_global_func(compile_callback, previous, override=True)
     # Behind TVM's own prelude come a declaration and the definition, each opening alike.
-    bodies = [text[text.rindex('extern "C" __global__') :] for text in texts]
-    text = _SHARED.sub(r"DSA_SHARED_POOL(\1);", "\n".join(bodies))
-    return _PRELUDE + _SERIAL_LOOP.sub(r"\1#pragma unroll 1\n\1for (", text)
+    text = _SHARED.sub(r"DSA_SHARED_POOL(\1);", text[text.rindex('extern "C" __global__') :])
+    return _SERIAL_LOOP.sub(r"\1#pragma unroll 1\n\1for (", text)
+
+
+def translation_unit(definitions: Iterable[str]) -> str:
+    """Source to compile with `DEVICE_HEADERS`, or with other headers of the same names, on the include path."""
+    return _PRELUDE + "\n".join(definitions)
+
+
+def cuda_source(functions: Iterable[tuple[str, tirx.PrimFunc]]) -> str:
+    """One translation unit with a kernel for each symbol and function."""
+    return translation_unit(device_code(symbol, func) for symbol, func in functions)

@@ -7,13 +7,18 @@ import mmap
 import re
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).parent
 
-_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(([^)]*)\) \{')
+#: What its driver can say that the GPU is: with the least shared memory among those served, and with instructions of
+#: its own.
+EMULATED = ("sm_86", "sm_90a")
+
+_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, \d+)?\) )?(\w+)\(([^)]*)\) \{')
 
 _SCALARS = {
     "int": ctypes.c_int32,
@@ -21,6 +26,8 @@ _SCALARS = {
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
 }
+
+_MAP_BYTES = 128
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -61,6 +68,25 @@ class Guarded:
             self.array[...] = np.frombuffer(raw, self.array.dtype).reshape(self.array.shape)
             del raw
         _libc.munmap(self.base, self.size)
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """An argument that the kernel takes as a ``CUtensorMap``.
+
+    Parameters
+    ----------
+    array : ndarray
+        Two or three dimensions of 1, 2 or 4 bytes an element.
+    box : tuple of int
+        As many rows, and elements of a row, as a copy brings.
+    swizzle : int
+        Bytes to a row of the pattern in shared memory: 128, 64, 32, or 0 for none.
+    """
+
+    array: np.ndarray
+    box: tuple[int, ...]
+    swizzle: int = 128
 
 
 class Emulator:
@@ -104,7 +130,7 @@ class Emulator:
         name : str
         grid : sequence of int
             One to three numbers of blocks.
-        *args : ndarray, number or None
+        *args : ndarray, TensorMap, number or None
             As the kernel declares them. Arrays lie in guarded memory while it runs.
         shared_bytes : int
         order : int
@@ -122,7 +148,10 @@ class Emulator:
         guarded: list[Guarded] = []
         cells = []
         for value, kind in zip(args, types, strict=True):
-            if kind.endswith("*"):
+            if isinstance(value, TensorMap):
+                guarded.append(Guarded(value.array, at_end=order % 2 == 0))
+                cells.append(self._encode(value, guarded[-1].address))
+            elif kind.endswith("*"):
                 if value is not None:
                     guarded.append(Guarded(value, at_end=order % 2 == 0))
                 cells.append(ctypes.c_void_p(None if value is None else guarded[-1].address))
@@ -146,9 +175,32 @@ class Emulator:
         if message is not None:
             raise KernelError(f"{name}: {message.decode()}")
 
+    def _encode(self, tensor: TensorMap, address: int) -> ctypes.Array:
+        rank = tensor.array.ndim
+        raw = ctypes.create_string_buffer(_MAP_BYTES + 64)
+        aligned = (ctypes.c_char * _MAP_BYTES).from_buffer(raw, -ctypes.addressof(raw) % 64)
+        error = self.library.cuTensorMapEncodeTiled(
+            aligned,
+            {1: 0, 2: 1, 4: 2}[tensor.array.itemsize],  # CU_TENSOR_MAP_DATA_TYPE_UINT8, _UINT16, _UINT32
+            rank,
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*tensor.array.shape[::-1]),
+            (ctypes.c_uint64 * (rank - 1))(*tensor.array.strides[-2::-1]),
+            (ctypes.c_uint32 * rank)(*tensor.box[::-1]),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,
+            {0: 0, 32: 1, 64: 2, 128: 3}[tensor.swizzle],
+            0,
+            0,
+        )
+        if error:
+            raise ValueError(f"cuTensorMapEncodeTiled: error {error} for {tensor.array.shape} in boxes of {tensor.box}")
+        return aligned
+
 
 def _types(parameters: str) -> list[str]:
-    return [p.replace("__restrict__", "").rsplit(maxsplit=1)[0].replace(" ", "") for p in parameters.split(",")]
+    words = re.compile(r"__restrict__|__grid_constant__|\bconst\b")
+    return ["".join(words.sub("", p).split()[:-1]) for p in parameters.split(",")]
 
 
 def _thunk(name: str, types: Sequence[str]) -> str:

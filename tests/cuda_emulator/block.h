@@ -10,6 +10,9 @@
 #include <string.h>
 
 #include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
 #include <vector>
 
 struct dim3 {
@@ -32,7 +35,7 @@ emulator_switch:
 .size emulator_switch, .-emulator_switch
 )");
 
-enum State { READY, AT_WARP, AT_BARRIER, DONE };
+enum State { READY, PAUSED, AT_WARP, AT_BARRIER, AT_MBARRIER, DONE };
 
 /* A cp.async on its way: it lands when its group is waited for, or at once in an eager launch. */
 struct Copy {
@@ -47,6 +50,8 @@ struct Fiber {
   State state;
   dim3 thread;
   int index, barrier;
+  const char *mbarrier;
+  int parity;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
@@ -57,6 +62,14 @@ struct Warp {
   const char *operation = nullptr;
   const void *in[32];
   void *out[32];
+};
+
+/* A barrier in shared memory: the arrivals and the bytes that its phase still waits for. */
+struct Mbarrier {
+  int count, pending;
+  long bytes;
+  unsigned phase;
+  bool fenced;
 };
 
 struct Options {
@@ -71,6 +84,10 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   struct { int expected, arrived; } barriers[16];
+  std::map<const char *, Mbarrier> mbarriers;
+  std::vector<std::function<void()>> on_the_way; /* what arrives at mbarriers */
+  std::vector<char> view;                        /* shared memory as asynchronous instructions see it */
+  std::vector<std::function<void()>> at_start;   /* of each block */
   Fiber *current;
   void *main_sp;
   char *pool, *pool_pages;
@@ -104,6 +121,11 @@ inline void wait_in(State state) {
   emulator_switch(&m.current->sp, m.main_sp);
 }
 
+/* Lets those run first who were just woken. */
+inline void pause() {
+  if (m.current) wait_in(PAUSED);
+}
+
 /* Lanes of the whole warp meet; the last one computes for all with `compute(in, out)`, each lane giving and getting the
    address of its own operands. */
 template <typename F> inline void meet(const char *operation, const void *in, void *out, F compute) {
@@ -121,15 +143,21 @@ template <typename F> inline void meet(const char *operation, const void *in, vo
   for (int l = 0; l < 32; l++) m.fibers[m.current->index / 32 * 32 + l].state = READY;
 }
 
-inline void barrier(int id, int expected) {
+/* Whether this arrival is the last one; it wakes those who wait. */
+inline bool barrier_arrive(int id, int expected) {
   auto &b = m.barriers[id];
   if (b.arrived && b.expected != expected) fail("barrier %d awaits %d and %d threads", id, b.expected, expected);
   b.expected = expected;
-  m.current->barrier = id;
-  if (++b.arrived < expected) return wait_in(AT_BARRIER);
+  if (++b.arrived < expected) return false;
   b.arrived = 0;
   for (Fiber &f : m.fibers)
     if (f.state == AT_BARRIER && f.barrier == id) f.state = READY;
+  return true;
+}
+
+inline void barrier(int id, int expected) {
+  m.current->barrier = id;
+  if (!barrier_arrive(id, expected)) wait_in(AT_BARRIER);
 }
 
 inline void land(const Copy &c) {
@@ -139,70 +167,15 @@ inline void land(const Copy &c) {
     memcpy(c.to, c.from, c.bytes);
 }
 
-inline void run_fiber() {
-  m.kernel(m.args);
-  m.alive--;
-  wait_in(DONE);
+inline size_t random_below(size_t n) {
+  m.random = m.random * 6364136223846793005u + 1442695040888963407u;
+  return (m.random >> 33) % n;
 }
 
-inline void prepare(Fiber &f, int index) {
-  f.state = READY;
-  f.index = index;
-  f.thread = {index % m.block.x, index / m.block.x % m.block.y, index / m.block.x / m.block.y};
-  f.groups.clear();
-  f.open.clear();
-  void **top = (void **)(f.stack + STACK);
-  *--top = nullptr; /* where run_fiber would return to; also aligns its stack as a call does */
-  *--top = (void *)run_fiber;
-  f.sp = top - 6;
-}
-
-inline void permute(std::vector<int> &order) {
-  for (size_t i = 0; i < order.size(); i++) order[i] = m.options.order == 1 ? (int)(order.size() - 1 - i) : (int)i;
-  if (m.options.order > 1)
-    for (size_t i = order.size(); i > 1; i--) {
-      m.random = m.random * 6364136223846793005u + 1442695040888963407u;
-      std::swap(order[i - 1], order[(m.random >> 33) % i]);
-    }
-}
-
-inline void run_block() {
-  memset(m.pool_pages, 0xFF, m.pool_page_bytes);
-  m.alive = m.threads;
-  for (auto &b : m.barriers) b.arrived = 0;
-  for (auto &w : m.warps) w.arrived = 0;
-  for (int t = 0; t < m.threads; t++) prepare(m.fibers[t], t);
-  std::vector<int> warps(m.threads / 32), lanes(32);
-  while (m.alive) {
-    int ran = 0;
-    permute(warps);
-    for (int w : warps) {
-      permute(lanes);
-      /* Until the warp is done or waits as a whole: its operations are many, barriers are few. */
-      for (int before = -1; before != ran;) {
-        before = ran;
-        for (int l : lanes) {
-          Fiber &f = m.fibers[w * 32 + l];
-          if (f.state != READY) continue;
-          m.current = &f;
-          emulator_switch(&m.main_sp, f.sp);
-          ran++;
-        }
-      }
-    }
-    m.current = nullptr;
-    if (!ran) {
-      int at_warp = 0, at_barrier = 0;
-      const char *operation = "";
-      for (Fiber &f : m.fibers) {
-        at_warp += f.state == AT_WARP;
-        at_barrier += f.state == AT_BARRIER;
-        if (f.state == AT_WARP) operation = m.warps[f.index / 32].operation;
-      }
-      fail("block (%u, %u, %u) hangs: %d threads at a warp operation (%s), %d at a barrier, %d have ended", m.at.x,
-           m.at.y, m.at.z, at_warp, operation, at_barrier, m.threads - m.alive);
-    }
-  }
+/* Whether asynchronous work is done as soon as it is known; where the order of threads is random, some is and some not. */
+inline bool at_once() {
+  if (m.options.order <= 1) return m.options.eager;
+  return m.options.eager ? random_below(4) != 0 : random_below(4) == 0;
 }
 
 }  // namespace emulator

@@ -4,7 +4,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 
-#include "block.h"
+#include "run.h"
 
 namespace emulator {
 
