@@ -128,7 +128,7 @@ def build(
         # The targets are named from the oldest to the newest; the library takes the first that runs.
         sets = [(target, parts.kernels) for target, parts in reversed(built.items())]
         (work / "table.c").write_text(kernel_table.source(sets))
-        cuda_kernels = _add_cuda(work, archs, dims, nvcc, progress) if with_cuda else None
+        cuda_kernels = _add_cuda(work, archs, dims, nvcc, measured, model, progress) if with_cuda else None
         progress("linking")
         library = linking.link_library([parts.object for parts in built.values()], work, cc)
         manifest = {
@@ -158,18 +158,26 @@ def _kernels(compiled: Compiled) -> dict[str, list[dict]]:
 
 
 def _add_cuda(
-    work: Path, archs: Sequence[str], dims: Mapping[str, Dim], nvcc: str, progress: Callable[[str], None]
+    work: Path,
+    archs: Sequence[str],
+    dims: Mapping[str, Dim],
+    nvcc: str,
+    measured: Sequence[records.Record],
+    model: presets.Preset,
+    progress: Callable[[str], None],
 ) -> dict:
     """Compile the CUDA kernels into `work` for `linking.link_library`, and tell what the manifest says of them."""
-    from .compiler import cuda, cuda_table
+    from .compiler import cuda, cuda_plan, cuda_table
 
-    sets = cuda.generate(archs, dims)
+    plan = cuda_plan.Plan(measured, model, progress)
+    sets = cuda.generate(archs, dims, plan)
     fatbins, said = cuda.compile_sets(sets, work, nvcc, progress)
     (work / "cuda_launch.h").write_text(cuda_table.header(sets))
     (work / "cuda_table.c").write_text(cuda_table.source(sets, fatbins))
     return {
         "archs": list(archs),
         "ptx": next(kernels.ptx for kernels in sets if kernels.ptx),
+        "chosen": plan.made(),
         "kernels": [
             {
                 "archs": kernels.targets,

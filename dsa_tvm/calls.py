@@ -16,11 +16,15 @@ _MAX_NDIM = 3
 _STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
 
 
-class _Attr(ctypes.Union):
+class Attribute(ctypes.Union):
+    """``dsa_tvm_attr``."""
+
     _fields_ = (("i", ctypes.c_int64), ("f", ctypes.c_double))
 
 
-class _Options(ctypes.Structure):
+class Options(ctypes.Structure):
+    """``dsa_tvm_options``."""
+
     _fields_ = (
         ("size", ctypes.c_uint32),
         ("num_threads", ctypes.c_int32),
@@ -40,13 +44,13 @@ def _integer(op: str, name: str, value: Any, bits: int) -> int:
     return number
 
 
-def _attribute(op: str, attr: AttrSpec, value: Any) -> _Attr:
+def _attribute(op: str, attr: AttrSpec, value: Any) -> Attribute:
     if isinstance(value, bool) or (attr.kind is float and not hasattr(value, "__float__")):
         raise ArgumentError(f"{op}: {attr.name}: expected {attr.kind.__name__}, got {type(value).__name__}")
     if attr.kind is int:
-        return _Attr(i=_integer(op, attr.name, value, 64))
+        return Attribute(i=_integer(op, attr.name, value, 64))
     try:
-        return _Attr(f=float(value))
+        return Attribute(f=float(value))
     except (TypeError, ValueError, OverflowError) as error:  # an array of several elements, or 10**400
         got = f"{type(value).__name__} ({error})"
         raise ArgumentError(f"{op}: {attr.name}: expected a finite number in float32, got {got}") from error
@@ -136,7 +140,7 @@ def call(
     ]
     given = Pack(views)
     device = views[0].device if views[0] else (CPU, 0)
-    attr_array = (_Attr * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
+    attr_array = (Attribute * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
     arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
     if out is None:
         # The shapes come from the library, so that nothing is allocated for arguments that are refused.
@@ -159,7 +163,7 @@ def call(
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    options = _Options(ctypes.sizeof(_Options), num_threads)
+    options = Options(ctypes.sizeof(Options), num_threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
         workspace, options.workspace_size = _workspace(lib, arguments, device[1])

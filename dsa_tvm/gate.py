@@ -16,7 +16,7 @@ from .workload import Workload
 
 _LOGITS = OPS["lightning_indexer"]
 #: Inputs that all queries share.
-_SHARED = {t.name for spec in OPS.values() for t in spec.inputs if t.shape[0] != "s_q"}
+OF_KEYS = {t.name for spec in OPS.values() for t in spec.inputs if t.shape[0] != "s_q"}
 
 
 class CheckError(DsaError, AssertionError):
@@ -175,6 +175,7 @@ def check(
     where: str = "",
     known: tuple[Any, ...] | None = None,
     selected: np.ndarray | None = None,
+    dtype: str = "",
 ) -> Finding:
     """Check what an operator returned.
 
@@ -195,6 +196,8 @@ def check(
         `references` of the same, for a caller that checks several results of one workload.
     selected : ndarray, optional
         The indices [s_q, topk] that `dsa_attention` selected; by default what `indexer_topk` selects here.
+    dtype : str
+        Element type whose tolerances hold; that of the first input by default.
 
     Returns
     -------
@@ -215,7 +218,7 @@ def check(
             raise CheckError(f"{where}: the indices are not those of a stable sort")
         return Finding()
     near_ties = 0
-    dtype = str(inputs[spec.inputs[0].name].dtype)
+    dtype = dtype or str(inputs[spec.inputs[0].name].dtype)
     if work.op == "dsa_attention":
         indexer, topk = indexer_inputs(inputs), attrs.pop("topk")
         indices = functions.indexer_topk(**indexer, topk=topk) if selected is None else selected
@@ -233,4 +236,4 @@ def check(
 
 def _rows(inputs: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
     """The inputs cut to some queries."""
-    return {n: x if n in _SHARED else x[list(rows)] for n, x in inputs.items()}
+    return {n: x if n in OF_KEYS else x[list(rows)] for n, x in inputs.items()}

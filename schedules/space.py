@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from types import ModuleType
 from typing import Any
 
 import tvm
@@ -18,11 +17,15 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import Instruction, Trace
 from tvm.script import tirx as T
 
+#: A kernel module, or what has the same of it: Decisions, DEFAULT and choices, and perhaps a check of made decisions
+#: that raises ValueError.
+Module = Any
+
 _BLOCK = "decisions"
 _SAMPLE = "SampleCategorical"
 
 
-def values(module: ModuleType, target: str) -> dict[str, tuple[int, ...]]:
+def values(module: Module, target: str) -> dict[str, tuple[int, ...]]:
     """What each decision of a kernel module may be on `target`, ascending; the default's value is always among them."""
     default = asdict(module.DEFAULT[target])
     choices = module.choices(target)
@@ -78,7 +81,7 @@ def decisions_of(trace: Trace, choices: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: candidates[i] for (name, candidates), i in zip(choices.items(), picked, strict=True)}
 
 
-def is_legal(module: ModuleType, decisions: Mapping[str, int]) -> bool:
+def is_legal(module: Module, decisions: Mapping[str, int]) -> bool:
     """Whether the kernel factory takes these decisions."""
     try:
         kernel_decisions(module, decisions)
@@ -87,7 +90,7 @@ def is_legal(module: ModuleType, decisions: Mapping[str, int]) -> bool:
     return True
 
 
-def kernel_decisions(module: ModuleType, decisions: Mapping[str, int]) -> Any:
+def kernel_decisions(module: Module, decisions: Mapping[str, int]) -> Any:
     """The decisions as the factory's dataclass.
 
     Raises
@@ -98,4 +101,8 @@ def kernel_decisions(module: ModuleType, decisions: Mapping[str, int]) -> Any:
     expected = [f.name for f in fields(module.Decisions)]
     if sorted(expected) != sorted(decisions):
         raise ValueError(f"decisions: expected {', '.join(expected)}, got {', '.join(decisions) or 'none'}")
-    return module.Decisions(**decisions)
+    made = module.Decisions(**decisions)
+    # What is not decided by the decisions alone: element types, or how much memory a GPU has.
+    if check := getattr(module, "check", None):
+        check(made)
+    return made

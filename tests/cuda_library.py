@@ -35,7 +35,7 @@ def build(directory: Path, sets: Sequence[cuda.KernelSet]) -> Path:
     targets = (dsa_tvm.active_target(), "cuda")
     with pytest.MonkeyPatch.context() as patch:
         # The build would make them anew.
-        patch.setattr(cuda, "generate", lambda archs, dims: sets)
+        patch.setattr(cuda, "generate", lambda *described: sets)
         return dsa_tvm.build.build(directory, targets=targets, version=dsa_tvm.__version__, nvcc=nvcc)
 
 

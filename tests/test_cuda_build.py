@@ -165,7 +165,7 @@ def test_refusals(tmp_path, arguments, words):
 
 def test_a_failing_compiler_leaves_nothing(sets, tmp_path, monkeypatch):
     few = [replace(sets[0], units=sets[0].units[1:2])]
-    monkeypatch.setattr(cuda, "generate", lambda archs, dims: few)
+    monkeypatch.setattr(cuda, "generate", lambda *described: few)
     with pytest.raises(BuildError, match=r"false -std=c\+\+17"):
         dsa_tvm.build.build(tmp_path / "lib", targets=("x86-64-v3", "cuda"), version="0", nvcc="false")
     assert not list(tmp_path.glob("lib/*"))

@@ -28,12 +28,15 @@ ALLOWED = {
     "torch_ops": {"calls", "errors", "ops", "spec"},
     "export": {"errors", "library", "ops", "spec"},
     "presets": {"errors"},
-    "records": {"errors", "files", "ops", "presets", "report", "spec"},
-    "compiler": {"errors", "library", "ops", "presets", "records", "schedules", "spec"},
+    "gpu_archs": set(),
+    "element_types": set(),
+    "cuda_driver": {"errors"},
+    "records": {"errors", "files", "gpu_archs", "ops", "presets", "report", "spec"},
+    "compiler": {"errors", "files", "gpu_archs", "library", "ops", "presets", "records", "schedules", "spec"},
     "build": {"compiler", "errors", "files", "library", "presets", "records", "spec"},
     "tuning": {
-        *("compiler", "env", "errors", "gate", "library", "ops", "presets", "progress", "records", "report"),
-        *("schedules", "workload"),
+        *("calls", "compiler", "cuda_driver", "element_types", "env", "errors", "files", "gate", "gpu_archs"),
+        *("library", "ops", "presets", "progress", "records", "report", "schedules", "spec", "tensors", "workload"),
     },
     "env": {"library"},
 }
@@ -78,6 +81,15 @@ def test_light(module):
     heavy = '{"tvm", "torch", "onnxruntime", "tvm_ffi"}'
     use = "dsa_tvm.cli._parser()" if module == "dsa_tvm.cli" else "0"
     code = f"import sys, {module}; {use}; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_measuring_on_a_gpu_takes_no_compiler():
+    """Nor torch: the machine with the GPU has NumPy and the driver."""
+    heavy = '{"tvm", "torch", "onnxruntime", "tvm_ffi", "ml_dtypes", "xgboost"}'
+    modules = ", ".join(f"dsa_tvm.tuning.{name}" for name in ("command", "cuda_command", "cuda_measure", "worker"))
+    code = f"import sys, {modules}; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import BuildError
+from ..gpu_archs import is_arch, number_of
 from ..schedules import CUDA_ARCHS
-from ..schedules.cuda.source import DEVICE_HEADERS, translation_unit
+from ..schedules.cuda.source import DEVICE_HEADERS, device_code, translation_unit
 from ..spec import Dim
 from . import cuda_text, linking
 from .cuda_kernels import ANY, OPERATORS, Kernel
@@ -94,35 +97,37 @@ def check_archs(archs: Iterable[str]) -> tuple[str, ...]:
     """
     chosen = tuple(archs) or CUDA_ARCHS
     for arch in chosen:
-        if not re.fullmatch(r"sm_\d{2,3}a?", arch) or number_of(arch) < _OLDEST:
+        if not is_arch(arch) or number_of(arch) < _OLDEST:
             raise BuildError(f"arch: expected sm_{_OLDEST} or later, such as {', '.join(CUDA_ARCHS)}, got {arch}")
     return tuple(sorted(set(chosen), key=lambda arch: (number_of(arch), arch)))
 
 
-def number_of(arch: str) -> int:
-    """90 for ``sm_90``, ``sm_90a`` and ``compute_90``."""
-    return int(arch.partition("_")[2].removesuffix("a"))
+def _hand_made(arch: str, op: str, stage: str, variant: Any, sizes: Any, default: Any) -> Any:
+    return default
 
 
-def is_exact(arch: str) -> bool:
-    """Whether code for `arch`, such as ``sm_90a``, runs on that architecture and no other."""
-    return arch.endswith("a")
+def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[..., Any] = _hand_made) -> list[KernelSet]:
+    """The kernel sets for `archs`, with the served values of `dims`.
 
-
-def generate(archs: Sequence[str], dims: Mapping[str, Dim]) -> list[KernelSet]:
-    """The kernel sets for `archs`, with the served values of `dims`."""
-    chosen: list[tuple[dict[str, list[Kernel]], list[str]]] = []
+    Parameters
+    ----------
+    archs : sequence of str
+    dims : mapping
+    chosen : callable
+        Takes an architecture, an operator and what `cuda_kernels.Chosen` takes, and tells the decisions of a kernel.
+    """
+    sets: list[tuple[dict[str, list[Kernel]], list[str]]] = []
     for arch in (*archs, ANY):
-        kernels = {op: list(make(arch, dims)) for op, make in OPERATORS.items()}
-        same = next((names for known, names in chosen if known == kernels), None)
+        kernels = {op: list(make(arch, dims, functools.partial(chosen, arch, op))) for op, make in OPERATORS.items()}
+        same = next((names for known, names in sets if known == kernels), None)
         if same is None:
-            chosen.append((kernels, [arch]))
+            sets.append((kernels, [arch]))
         else:
             same.append(arch)
     # Sets share most of their kernels.
     jobs = {
         (kernel.symbol(op), kernel.decisions): (kernel.symbol(op), kernel.make)
-        for kernels, _ in chosen
+        for kernels, _ in sets
         for op, listed in kernels.items()
         for kernel in listed
     }
@@ -138,7 +143,7 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim]) -> list[KernelSet]:
                 for op, listed in kernels.items()
             ),
         )
-        for kernels, names in chosen
+        for kernels, names in sets
     ]
 
 
@@ -147,6 +152,11 @@ def _function(kernel: Kernel, definition: str) -> Function:
     assert match, definition[:200]
     threads, symbol, listed = match.groups()
     return Function(symbol, kernel, int(threads), _parameters(listed), definition)
+
+
+def make_unit(op: str, kernels: Iterable[Kernel]) -> Unit:
+    """Some kernels of one operator."""
+    return Unit(op, tuple(_function(k, device_code(k.symbol(op), k.make())) for k in kernels))
 
 
 def _parameters(listed: str) -> tuple[tuple[str, str], ...]:

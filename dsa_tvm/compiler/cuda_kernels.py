@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from ..gpu_archs import HOPPER
 from ..ops import OPS
 from ..schedules.cuda import combine, hopper_indexer, lightning_indexer, sparse_mla, topk
 from ..spec import Dim
 
 #: Key of a module's DEFAULT for every GPU that has no decisions of its own.
 ANY = "cuda"
-#: Where there are kernels of Hopper's own instructions.
-HOPPER = "sm_90a"
 #: The most heads that each of its indexers takes.
 _HOPPER_HEADS = (32, 64)
+
+#: Stage, element types by type variable, lengths the code is made for, and the hand-made decisions for these: what the
+#: kernel is made with.
+Chosen = Callable[[str, Mapping[str, str], Mapping[str, int], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def _variants(op: str) -> list[dict[str, str]]:
     return [dict(variant) for variant in OPS[op].variants]
 
 
-def _topk(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
-    c = topk.DEFAULT.get(arch, topk.DEFAULT[ANY])
+def _topk(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
+    # One list in shared memory for all stages.
+    c = chosen("rows", {}, {}, topk.DEFAULT.get(arch, topk.DEFAULT[ANY]))
     facts = {name: getattr(c, name) for name in ("list_factor", "list_min", "list_max")}
     facts["selector_bytes"] = c.shared_bytes(1) - 8 * c.capacity(1)
     for stage in topk.STAGES:
@@ -87,11 +91,12 @@ def _topk(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
         yield Kernel(stage, c, make, c.shared_bytes(dims["topk"].maximum), facts)
 
 
-def _lightning_indexer(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
+def _lightning_indexer(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
     for stage, variant, d_idx in itertools.product(
         ("many", "few"), _variants("lightning_indexer"), dims["d_idx"].values
     ):
-        c = lightning_indexer.default(variant, d_idx, stage == "few", arch)
+        sizes = {"d_idx": d_idx}
+        c = chosen(stage, variant, sizes, lightning_indexer.default(variant, d_idx, stage == "few", arch))
         group = 8 * c.head_tiles
         key_bytes, group_bytes = c.shared_bytes(variant, d_idx, 0), c.shared_bytes(variant, d_idx, group)
         yield Kernel(
@@ -104,18 +109,19 @@ def _lightning_indexer(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
                 **{"key_bytes": key_bytes, "group": group, "group_bytes": group_bytes - key_bytes},
             },
             variant,
-            {"d_idx": d_idx},
+            sizes,
         )
     if arch == HOPPER:
-        yield from _hopper_indexer(arch, dims)
+        yield from _hopper_indexer(dims, chosen)
 
 
-def _hopper_indexer(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
+def _hopper_indexer(dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
     variants = [v for v in _variants("lightning_indexer") if hopper_indexer.serves(v)]
     for stage, variant, d_idx, heads in itertools.product(
         ("hopper_many", "hopper_few"), variants, dims["d_idx"].values, _HOPPER_HEADS
     ):
-        c = hopper_indexer.default(variant, d_idx, stage == "hopper_few")
+        sizes = {"d_idx": d_idx}
+        c = chosen(stage, variant, sizes, hopper_indexer.default(variant, d_idx, stage == "hopper_few"))
         box_queries, box_heads, _ = c.q_box(variant, d_idx, heads)
         yield Kernel(
             stage,
@@ -127,13 +133,13 @@ def _hopper_indexer(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
                 **{"heads": box_heads, "box_queries": box_queries, "span": hopper_indexer.span(variant, d_idx)},
             },
             variant,
-            {"d_idx": d_idx},
+            sizes,
             {"h_idx": heads},
             hopper=True,
         )
 
 
-def _sparse_mla(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
+def _sparse_mla(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
     for variant, d_qk, d_v in itertools.product(_variants("sparse_mla"), dims["d_qk"].values, dims["d_v"].values):
         if d_v > d_qk:
             continue
@@ -143,6 +149,9 @@ def _sparse_mla(arch: str, dims: Mapping[str, Dim]) -> Iterator[Kernel]:
             limits.append({"h_q": sparse_mla.FEW_HEADS})
         for limit in limits:
             c = sparse_mla.default(variant, arch, few_heads=bool(limit))
+            if not limit:
+                c = chosen("attend", variant, {"d_qk": d_qk, "d_v": d_v}, c)
+                c.check(variant, d_qk, d_v)
             yield _attention(sparse_mla, variant, c, d_qk, d_v, limit)
     for variant, d_v in itertools.product(_variants("sparse_mla"), dims["d_v"].values):
         make = functools.partial(combine.tensor_ir, variant, d_v)
@@ -164,8 +173,8 @@ def _attention(
     return Kernel("attend", c, make, c.shared_bytes(variant, d_qk), facts, variant, lengths, limits, hopper)
 
 
-#: Operator to a function of the architecture, or `ANY`, and the dimensions with their served values.
-OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim]], Iterator[Kernel]]] = {
+#: Operator to a function of the architecture, or `ANY`, the dimensions with their served values, and `Chosen`.
+OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim], Chosen], Iterator[Kernel]]] = {
     "lightning_indexer": _lightning_indexer,
     "topk": _topk,
     "sparse_mla": _sparse_mla,

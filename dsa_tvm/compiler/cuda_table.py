@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cuda import TENSOR_MAP, Function, KernelSet, is_exact, number_of
+from ..gpu_archs import is_exact, number_of
+from .cuda import TENSOR_MAP, Function, KernelSet
 
 # As in internal.h and cuda.h.
 _MAX_TYPE_VARS = 2

@@ -13,7 +13,7 @@ from ..library import LIBRARY_NAME
 #: What runs a checked call.
 CORE = ("check.c", "device.c", "error.c", "kernels.c", "operators.c", "stages.c", "threads.c")
 _DOORS = ("api.c", "choose.c", "ort.c", "ort_cuda.c", "ort_kernel.c", "ort_schema.c")
-_CUDA = ("cuda.c", "cuda_operators.c", "cuda_stages.c")
+CUDA = ("cuda.c", "cuda_operators.c", "cuda_stages.c")
 #: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.
 GENERATED = ("specs.c", "table.c")
 _GENERATED_CUDA = "cuda_table.c"
@@ -75,7 +75,7 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     export = export_directory()
     library = work / LIBRARY_NAME
     cuda = (work / _GENERATED_CUDA).exists()
-    sources = (*CORE, *_DOORS, *(_CUDA if cuda else ("cuda_none.c",)))
+    sources = (*CORE, *_DOORS, *(CUDA if cuda else ("cuda_none.c",)))
     run(
         [
             *(cc, "-O2", *flags(work), "-shared"),

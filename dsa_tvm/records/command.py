@@ -13,7 +13,7 @@ from ..files import write_atomically
 from ..ops import OPS
 from ..presets import PRESETS
 from ..report import digits, table
-from . import curve, selection
+from . import curve, gpu, selection
 from .log import Damage, Log, default_directory, logs, merge
 from .record import KINDS, Record, as_key
 
@@ -88,17 +88,19 @@ def _best(args: argparse.Namespace) -> None:
     for record in _read(args):
         if record.kind == "final" and args.target in (None, record.target) and record.op in selection.BUCKETS:
             lengths = as_key({n: length for n, length in record.shape.items() if n not in ("s_q", "s_kv")})
-            searches.setdefault((record.target, record.op, record.types, lengths), []).append(record)
-    for (target, op, types, lengths), records in sorted(searches.items()):
-        print(_heading(target, op, types, dict(lengths)))
+            stage = gpu.stage_of_record(record) if gpu.is_gpu(record.target) else ""
+            searches.setdefault((record.target, record.op, stage, record.types, lengths), []).append(record)
+    for (target, op, stage, types, lengths), records in sorted(searches.items()):
+        print(_heading(target, op, types, dict(lengths)) + (f", {stage}" if stage else ""))
+        by_size = gpu.by_size(records) if stage else selection.finals(op, records, dict(lengths))
         rows = []
-        for (s_q, s_kv), finals in selection.finals(op, records, dict(lengths)).items():
+        for (s_q, s_kv), finals in by_size.items():
             if finals:
                 best = max(finals, key=lambda record: record.speedup)
                 slower = "" if selection.keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"
                 rows.append([f"{s_q} x {s_kv}", *_figures(best), selection.in_words(best.decisions) + slower])
         _print_table(rows, "size")
-        for line in selection.explain(op, records, None, dict(lengths)):
+        for line in gpu.explain(records) if stage else selection.explain(op, records, None, dict(lengths)):
             print(f"  {line}")
         print()
     if not searches:

@@ -10,17 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
+import tvm
+
 from ..compiler.candidates import Linker
 from ..errors import DsaError
 from ..schedules import CPU, space
-from .tasks import Task
+from .fleet import Remote
+from .search import Search
+from .source import Decisions
+from .tasks import Effort, Task
 from .workers import Request, WorkerError, Workers
-
-Decisions = Mapping[str, int]
 
 
 class Builder:
-    """Builds the candidates of a job.
+    """Builds the candidates of a job for CPUs: its `source.Source`.
 
     Parameters
     ----------
@@ -47,10 +50,23 @@ class Builder:
         self.modules = modules
         self._numbers = itertools.count()
         self._linkers: dict[str, tuple[Linker, Path]] = {}
+        self.versions = {"tvm": tvm.__version__}
 
     def default(self, task: Task) -> dict[str, int]:
         """DEFAULT of the task's kernel as plain values."""
         return asdict(self.modules[task.op].DEFAULT[task.target])
+
+    def search(self, task: Task, seed: int, batch: int) -> Search:
+        """MetaSchedule's, over the decisions of the task's kernel."""
+        return Search(task.op, self.modules[task.op], task.target, seed=seed, batch=batch)
+
+    def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
+        """Measure a library, here or on a machine of a fleet."""
+        return ("measure", (str(library), task, effort, remote))
+
+    def discard(self, library: Path) -> None:
+        """Remove it: a job makes thousands."""
+        library.unlink()
 
     def baseline(self, task: Task) -> Path:
         """A library whose candidate is DEFAULT itself.
@@ -66,7 +82,7 @@ class Builder:
         return outcome
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
-        """A library for each of `proposals`, in any order, or why there is none; the caller removes them."""
+        """A library for each of `proposals`, in any order, or why there is none."""
         linker, default = self._linker(task)
         module = self.modules[task.op]
         # A name of its own for every library: the loader takes one of the same name for one that it has.

@@ -5,27 +5,30 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from .. import env, library, presets, workload
 from ..errors import ArgumentError, DsaError
 from ..progress import Progress
-from ..records import Record, selection
-from ..report import duration, table
-from . import fleet
+from ..records import selection
+from . import cuda_command, fleet
 from .fleet import Remote
+from .summary import summary
 from .tasks import Task, parse_shape
 from .workers import WorkerError, Workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dsa-tvm tune``."""
-    parser.add_argument("op", help=f"kernel to tune: {', '.join(selection.BUCKETS)}, or all")
-    parser.add_argument("--target", default="", help="CPU target (default: the best this machine runs)")
+    parser.add_argument("op", nargs="?", help=f"kernel to tune: {', '.join(selection.BUCKETS)}, or all")
+    parser.add_argument(
+        "--target",
+        default="",
+        help="CPU target (default: the best this machine runs), cuda for this machine's GPU, or a GPU architecture "
+        "such as sm_90a",
+    )
     parser.add_argument("--preset", default=presets.DEFAULT, help=f"sizes of a model (default: {presets.DEFAULT})")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="S_QxS_KV", help="sizes (default: every bucket)")
     parser.add_argument("--trials", type=int, default=64, help="candidates for each kernel and size (default: 64)")
@@ -35,6 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rpc", default="", metavar="HOST:PORT", help="measure on the machines of this TVM tracker")
     parser.add_argument("--key", default="", help="key of the RPC servers")
     parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler for the target")
+    parser.add_argument(
+        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
+    )
+    parser.add_argument(
+        "--build-only", type=Path, metavar="DIR", help="build candidates for a GPU architecture into DIR, and stop"
+    )
+    parser.add_argument(
+        "--measure", type=Path, metavar="DIR", help="measure what --build-only left in DIR, on this machine's GPU"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
 
 
@@ -50,7 +62,11 @@ def run(args: argparse.Namespace) -> None:
     """
     # Before `import tvm`, which takes seconds: a typing error is answered at once.
     remote, preset, shapes = _checked(args)
-    _try_output(args.output)
+    if not args.build_only:
+        _try_output(args.output)
+    if cuda_command.is_asked_for(args):
+        print("\n".join(cuda_command.run(args, preset, shapes)))
+        return
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     cpus = workload.usable_cpus()
     servers = fleet.count(remote) if remote else 1
@@ -90,28 +106,9 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(summary(tasks, finals)))
 
 
-def summary(tasks: Sequence[Task], finals: Sequence[Record]) -> list[str]:
-    """A table of DEFAULT against the best final of every task, and the tasks where nothing held."""
-    rows, kept = [], []
-    for task in tasks:
-        mine = [f for f in finals if f.op == task.op and f.shape == task.shape]
-        holding = [f for f in mine if f.speedup > 1 and selection.keeps_up(f)]
-        if not holding:
-            measured = f"the best of {len(mine)} did not hold" if mine else "no candidate was faster"
-            kept.append(f"{task.title}: DEFAULT stays: {measured}")
-            continue
-        best = max(holding, key=lambda f: f.speedup)
-        for threads, speedup in best.speedups.items():
-            tuned = statistics.median(best.seconds[threads])
-            default = statistics.median(best.default_seconds[threads])
-            share = best.roof[threads] / tuned
-            cells = [duration(default), duration(tuned), f"{speedup:.2f}", f"{share:.2f}"]
-            rows.append([task.title, str(threads), *cells])
-    header = ["kernel and size", "threads", "DEFAULT", "tuned", "ratio", "of roof"]
-    return [*(table(header, rows) if rows else []), *kept]
-
-
 def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:
+    if args.measure:
+        args.op = args.op or "all"
     if args.op != "all" and args.op not in selection.BUCKETS:
         raise ArgumentError(f"tune: operator: expected all or one of {', '.join(selection.BUCKETS)}, got {args.op!r}")
     if args.trials < 1:
@@ -121,6 +118,7 @@ def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, l
     for threads in args.threads:
         if not 1 <= threads <= 1024:
             raise ArgumentError(f"tune: threads: expected 1..1024, got {threads}")
+    cuda_command.check(args)
     remote = fleet.parse(args.rpc, args.key) if args.rpc else None
     if args.key and not remote:
         raise ArgumentError("tune: key: expected --rpc HOST:PORT beside it, got none")

@@ -11,18 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import tvm
-
 from .. import __version__
 from ..errors import DsaError, RecordError
 from ..progress import Progress
-from ..records import DATE_FORMAT, Log, Record, as_key, spec_hash
-from ..report import duration
+from ..records import DATE_FORMAT, Log, Record, spec_hash
 from . import fleet
-from .building import Builder, Decisions
 from .fleet import Remote
-from .search import Search
+from .source import Decisions, Proposer, Source, failure
 from .tasks import Effort, Task
+from .trials import Trials
 from .workers import Request, WorkerError, Workers
 
 #: Candidates proposed, built and measured at a time.
@@ -83,11 +80,13 @@ class Job:
     options : Options
     tasks : sequence of Task
     workers : Workers
-    builder : Builder
+        They measure.
+    source : Source
+        Has the candidates.
     """
 
-    def __init__(self, options: Options, tasks: Sequence[Task], workers: Workers, builder: Builder) -> None:
-        self._options, self._tasks, self._workers, self._builder = options, tasks, workers, builder
+    def __init__(self, options: Options, tasks: Sequence[Task], workers: Workers, source: Source) -> None:
+        self._options, self._tasks, self._workers, self._source = options, tasks, workers, source
         self._end = time.monotonic() + options.timeout
         self._usual: dict[tuple[Task, int], float] = {}
 
@@ -99,59 +98,76 @@ class Job:
         DsaError
             DEFAULT itself fails, the log cannot be written, or no machine is left.
         """
-        return [final for task in self._tasks for final in self._tune(task, progress)]
+        families: dict[tuple, list[Task]] = {}
+        for task in self._tasks:
+            families.setdefault(task.family, []).append(task)
+        return [final for tasks in families.values() for final in self._tune(tasks, progress)]
 
-    def _tune(self, task: Task, progress: Progress) -> list[Record]:
-        log = Log(self._options.output / task.target / f"{task.op}.jsonl")
+    def _tune(self, tasks: Sequence[Task], progress: Progress) -> list[Record]:
+        """Tune a family: a candidate is measured at every size of it."""
+        first, options = tasks[0], self._options
+        log = Log(options.output / first.target / f"{first.op}.jsonl")
         records, damaged = log.read()
         for damage in damaged:
             progress.say(f"skipped {damage}")
-        same = [r for r in records if r.machine == self._options.machine and r.types == task.types]
-        here = [r for r in same if r.shape == task.shape]
-        known = {as_key(r.decisions): r for r in here if r.kind == "trial"}
-        progress.advance(min(len(known), self._options.trials))
-        module = self._builder.modules[task.op]
-        search = Search(task.op, module, task.target, seed=self._options.seed, batch=BATCH)
-        search.tell([(r.decisions, r.speedup or None) for r in known.values() if search.covers(r.decisions)])
-        for proposals in self._proposals(task, search, same, known):
-            told = []
-            for record in self._measured(task, proposals, "trial"):
+        same = [r for r in records if r.machine == options.machine and r.types == first.types]
+        search = self._source.search(first, options.seed, BATCH)
+        covered = [r for r in same if search.covers(r.decisions)]
+        trials, finals = (Trials(tasks, (r for r in covered if r.kind == kind)) for kind in ("trial", "final"))
+        progress.advance(min(trials.count, options.trials * len(tasks)))
+        search.tell(trials.told())
+        for proposals in self._proposals(first, search, covered, trials):
+            for record in self._measured(tasks, proposals, "trial", trials):
                 log.append(record)
-                known[as_key(record.decisions)] = record
-                told.append((record.decisions, record.speedup or None))
-                progress.step(_line(task, known, self._options.trials))
-            search.tell(told)
-        best = sorted(known.values(), key=lambda r: r.speedup, reverse=True)
-        finalists = [r for r in best[:FINALISTS] if r.speedup > 1 and dict(r.decisions) != self._builder.default(task)]
+                trials.add(record)
+                task = next(t for t in tasks if t.shape == record.shape)
+                progress.step(trials.line(task, options.trials))
+                if record.error is not None:
+                    progress.advance(trials.left_out(record))
+            search.tell(trials.told(proposals))
+        finalists = [d for d in trials.best(FINALISTS) if d != self._source.default(first)]
         # A job that was killed during its finals goes on with those that are missing.
-        finals = {as_key(r.decisions): r for r in here if r.kind == "final"}
-        missing = [dict(r.decisions) for r in finalists if as_key(r.decisions) not in finals]
-        for record in self._measured(task, missing, "final"):
+        for record in self._measured(tasks, [d for d in finalists if not finals.is_done(d)], "final", finals):
             log.append(record)
-            finals[as_key(record.decisions)] = record
-        return [finals[as_key(r.decisions)] for r in finalists]
+            finals.add(record)
+        return [record for decisions in finalists for record in finals.of(decisions)]
 
     def _proposals(
-        self, task: Task, search: Search, same: Sequence[Record], known: Mapping[Any, Record]
+        self, task: Task, search: Proposer, covered: Sequence[Record], trials: Trials
     ) -> Iterator[list[dict[str, int]]]:
-        """Batches of new decisions: DEFAULT and what won at other sizes first, then the search's own."""
-        others = sorted((r for r in same if r.kind == "final"), key=lambda r: r.speedup, reverse=True)
-        seeds = [self._builder.default(task), *(dict(r.decisions) for r in others if search.covers(r.decisions))]
-        seeds = [d for i, d in enumerate(seeds) if as_key(d) not in known and d not in seeds[:i]]
-        while (left := self._options.trials - len(known)) > 0 and time.monotonic() < self._end:
+        """Batches of new decisions: what was begun, DEFAULT and what won at other sizes first, then the search's."""
+        others = sorted((r for r in covered if r.kind == "final"), key=lambda r: r.speedup, reverse=True)
+        known = [*trials.begun(), self._source.default(task), *(dict(r.decisions) for r in others)]
+        seeds = [d for i, d in enumerate(known) if search.covers(d) and not trials.is_done(d) and d not in known[:i]]
+        while (left := self._options.trials - trials.done) > 0 and time.monotonic() < self._end:
             batch, seeds = (seeds[:BATCH], seeds[BATCH:]) if seeds else (search.ask(), [])
             if not batch:
                 return
             yield batch[:left]
 
-    def _measured(self, task: Task, proposals: Sequence[dict[str, int]], kind: str) -> Iterator[Record]:
+    def _measured(
+        self, tasks: Sequence[Task], proposals: Sequence[dict[str, int]], kind: str, known: Trials
+    ) -> Iterator[Record]:
         """Build, then measure: on one machine the two would disturb each other."""
         libraries: dict[int, Path] = {}
-        for i, outcome in self._builder.libraries(task, proposals) if proposals else ():
+        for i, outcome in self._source.libraries(tasks[0], proposals) if proposals else ():
             if isinstance(outcome, WorkerError):
+                task = next(t for t in tasks if not known.has(t, proposals[i]))
                 yield self._record(task, kind, proposals[i], outcome)
             else:
                 libraries[i] = outcome
+        for task in tasks:
+            missing = {i: library for i, library in libraries.items() if not known.has(task, proposals[i])}
+            for i, outcome in self._settled(task, missing, kind):
+                record = self._record(task, kind, proposals[i], outcome)
+                if record.error is not None:
+                    # It is not worth looking at elsewhere.
+                    self._source.discard(libraries.pop(i))
+                yield record
+        for library in libraries.values():
+            self._source.discard(library)
+
+    def _settled(self, task: Task, libraries: Mapping[int, Path], kind: str) -> Iterator[tuple[int, Any | WorkerError]]:
         # A machine that went away costs a candidate its turn, so it gets another one, on another machine perhaps. So
         # does a candidate that was measured while something else kept the machine busy.
         for chances in (2, 1, 0):
@@ -159,9 +175,8 @@ class Job:
             for i, outcome in self._timed(task, libraries, kind):
                 if chances and (_is_lost(outcome) or self._is_disturbed(task, outcome)):
                     again[i] = libraries[i]
-                    continue
-                libraries[i].unlink()
-                yield self._record(task, kind, proposals[i], outcome)
+                else:
+                    yield i, outcome
             libraries = again
 
     def _is_disturbed(self, task: Task, outcome: Any) -> bool:
@@ -183,7 +198,7 @@ class Job:
         machines = fleet.count(remote) if remote else 1
         effort = Effort(self._options.threads, **EFFORT[kind])
         order = list(libraries)
-        requests: list[Request] = [("measure", (str(libraries[i]), task, effort, remote)) for i in order]
+        requests: list[Request] = [self._source.request(task, libraries[i], effort, remote) for i in order]
         for j, outcome in self._workers.map(requests, self._options.limit, machines):
             yield order[j], outcome
 
@@ -197,40 +212,29 @@ class Job:
             "shape": task.shape,
             "decisions": dict(decisions),
             "machine": self._options.machine,
-            "versions": {"dsa_tvm": __version__, "tvm": tvm.__version__},
+            "versions": {"dsa_tvm": __version__, **self._source.versions},
             "date": datetime.now(UTC).strftime(DATE_FORMAT),
         }
         reason = ""
         if isinstance(outcome, WorkerError):
-            reason = _reason(outcome)
+            if outcome.kind == "LibraryError":
+                # No candidate's fault, and that of all that come: the GPU is gone.
+                raise DsaError(f"tune: {task.title}: {outcome}")
+            reason = failure(outcome)
         else:
             seconds, default_seconds = ({n: tuple(x) for n, x in outcome[m].items()} for m in _TIMES)
-            gflops = outcome["gflops"] or self._options.gflops
-            roof = task.roof({n: gflops[n] for n in seconds})
+            roof = outcome.get("roof")
+            if roof is None:
+                gflops = outcome["gflops"] or self._options.gflops
+                roof = task.roof({n: gflops[n] for n in seconds})
             try:
                 return Record(**fields, seconds=seconds, default_seconds=default_seconds, roof=roof, error=None)
             except RecordError as error:
                 reason = f"implausible: {error}"
-        if dict(decisions) == self._builder.default(task):
+        if dict(decisions) == self._source.default(task):
             raise DsaError(f"tune: {task.title}: DEFAULT itself failed: {reason}")
         return Record(**fields, seconds={}, default_seconds={}, roof={}, error=reason)
 
 
-def _line(task: Task, known: Mapping[Any, Record], trials: int) -> str:
-    best = max(known.values(), key=lambda r: r.speedup)
-    line = f"{task.title}  trial {len(known)}/{trials}"
-    if not best.seconds:
-        return f"{line}  no candidate has worked yet"
-    threads = max(best.seconds)
-    taken = duration(statistics.median(best.seconds[threads]))
-    return f"{line}  best {taken} on {threads} threads, {best.speedup:.2f} x DEFAULT"
-
-
 def _is_lost(outcome: Any) -> bool:
     return isinstance(outcome, WorkerError) and outcome.kind == "RemoteError"
-
-
-def _reason(error: WorkerError) -> str:
-    if error.kind == "CheckError":
-        return f"wrong result: {error}"
-    return str(error) if error.kind in ("crashed", "timed out") else f"{error.kind}: {error}"

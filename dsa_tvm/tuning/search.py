@@ -51,7 +51,7 @@ class Search:
         Proposals at a time.
     """
 
-    def __init__(self, op: str, module: ModuleType, target: str, *, seed: int, batch: int) -> None:
+    def __init__(self, op: str, module: space.Module, target: str, *, seed: int, batch: int) -> None:
         self._module, self._choices = module, space.values(module, target)
         self._random = random.Random(seed)
         self._batch = batch
@@ -97,7 +97,7 @@ class Search:
         return names and all(decisions[n] in values for n, values in self._choices.items())
 
     def ask(self) -> list[dict[str, int]]:
-        """Up to a batch of decisions that were not told yet; none when the space is exhausted."""
+        """Up to a batch of decisions that were not told or skipped yet; none when the space is exhausted."""
         proposals: list[dict[str, int]] = []
         for candidate in self._context.generate_measure_candidates() or []:
             self._keep(proposals, space.decisions_of(candidate.sch.trace, self._choices))
@@ -130,6 +130,10 @@ class Search:
         if candidates:
             self._context.notify_runner_results(candidates, results)
             self._model.update(self._context, candidates, results)
+
+    def skip(self, decisions: Decisions) -> None:
+        """Do not propose these: they are known, but not yet what they are worth."""
+        self._told.add(self._key(decisions))
 
     def _key(self, decisions: Decisions) -> tuple[int, ...]:
         return tuple(decisions[name] for name in self._choices)
@@ -172,7 +176,7 @@ class _Mutate(PyMutator):
 class _Legal(PyPostproc):
     """Drops what the kernel factory would refuse."""
 
-    def __init__(self, module: ModuleType, choices: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, module: space.Module, choices: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         self.module, self.choices = module, choices
 

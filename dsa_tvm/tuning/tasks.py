@@ -11,6 +11,7 @@ from .. import workload
 from ..errors import ArgumentError
 from ..ops import OPS
 from ..presets import Preset
+from ..records import gpu
 from ..workload import Workload
 
 #: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
@@ -29,6 +30,9 @@ class Task:
     preset : Preset
         The model's sizes.
     s_q, s_kv : int
+    element_types : tuple of str, optional
+        Those that are timed, in the order of the operator's type variables. By default those of the first variant,
+        float32: on CPUs the others share its decisions.
     """
 
     op: str
@@ -36,16 +40,29 @@ class Task:
     preset: Preset
     s_q: int
     s_kv: int
+    element_types: tuple[str, ...] | None = None
 
     @property
     def variant(self) -> Mapping[str, str]:
-        """Element types that are timed: those of the first variant, float32. The others share its decisions."""
-        return OPS[self.op].variants[0]
+        """The element types by type variable."""
+        variants = OPS[self.op].variants
+        return variants[0] if self.element_types is None else dict(zip(variants[0], self.element_types, strict=True))
 
     @property
     def types(self) -> tuple[str, ...]:
         """The element types in the order of the operator's type variables."""
         return tuple(self.variant.values())
+
+    @property
+    def stage(self) -> str:
+        """Which of the operator's kernels is tuned; "" on CPUs, where there is one."""
+        return gpu.stage_of(self.op, self.s_q, self.s_kv, self.target, self.types) if gpu.is_gpu(self.target) else ""
+
+    @property
+    def family(self) -> tuple:
+        """Tasks of one family share a kernel: its decisions have to hold for all of them."""
+        sizes = () if gpu.is_gpu(self.target) else (self.s_q, self.s_kv)
+        return (self.op, self.target, self.types, self.preset, self.stage, *sizes)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -56,11 +73,18 @@ class Task:
     @property
     def title(self) -> str:
         """For messages."""
-        return f"{self.op} {self.s_q}x{self.s_kv}"
+        return " ".join((self.op, *dict.fromkeys(self.element_types or ()), f"{self.s_q}x{self.s_kv}"))
 
     def inputs(self) -> Workload:
         """What the candidates are timed on."""
-        return workload.make(self.op, self.preset, self.s_q, self.s_kv)
+        return self._scaled(workload.make(self.op, self.preset, self.s_q, self.s_kv))
+
+    def _scaled(self, work: Workload) -> Workload:
+        """With a scale for each key, where keys come with one."""
+        if self.variant.get("K") != "float8_e4m3fn":
+            return work
+        scale = np.random.default_rng(0).uniform(0.5, 2, work.lengths["s_kv"]).astype(np.float32)
+        return replace(work, inputs={**work.inputs, "k_scale": scale})
 
     def roof(self, gflops: Mapping[int, float]) -> dict[int, float]:
         """The least seconds a call can take.
@@ -107,22 +131,29 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(left), int(right)
 
 
-def irregular(task: Task, seed: int = 1) -> Workload:
+def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workload:
     """Small inputs on which a wrong kernel shows: lengths no tile divides, ties, empty and inner ranges, -1 and NaN.
 
     Every candidate must agree with the float64 reference on them before its time counts.
+
+    Parameters
+    ----------
+    task : Task
+    s_q, s_kv : int
+        At least 5, and 3001; by default s_kv is what a CPU's kernel needs to show all that it does.
+    seed : int
     """
     rng = np.random.default_rng(seed)
     preset = task.preset
     heads = replace(preset, h_idx=max(preset.h_idx - 3, 1), h_q=max(preset.h_q - 3, 1))
     # A row of the selector has to be longer than what it holds back before it cuts.
-    s_kv = 20011 if task.op == "topk" else 3001
-    work = workload.make(task.op, replace(heads, topk=min(preset.topk, 389)), 5, s_kv, seed)
+    s_kv = s_kv or (20011 if task.op == "topk" else 3001)
+    work = workload.make(task.op, replace(heads, topk=min(preset.topk, 389)), s_q, s_kv, seed)
     inputs = {name: x.copy() for name, x in work.inputs.items()}
     if "ks" in inputs:
         # A range inside, an empty one, one key, an end beyond the keys' tail block.
-        inputs["ks"][:] = (7, 1500, 2990, 3000, 0)
-        inputs["ke"][:] = (2001, 1500, 2991, s_kv, s_kv)
+        inputs["ks"][:5] = (7, 1500, 2990, 3000, 0)
+        inputs["ke"][:5] = (2001, 1500, 2991, s_kv, s_kv)
     if task.op == "lightning_indexer":
         inputs["k"][1999] = np.nan
     if task.op == "topk":
@@ -133,7 +164,18 @@ def irregular(task: Task, seed: int = 1) -> Workload:
         indices[1] = -1
         indices[2, 1:] = s_kv
         inputs["kv"][np.setdiff1d(np.arange(s_kv), indices)] = np.nan
-    return replace(work, inputs=inputs)
+    return task._scaled(replace(work, inputs=inputs))
+
+
+def irregulars(task: Task) -> list[Workload]:
+    """`irregular` inputs that every kernel of a GPU takes part in: which ones do depends on the sizes."""
+    # Few and many queries; keys of few are cut into parts.
+    sizes = {
+        "lightning_indexer": ((5, 3001), (4099, 5003)),
+        "topk": ((5, 20011), (5, 9001)),
+        "sparse_mla": ((5, 3001), (299, 3001)),
+    }
+    return [irregular(task, *size) for size in sizes[task.op]]
 
 
 def _hard_logits(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """A worker process: compiles candidates and measures them, so that one which crashes or hangs takes nothing along.
 
-Started as ``python -m dsa_tvm.tuning.worker``. Requests and answers are pickles with a length before them, on standard
-input and on what was standard output; whatever else prints goes to standard error, which the parent keeps for a
-crash's last words.
+Started as ``python -m dsa_tvm.tuning.worker ROLE``; `HANDLERS` says what each role takes. Requests and answers are
+pickles with a length before them, on standard input and on what was standard output; whatever else prints goes to
+standard error, which the parent keeps for a crash's last words.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+from ..cuda_driver import CudaError
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
@@ -54,10 +56,31 @@ def compile_object(module: str, op: str, target: str, decisions: Mapping[str, in
     compile_kernel(op, OPS[op].variants[0], target, chosen, suffix, path, kernels)
 
 
-def _handlers() -> dict[str, Callable[..., Any]]:
+def _of_cpu() -> dict[str, Callable[..., Any]]:
     from .measure import machine, measure
 
     return {"compile": compile_object, "measure": measure, "machine": machine}
+
+
+def _of_nvcc() -> dict[str, Callable[..., Any]]:
+    from ..compiler.cuda_candidates import make
+
+    return {"compile": make}
+
+
+def _of_gpu() -> dict[str, Callable[..., Any]]:
+    # Not a word of TVM: the machine with the GPU need not have it.
+    from .cuda_measure import facts, measure
+
+    return {"facts": facts, "measure": measure}
+
+
+#: What a worker does, by its role: compile for a CPU and measure there, compile for a GPU, or measure on one.
+HANDLERS: Mapping[str, Callable[[], dict[str, Callable[..., Any]]]] = {
+    "cpu": _of_cpu,
+    "nvcc": _of_nvcc,
+    "gpu": _of_gpu,
+}
 
 
 def main() -> None:
@@ -73,7 +96,7 @@ def main() -> None:
     requests = sys.stdin.buffer
     # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-    handlers = _handlers()
+    handlers = HANDLERS[sys.argv[1]]()
     send(answers, ("ready", None))
     while True:
         try:
@@ -82,6 +105,10 @@ def main() -> None:
             return
         try:
             answer = ("done", handlers[name](*arguments))
+        except CudaError as error:
+            # What this process still has on the GPU is worth nothing.
+            print(error, flush=True)
+            os._exit(1)
         except Exception as error:
             answer = ("failed", (type(error).__name__, str(error)))
         send(answers, answer)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -47,9 +48,12 @@ class Worker:
     ----------
     environment : dict
         Environment variables beside those of this process.
+    role : str
+        Key of `worker.HANDLERS`.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str] | None = None, role: str = "cpu") -> None:
+        self._role = role
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.RLock()
@@ -81,12 +85,12 @@ class Worker:
     def kill(self) -> None:
         """End the process from another thread: whoever waits for its answer is told that it crashed."""
         if (process := self._process) is not None:
-            process.kill()
+            _kill(process)
 
     def stop(self) -> None:
         """End the process and forget it."""
         if self._process is not None:
-            self._process.kill()
+            _kill(self._process)
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout, self._words):
                 if stream is not None:
@@ -107,7 +111,7 @@ class Worker:
             self.stop()
             self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by `stop`
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dsa_tvm.tuning.worker"],
+                [sys.executable, "-m", "dsa_tvm.tuning.worker", self._role],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._words,
@@ -144,6 +148,13 @@ class Worker:
         return WorkerError("crashed", f"crashed: {how}{''.join(f' ({line})' for line in last)}")
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End it and whatever it started, a compiler perhaps: it leads a group of its own."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 class Workers:
     """Several workers, used as a context manager; leaving it kills them all.
 
@@ -151,10 +162,11 @@ class Workers:
     ----------
     count : int
     environment : dict, optional
+    role : str
     """
 
-    def __init__(self, count: int, environment: dict[str, str] | None = None) -> None:
-        self._all = [Worker(environment) for _ in range(count)]
+    def __init__(self, count: int, environment: dict[str, str] | None = None, role: str = "cpu") -> None:
+        self._all = [Worker(environment, role) for _ in range(count)]
         # These threads live as long as the workers: Linux tells a process that its parent died when the thread that
         # started it ends.
         self._threads = ThreadPoolExecutor(count)

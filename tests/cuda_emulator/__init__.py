@@ -112,7 +112,8 @@ class Emulator:
         self.path = directory / "libcuda.so.1"
         # CUDA reads memory as whatever type it likes; NaN and infinities are as in the C library.
         flags = ("-std=c++20", "-O1", "-ftree-vectorize", "-march=native", "-fno-strict-aliasing", "-fwrapv", "-w")
-        shared = ("-fPIC", "-shared", "-Wl,-Bsymbolic", "-o", str(self.path))
+        # Several of these may be loaded, and share nothing.
+        shared = ("-fPIC", "-fno-gnu-unique", "-shared", "-Wl,-Bsymbolic", "-o", str(self.path))
         include = ("-I", str(HERE), "-I", str(headers))
         done = subprocess.run(("g++", *flags, *include, str(text), *shared, "-ldl"), capture_output=True, text=True)
         if done.returncode:

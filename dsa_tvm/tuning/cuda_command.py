@@ -1,0 +1,247 @@
+"""``dsa-tvm tune`` for GPUs: on the machine that has one, or built on one machine and measured on another."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import workload
+from ..errors import ArgumentError, DsaError
+from ..gpu_archs import best_for, is_arch, runs_on
+from ..presets import Preset
+from ..progress import Progress
+from ..records import Log, gpu, spec_hash
+from . import prebuilt
+from .job import BATCH, Job, Options
+from .prebuilt import Built, Contents, Family, Prebuilt
+from .source import Source, failure
+from .summary import summary
+from .tasks import Task
+from .trials import Trials
+from .workers import WorkerError, Workers
+
+if TYPE_CHECKING:
+    from .cuda_building import CudaBuilder
+
+_CUDA = "cuda"
+
+
+def is_asked_for(args: argparse.Namespace) -> bool:
+    """Whether the arguments are about a GPU."""
+    return bool(args.measure) or args.target == _CUDA or is_arch(args.target)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What is wrong with the arguments, before anything is imported that takes long.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if args.build_only and not is_arch(args.target):
+        got = args.target or "none"
+        raise ArgumentError(f"tune: build-only: expected --target ARCH such as sm_90a beside it, got {got}")
+    if args.build_only and args.measure:
+        raise ArgumentError("tune: measure: expected a directory that was built before, got --build-only beside it")
+    if args.measure and args.target:
+        raise ArgumentError("tune: target: expected none beside --measure, whose directory says it")
+    if not is_asked_for(args):
+        return
+    for name in ("threads", "rpc"):
+        if getattr(args, name):
+            raise ArgumentError(f"tune: {name}: expected none with a GPU, got {getattr(args, name)}")
+
+
+def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, int]]) -> list[str]:
+    """Do what the command line asks for; what to print at the end.
+
+    Raises
+    ------
+    ArgumentError
+        A GPU that does not run the target.
+    DsaError
+        No driver or no GPU where one is needed, no nvcc where that is, a damaged directory, or DEFAULT itself fails.
+    """
+    ops = list(gpu.BUCKETS) if args.op == "all" else [args.op]
+    if args.measure:
+        return _measure(args, ops)
+    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+
+    def tasks(target: str) -> list[Task]:
+        sizes = {op: shapes or gpu.BUCKETS[op] for op in ops}
+        return [Task(op, target, preset, *size, types) for op in ops for types in gpu.TIMED[op] for size in sizes[op]]
+
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Workers(workload.usable_cpus(), role="nvcc") as compilers,
+    ):
+        if args.build_only:
+            return _build(args, tasks(args.target), _builder(compilers, directory, args))
+        with Workers(1, role="gpu") as workers:
+            facts = _facts(workers)
+            from ..schedules import CUDA_ARCHS
+
+            target = best_for(facts["capability"], CUDA_ARCHS if args.target == _CUDA else [args.target])
+            if target is None:
+                raise _other_gpu("target", args.target, facts)
+            return _tune(args, tasks(target), workers, _builder(compilers, directory, args), facts, args.trials)
+
+
+def _builder(compilers: Workers, directory: str, args: argparse.Namespace) -> CudaBuilder:
+    from .cuda_building import CudaBuilder
+
+    return CudaBuilder(compilers, Path(directory), args.cc, args.nvcc)
+
+
+def _facts(workers: Workers) -> dict[str, Any]:
+    try:
+        return workers.ask(("facts", ()), 120)
+    except WorkerError as error:
+        raise DsaError(f"tune: expected a GPU to measure on, got: {error}") from error
+
+
+def _other_gpu(name: str, target: str, facts: dict[str, Any]) -> ArgumentError:
+    capability = facts["capability"]
+    got = f"{facts['name']} of compute capability {capability // 10}.{capability % 10}"
+    return ArgumentError(f"tune: {name}: expected a GPU that runs code for {target}, got {got}")
+
+
+def _tune(
+    args: argparse.Namespace, tasks: list[Task], workers: Workers, source: Source, facts: dict[str, Any], trials: int
+) -> list[str]:
+    options = Options(
+        trials=trials,
+        timeout=args.timeout,
+        threads=(1,),
+        output=args.output,
+        machine=facts["name"],
+        gflops={},
+        seed=args.seed,
+    )
+    with Progress(len(tasks) * trials, estimate=True) as progress:
+        progress.say(f"{tasks[0].target} on {facts['name']}")
+        finals = Job(options, tasks, workers, source).run(progress)
+    return summary(tasks, finals)
+
+
+def _measure(args: argparse.Namespace, ops: Sequence[str]) -> list[str]:
+    contents = prebuilt.load(args.measure)
+    contents.families = [family for family in contents.families if family.op in ops]
+    source = Prebuilt(args.measure, contents)
+    counts = [sum(bool(c.sha256 or c.error) for c in family.candidates) for family in contents.families]
+    if not sum(counts):
+        raise DsaError(f"tune: measure: expected candidates of {', '.join(ops)} in {args.measure}, got none")
+    if missing := sum(len(family.candidates) for family in contents.families) - sum(counts):
+        print(f"dsa-tvm tune: {missing} candidates in {args.measure} are not built yet", file=sys.stderr, flush=True)
+    with Workers(1, role="gpu") as workers:
+        facts = _facts(workers)
+        if not runs_on(contents.target, facts["capability"]):
+            raise _other_gpu("measure", contents.target, facts)
+        return _tune(args, contents.tasks(), workers, source, facts, max(counts))
+
+
+def _build(args: argparse.Namespace, tasks: list[Task], builder: CudaBuilder) -> list[str]:
+    directory: Path = args.build_only
+    families: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        families.setdefault(task.family, []).append(task)
+    groups = list(families.values())
+    contents = _contents(directory, args.target, groups, builder)
+    contents.save(directory)
+    end = time.monotonic() + args.timeout
+    with Progress(len(groups) * args.trials, estimate=True) as progress:
+        for family, members in zip(contents.families, groups, strict=True):
+            _propose(family, members, builder, args)
+            contents.save(directory)
+            _compile(directory, contents, family, members[0], builder, progress, end)
+    built = sum(bool(c.sha256) for family in contents.families for c in family.candidates)
+    failed = sum(bool(c.error) for family in contents.families for c in family.candidates)
+    return [f"{directory}: {built} candidates for {args.target}{f', {failed} failed' if failed else ''}"]
+
+
+def _contents(directory: Path, target: str, groups: list[list[Task]], builder: CudaBuilder) -> Contents:
+    """A new directory, or one whose build goes on."""
+    families = []
+    for members in groups:
+        first, default = members[0], builder.default(members[0])
+        name = ".".join((first.op, *first.types))
+        shapes = [[task.s_q, task.s_kv] for task in members]
+        baseline = Built(default, f"{name}.default.so")
+        families.append(
+            Family(first.op, first.stage, list(first.types), spec_hash(first.op), shapes, default, baseline)
+        )
+    new = Contents(target, groups[0][0].preset, dict(builder.versions), families)
+    if not prebuilt.exists(directory):
+        return new
+    old = prebuilt.load(directory)
+
+    def description(contents: Contents) -> list[Any]:
+        kernels = [[f.op, f.stage, f.types, f.spec, f.shapes, f.default] for f in contents.families]
+        return [contents.target, contents.preset, contents.versions, kernels]
+
+    if description(old) != description(new):
+        raise DsaError(f"tune: build-only: expected an empty directory or one of the same job, got {directory}")
+    return old
+
+
+def _propose(family: Family, members: list[Task], builder: CudaBuilder, args: argparse.Namespace) -> None:
+    """Fill the list of candidates: DEFAULT first, then what the search makes of what was measured so far."""
+    first = members[0]
+    search = builder.search(first, args.seed, BATCH)
+    records, damaged = Log(args.output / first.target / f"{first.op}.jsonl").read()
+    for damage in damaged:
+        print(f"skipped {damage}", file=sys.stderr)
+    same = [r for r in records if r.kind == "trial" and r.types == first.types and search.covers(r.decisions)]
+    known = Trials(members, same)
+    search.tell(known.told())
+    listed = [c.decisions for c in family.candidates]
+    for decisions in listed:
+        search.skip(decisions)
+    batch = [d for d in [family.default] if d not in listed and not known.is_done(d)]
+    while len(listed) < args.trials and (batch := batch or search.ask()):
+        for decisions in batch[: args.trials - len(listed)]:
+            search.skip(decisions)
+            listed.append(decisions)
+            name = ".".join((family.op, *family.types, family.stage, f"{len(listed):04}"))
+            family.candidates.append(Built(decisions, f"{name}.so"))
+        batch = []
+
+
+def _compile(
+    directory: Path,
+    contents: Contents,
+    family: Family,
+    task: Task,
+    builder: CudaBuilder,
+    progress: Progress,
+    end: float,
+) -> None:
+    """What is not there yet, as far as it is begun by the time `end`."""
+    missing = []
+    for built in (family.baseline, *family.candidates):
+        if built.error or contents.is_built(directory, built):
+            progress.advance(built is not family.baseline)
+        else:
+            missing.append(built)
+    while missing and time.monotonic() < end:
+        batch, missing = missing[:BATCH], missing[BATCH:]
+        paths = [directory / built.file for built in batch]
+        for i, outcome in builder.compiled(task, [built.decisions for built in batch], paths):
+            built = batch[i]
+            if not isinstance(outcome, WorkerError):
+                built.sha256 = prebuilt.sha256(paths[i])
+            elif built is family.baseline:
+                raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {outcome}")
+            else:
+                built.error = failure(outcome)
+            contents.save(directory)
+            if built is not family.baseline:
+                done = sum(bool(c.sha256 or c.error) for c in family.candidates)
+                progress.step(f"{task.op} {task.stage}  candidate {done}/{len(family.candidates)}")

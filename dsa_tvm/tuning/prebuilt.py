@@ -1,0 +1,249 @@
+"""A directory of candidates that were built on one machine, to be measured on another.
+
+``job.json`` says what there is: a checksummed JSON object, replaced as a whole after every candidate, so that a build
+that was stopped at any instant goes on and a damaged directory is known. The libraries lie beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import DsaError
+from ..files import sha256, write_atomically
+from ..gpu_archs import is_arch
+from ..ops import OPS
+from ..presets import Preset
+from ..records import as_key, gpu, spec_hash
+from ..records.record import digest
+from .fleet import Remote
+from .source import Decisions
+from .tasks import Effort, Task
+from .workers import Request, WorkerError
+
+_NAME = "job.json"
+_FORMAT = "dsa_tvm candidates 1"
+
+
+@dataclass
+class Built:
+    """One candidate.
+
+    Parameters
+    ----------
+    decisions : dict
+    file : str
+        Name of the library in the directory.
+    sha256 : str
+        Of the file; "" until it is there.
+    error : str
+        Why it cannot be built; "" otherwise.
+    """
+
+    decisions: dict[str, int]
+    file: str
+    sha256: str = ""
+    error: str = ""
+
+
+@dataclass
+class Family:
+    """The candidates of one kernel, and the sizes they are measured at.
+
+    Parameters
+    ----------
+    op, stage : str
+    types : list of str
+    spec : str
+        `spec_hash` of the operator.
+    shapes : list of [s_q, s_kv]
+    default : dict
+        Its hand-made decisions.
+    baseline : Built
+        The library of these.
+    candidates : list of Built
+    """
+
+    op: str
+    stage: str
+    types: list[str]
+    spec: str
+    shapes: list[list[int]]
+    default: dict[str, int]
+    baseline: Built
+    candidates: list[Built] = field(default_factory=list)
+
+
+@dataclass
+class Contents:
+    """What a directory holds.
+
+    Parameters
+    ----------
+    target : str
+        The architecture.
+    preset : Preset
+    versions : dict
+        Packages that took part in the build.
+    families : list of Family
+    """
+
+    target: str
+    preset: Preset
+    versions: dict[str, str]
+    families: list[Family]
+
+    def save(self, directory: Path) -> None:
+        """Replace ``job.json``."""
+        document = {"format": _FORMAT, **asdict(self)}
+        text = json.dumps({**document, "sum": digest(document)}, indent=1)
+        try:
+            write_atomically(directory / _NAME, text.encode())
+        except OSError as error:
+            raise DsaError(f"tune: build-only: expected a directory to write to, got {error}") from error
+
+    def is_built(self, directory: Path, candidate: Built) -> bool:
+        """Whether a candidate's library is there and whole."""
+        path = directory / candidate.file
+        return bool(candidate.sha256) and path.is_file() and sha256(path) == candidate.sha256
+
+    def tasks(self) -> list[Task]:
+        """What is measured."""
+        return [
+            Task(family.op, self.target, self.preset, s_q, s_kv, tuple(family.types))
+            for family in self.families
+            for s_q, s_kv in family.shapes
+        ]
+
+
+def exists(directory: Path) -> bool:
+    """Whether a build was begun there."""
+    return (directory / _NAME).exists()
+
+
+def load(directory: Path) -> Contents:
+    """Read ``job.json``.
+
+    Raises
+    ------
+    DsaError
+        There is none, or it is damaged, or of another version of this package.
+    """
+    path = directory / _NAME
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise ValueError(f"expected a {_FORMAT!r} file")
+        stated = document.pop("sum", None)
+        if digest(document) != stated:
+            raise ValueError("its checksum is another")
+        del document["format"]
+        document["preset"] = Preset(**document["preset"])
+        document["families"] = [_family(f, document["target"]) for f in document["families"]]
+        contents = Contents(**document)
+        if not is_arch(contents.target):
+            raise ValueError(f"no architecture: {contents.target!r}")
+    # A directory that somebody else made can hold anything, but not anything is believed.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DsaError(f"tune: expected {path}, made by --build-only, got {error}") from error
+    return contents
+
+
+def _family(fields: dict[str, Any], target: str) -> Family:
+    family = Family(**fields)
+    family.baseline = Built(**fields["baseline"])
+    family.candidates = [Built(**c) for c in fields["candidates"]]
+    for built in (family.baseline, *family.candidates):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.so", built.file):
+            raise ValueError(f"no file name of this directory: {built.file!r}")
+    if tuple(family.types) not in [tuple(v.values()) for v in OPS[family.op].variants]:
+        raise ValueError(f"no element types of {family.op}: {family.types}")
+    for s_q, s_kv in family.shapes:
+        if gpu.stage_of(family.op, s_q, s_kv, target, family.types) != family.stage:
+            raise ValueError(f"{family.op}: {s_q} x {s_kv} is no size of the stage {family.stage}")
+    if family.spec != spec_hash(family.op):
+        raise ValueError(f"candidates for another version of {family.op}; this is dsa_tvm {__version__}")
+    return family
+
+
+class Prebuilt:
+    """The candidates of a directory: the `source.Source` of a job that builds none.
+
+    Parameters
+    ----------
+    directory : Path
+    contents : Contents
+
+    Raises
+    ------
+    DsaError
+        A library is missing or damaged.
+    """
+
+    def __init__(self, directory: Path, contents: Contents) -> None:
+        self._directory = directory
+        self.versions: Mapping[str, str] = contents.versions
+        self._families = {(f.op, f.stage, tuple(f.types)): f for f in contents.families}
+        for family in contents.families:
+            for built in (family.baseline, *family.candidates):
+                if not built.error and built.sha256 and not contents.is_built(directory, built):
+                    raise DsaError(f"tune: expected the library {directory / built.file} as it was built, got another")
+            if not family.baseline.sha256:
+                raise DsaError(f"tune: {directory}: expected the library of DEFAULT of {family.op}, got none yet")
+
+    def _family(self, task: Task) -> Family:
+        return self._families[task.op, task.stage, task.types]
+
+    def default(self, task: Task) -> dict[str, int]:
+        """DEFAULT of the task's kernel as plain values."""
+        return dict(self._family(task).default)
+
+    def search(self, task: Task, seed: int, batch: int) -> Listed:
+        """The directory's candidates, in their order."""
+        return Listed([c.decisions for c in self._family(task).candidates if c.sha256 or c.error], batch)
+
+    def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
+        """Those that were built."""
+        known = {as_key(c.decisions): c for c in self._family(task).candidates}
+        for i, decisions in enumerate(proposals):
+            built = known[as_key(decisions)]
+            yield i, WorkerError("BuildError", built.error) if built.error else self._directory / built.file
+
+    def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
+        """Measure a library in turns with DEFAULT's."""
+        return ("measure", (str(self._directory / self._family(task).baseline.file), str(library), task, effort))
+
+    def discard(self, library: Path) -> None:
+        """They stay: another machine may measure them, too."""
+
+
+class Listed:
+    """Proposes what is on a list.
+
+    Parameters
+    ----------
+    decisions : sequence of mapping
+    batch : int
+    """
+
+    def __init__(self, decisions: Sequence[Decisions], batch: int) -> None:
+        self._left = {as_key(d): dict(d) for d in decisions}
+        self._all, self._batch = set(self._left), batch
+
+    def covers(self, decisions: Decisions) -> bool:
+        """Whether they are on the list."""
+        return as_key(decisions) in self._all
+
+    def ask(self) -> list[dict[str, int]]:
+        """The next ones."""
+        return list(self._left.values())[: self._batch]
+
+    def tell(self, trials: list[tuple[Decisions, float | None]]) -> None:
+        """They are not asked for again."""
+        for decisions, _ in trials:
+            self._left.pop(as_key(decisions), None)

@@ -1,0 +1,41 @@
+"""In the place of nvcc: its fatbins are emulators, which cuda_emulator/driver.h loads as if it were the CUDA driver."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+
+from cuda_emulator import Emulator
+from dsa_tvm.schedules.cuda.source import DEVICE_HEADERS
+
+
+def install(directory: Path) -> Path:
+    """A command in `directory` that keeps its emulators there; equal code is compiled once."""
+    command = directory / "nvcc"
+    path = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {path!r}); import emulated_nvcc; emulated_nvcc.main({str(directory)!r})"
+    command.write_text(f"#!{sys.executable}\n{code}\n")
+    command.chmod(0o755)
+    return command
+
+
+def emulator(text: str, directory: Path) -> Path:
+    """The library that emulates the kernels of a CUDA text."""
+    home = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not home.exists():
+        work = Path(tempfile.mkdtemp(dir=directory))
+        Emulator(text, DEVICE_HEADERS, work)
+        with contextlib.suppress(OSError):  # another process was faster
+            work.rename(home)
+    return home / "libcuda.so.1"
+
+
+def main(directory: str) -> None:
+    """What ``nvcc ... -o FATBIN SOURCE`` does."""
+    arguments = sys.argv[1:]
+    fatbin = arguments[arguments.index("-o") + 1]
+    home = emulator(Path(arguments[-1]).read_text(), Path(directory))
+    Path(fatbin).write_bytes(b"emulator:" + bytes(home) + b"\0")
