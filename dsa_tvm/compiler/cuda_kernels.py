@@ -16,7 +16,7 @@ from typing import Any
 
 from ..gpu_archs import HOPPER
 from ..ops import OPS
-from ..schedules.cuda import combine, hopper_indexer, lightning_indexer, sparse_mla, topk
+from ..schedules.cuda import combine, hopper_indexer, hopper_mla, lightning_indexer, sparse_mla, topk
 from ..spec import Dim
 
 #: Key of a module's DEFAULT for every GPU that has no decisions of its own.
@@ -153,9 +153,21 @@ def _sparse_mla(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[
                 c = chosen("attend", variant, {"d_qk": d_qk, "d_v": d_v}, c)
                 c.check(variant, d_qk, d_v)
             yield _attention(sparse_mla, variant, c, d_qk, d_v, limit)
+        if arch == HOPPER and _hopper_attends(variant, d_qk, d_v):
+            own = chosen("hopper_attend", variant, {"d_qk": d_qk, "d_v": d_v}, hopper_mla.DEFAULT[arch])
+            own.check(variant, d_qk, d_v)
+            yield _attention(hopper_mla, variant, own, d_qk, d_v, {}, hopper=True)
     for variant, d_v in itertools.product(_variants("sparse_mla"), dims["d_v"].values):
         make = functools.partial(combine.tensor_ir, variant, d_v)
         yield Kernel("combine", None, make, 0, {}, variant, {"d_v": d_v})
+
+
+def _hopper_attends(variant: dict[str, str], d_qk: int, d_v: int) -> bool:
+    try:
+        hopper_mla.DEFAULT[HOPPER].check(variant, d_qk, d_v)
+    except ValueError:
+        return False
+    return True
 
 
 def _attention(

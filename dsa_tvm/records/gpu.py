@@ -28,8 +28,12 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 #: The indexer has a kernel for few queries, which is taken up to about so many scores.
 _FEW_SCORES = 2**19
-#: Element types of the indexers of Hopper's own instructions.
-_OF_HOPPER = tuple((name, name) for name in ("bfloat16", "float16", "float8_e4m3fn"))
+#: Element types of the kernels of Hopper's own instructions.
+_OF_HOPPER: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "lightning_indexer": tuple((name, name) for name in ("bfloat16", "float16", "float8_e4m3fn")),
+    "topk": (),
+    "sparse_mla": (("bfloat16",), ("float16",)),
+}
 
 
 def is_gpu(target: str) -> bool:
@@ -39,10 +43,8 @@ def is_gpu(target: str) -> bool:
 
 def stage_of(op: str, s_q: int, s_kv: int, target: str, types: Sequence[str]) -> str:
     """The stage whose decisions a size measures, as the build calls it."""
-    if op == "lightning_indexer":
-        stage = "few" if s_q * s_kv <= _FEW_SCORES else "many"
-        return f"hopper_{stage}" if target == HOPPER and tuple(types) in _OF_HOPPER else stage
-    return {"topk": "rows", "sparse_mla": "attend"}[op]
+    stage = {"topk": "rows", "sparse_mla": "attend"}.get(op) or ("few" if s_q * s_kv <= _FEW_SCORES else "many")
+    return f"hopper_{stage}" if target == HOPPER and tuple(types) in _OF_HOPPER[op] else stage
 
 
 def stage_of_record(record: Record) -> str:

@@ -232,3 +232,6 @@ DSA_DEVICE void dsa_put_e4m3_as_bf16(void *first, void *second, const unsigned *
 
 /* An f32 that nobody writes while the kernel runs, of 4 aligned bytes. */
 DSA_DEVICE float dsa_load_f32(const void *from) { return *(const float *)from; }
+
+/* 4 aligned bytes, as many bytes behind `start` as `at` says. */
+DSA_DEVICE void dsa_put_32_behind(void *start, int at, unsigned x) { *(unsigned *)((char *)start + at) = x; }

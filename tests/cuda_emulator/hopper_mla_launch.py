@@ -1,0 +1,99 @@
+"""Launches of the sparse attention for sm_90a in the emulator, and what they should give."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from compare import assert_close
+from dsa_tvm.schedules.cuda import combine, hopper_mla
+from dsa_tvm.schedules.cuda.sparse_mla import STATS
+from samples import attention_inputs
+
+from dsa_tvm.ops import OPS
+
+SPEC = OPS["sparse_mla"]
+DEFAULT = hopper_mla.DEFAULT["sm_90a"]
+D_V = 512
+
+#: Element type and d_qk; "packed" has keys of e4m3.
+KERNELS = {
+    "bf16": ("bfloat16", 576),
+    "f16": ("float16", 576),
+    "bf16_512": ("bfloat16", 512),
+    "packed": ("bfloat16", 576),
+}
+
+
+def symbols():
+    """Every kernel under its name."""
+    for name, (dtype, d_qk) in KERNELS.items():
+        variant = {"T": dtype, "K": "float8_e4m3fn"} if name == "packed" else {"T": dtype}
+        yield name, hopper_mla.tensor_ir(variant, DEFAULT, d_qk, D_V)
+    for dtype in ("bfloat16", "float16"):
+        yield f"combine_{dtype}", combine.tensor_ir({"T": dtype}, D_V)
+
+
+def packed(kv):
+    """Rows of 656 bytes with these values, which `unpacked` gives rounded."""
+    rows = np.zeros((len(kv), 656), np.uint8)
+    values = kv[:, :D_V].astype(np.float32).reshape(-1, 4, 128)
+    scales = np.random.default_rng(0).uniform(0.016, 0.16, (len(kv), 4)).astype(np.float32)
+    rows[:, :D_V] = (values / scales[:, :, None]).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).reshape(-1, D_V)
+    rows[:, D_V:528] = scales.view(np.uint8)
+    rows[:, 528:] = np.ascontiguousarray(kv[:, D_V:]).view(np.uint8)
+    return rows
+
+
+def unpacked(rows):
+    """What the kernel multiplies with."""
+    values = rows[:, :D_V].view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(-1, 4, 128)
+    scaled = values * np.ascontiguousarray(rows[:, D_V:528]).view(np.float32)[:, :, None]
+    key_only = np.ascontiguousarray(rows[:, 528:]).view(ml_dtypes.bfloat16)
+    return np.concatenate((scaled.reshape(-1, D_V).astype(ml_dtypes.bfloat16), key_only), axis=1)
+
+
+def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, shift=False):
+    """out, max_logits and lse of one kernel, or of it and `combine`. With `shift`, out is aligned to an element."""
+    dtype, d_qk = KERNELS[name]
+    q, kv, indices = arguments["q"], arguments["kv"], arguments["indices"]
+    sink, length = arguments.get("attn_sink"), arguments.get("topk_length")
+    (s_q, h_q, _), s_kv, topk = q.shape, len(kv), indices.shape[1]
+    part_keys = -(-topk // (parts * DEFAULT.block_keys)) * DEFAULT.block_keys
+    parts = -(-topk // part_keys)
+    out = np.full(s_q * h_q * D_V + shift, 77, q.dtype)
+    max_logits, lse = np.full((2, s_q, h_q), 77, np.float32)
+    sums = stats = None
+    if parts > 1:
+        sums = np.full((s_q, h_q, parts, D_V), np.nan, np.float32)
+        stats = np.full((s_q, h_q, parts, STATS), np.nan, np.float32)
+    results = (out, max_logits, lse) if parts == 1 else (None, None, None)
+    scalars = (s_q, s_kv, h_q, topk, parts, part_keys, sm_scale, sink is not None, length is not None)
+    tensors = (q, kv, indices, sink, length, *results, sums, stats)
+    options = {"order": order, "eager": eager}
+    shared_bytes = DEFAULT.shared_bytes({"T": dtype}, d_qk)
+    grid = (DEFAULT.blocks(s_q, h_q), parts)
+    emulator.launch(name, grid, *tensors, *scalars, shared_bytes=shared_bytes, **options)
+    if parts > 1:
+        scalars = (s_q * h_q, h_q, parts, sink is not None)
+        tensors = (sums, stats, sink, out, max_logits, lse)
+        emulator.launch(f"combine_{dtype}", (s_q * h_q,), *tensors, *scalars, **options)
+    return out[: s_q * h_q * D_V].reshape(s_q, h_q, D_V), max_logits, lse
+
+
+def check(emulator, name, arguments, sm_scale=None, **options):
+    dtype, d_qk = KERNELS[name]
+    sm_scale = d_qk**-0.5 if sm_scale is None else sm_scale
+    given = arguments
+    if name == "packed":
+        given = arguments | {"kv": packed(arguments["kv"])}
+        arguments = arguments | {"kv": unpacked(given["kv"])}
+    expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=D_V)
+    actual = attend(emulator, name, given, sm_scale, **options)
+    for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
+        assert_close(x, y, SPEC.tolerance[output.name][dtype])
+    return actual
+
+
+def inputs(name, seed=0, **sizes):
+    dtype, d_qk = KERNELS[name]
+    return attention_inputs(np.random.default_rng(seed), dtype, d_qk=d_qk, **{"s_q": 1, "s_kv": 300, **sizes})

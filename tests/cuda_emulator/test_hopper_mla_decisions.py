@@ -1,0 +1,51 @@
+"""What the sparse attention for sm_90a may be built with, and how it is launched."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from dsa_tvm.schedules.cuda import hopper_mla
+from dsa_tvm.schedules.cuda.hopper_mla import Decisions
+
+from cuda_emulator.hopper_mla_launch import D_V, DEFAULT, SPEC
+
+
+@pytest.mark.parametrize("variant", [v for v in SPEC.variants if v["T"] != "float32"], ids=lambda v: v["T"])
+def test_defaults_fit_in_shared_memory(variant):
+    for d_qk in (512, 576):
+        assert DEFAULT.shared_bytes(variant, d_qk) <= hopper_mla.SHARED_LIMIT["sm_90a"]
+
+
+def test_parts_of_a_launch():
+    assert DEFAULT.parts(4096, 128, 2048, 132) == (1, 2048)
+    for s_q, h_q, topk in ((1, 128, 2048), (1, 1, 2048), (2, 64, 100), (7, 128, 4096), (1, 1, 1), (0, 1, 64)):
+        parts, keys = DEFAULT.parts(s_q, h_q, topk, 132)
+        assert keys % DEFAULT.block_keys == 0 and (parts - 1) * keys < topk <= parts * keys
+        assert parts == 1 or (keys >= DEFAULT.split_keys and parts * DEFAULT.blocks(s_q, h_q) <= 132)
+
+
+@pytest.mark.parametrize("wrong", [{"consumer_registers": 220}, {"consumer_registers": 240}, {"split_keys": 96}])
+def test_decisions_out_of_bounds(wrong):
+    with pytest.raises(ValueError, match="sparse_mla"):
+        Decisions(**{"consumer_registers": 208, "split_keys": 128} | wrong)
+
+
+def test_packed_keys_need_registers():
+    decisions = Decisions(consumer_registers=216, split_keys=128)
+    hopper_mla.tensor_ir({"T": "bfloat16"}, decisions, 576, D_V)
+    with pytest.raises(ValueError, match="too few registers"):
+        hopper_mla.tensor_ir({"T": "bfloat16", "K": "float8_e4m3fn"}, decisions, 576, D_V)
+
+
+@pytest.mark.parametrize(("dtype", "d_qk", "d_v"), [("float32", 576, 512), ("bfloat16", 96, 64), ("float16", 576, 448)])
+def test_there_is_no_such_kernel(dtype, d_qk, d_v):
+    with pytest.raises(ValueError, match="no kernel of warpgroups"):
+        hopper_mla.tensor_ir({"T": dtype}, DEFAULT, d_qk, d_v)
+
+
+@pytest.mark.parametrize(("dtype", "d_qk"), [("float16", 576), ("bfloat16", 512)])
+def test_there_is_no_such_packed_kernel(dtype, d_qk):
+    with pytest.raises(ValueError, match="no kernel of warpgroups"):
+        hopper_mla.tensor_ir({"T": dtype, "K": "float8_e4m3fn"}, DEFAULT, d_qk, D_V)
