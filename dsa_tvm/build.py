@@ -21,10 +21,9 @@ from .compiler import kernel_table, linking, resources, spec_table
 from .errors import BuildError
 from .files import sha256, write_atomically
 from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
-from .spec import DIMS, Dim, with_values
+from .spec import DIMS, with_values
 
 if TYPE_CHECKING:
-    from .compiler.cuda_kernels import Kernel
     from .compiler.objects import Compiled
 
 #: Targets a library has by default, by the machine it is built for.
@@ -117,7 +116,7 @@ def build(
 
     rows = plan.make(targets, measured, model, progress)
     if with_cuda:
-        from .compiler import cuda
+        from .compiler import cuda, cuda_part, cuda_plan
 
         archs = cuda.check_archs(archs)
     out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +127,10 @@ def build(
         # The targets are named from the oldest to the newest; the library takes the first that runs.
         sets = [(target, parts.kernels) for target, parts in reversed(built.items())]
         (work / "table.c").write_text(kernel_table.source(sets))
-        cuda_kernels = _add_cuda(work, archs, dims, nvcc, measured, model, progress) if with_cuda else None
+        in_cuda = None
+        if with_cuda:
+            chosen = cuda_plan.Plan(measured, model, progress)
+            in_cuda = cuda_part.add(work, archs, dims, chosen, nvcc, progress)
         progress("linking")
         library = linking.link_library([parts.object for parts in built.values()], work, cc)
         manifest = {
@@ -137,7 +139,7 @@ def build(
             "tvm": tvm.__version__,
             "targets": list(built),
             "kernels": {target: _kernels(parts) for target, parts in built.items()},
-            "cuda": cuda_kernels,
+            "cuda": in_cuda,
             "served": {d.name: list(d.values) for d in dims.values() if d.values},
             "symbols": exported_symbols(),
             "size": library.stat().st_size,
@@ -155,42 +157,6 @@ def _kernels(compiled: Compiled) -> dict[str, list[dict]]:
         op: [{"s_q": row.s_q, "s_kv": row.s_kv, "decisions": asdict(row.decisions)} for row in rows]
         for op, rows in compiled.kernels.items()
     }
-
-
-def _add_cuda(
-    work: Path,
-    archs: Sequence[str],
-    dims: Mapping[str, Dim],
-    nvcc: str,
-    measured: Sequence[records.Record],
-    model: presets.Preset,
-    progress: Callable[[str], None],
-) -> dict:
-    """Compile the CUDA kernels into `work` for `linking.link_library`, and tell what the manifest says of them."""
-    from .compiler import cuda, cuda_plan, cuda_table
-
-    plan = cuda_plan.Plan(measured, model, progress)
-    sets = cuda.generate(archs, dims, plan)
-    fatbins, said = cuda.compile_sets(sets, work, nvcc, progress)
-    (work / "cuda_launch.h").write_text(cuda_table.header(sets))
-    (work / "cuda_table.c").write_text(cuda_table.source(sets, fatbins))
-    return {
-        "archs": list(archs),
-        "ptx": next(kernels.ptx for kernels in sets if kernels.ptx),
-        "chosen": plan.made(),
-        "kernels": [
-            {
-                "archs": kernels.targets,
-                **{unit.op: {f.symbol: _decisions(f.kernel) for f in unit.functions} for unit in kernels.units},
-            }
-            for kernels in sets
-        ],
-        "resources": resources.parse(said, sets),
-    }
-
-
-def _decisions(kernel: Kernel) -> dict[str, int]:
-    return asdict(kernel.decisions) if kernel.decisions else {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,8 +21,6 @@ from ..spec import Dim
 
 #: Key of a module's DEFAULT for every GPU that has no decisions of its own.
 ANY = "cuda"
-#: The most heads that each of its indexers takes.
-_HOPPER_HEADS = (32, 64)
 
 #: Stage, element types by type variable, lengths the code is made for, and the hand-made decisions for these: what the
 #: kernel is made with.
@@ -118,7 +116,7 @@ def _lightning_indexer(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> It
 def _hopper_indexer(dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
     variants = [v for v in _variants("lightning_indexer") if hopper_indexer.serves(v)]
     for stage, variant, d_idx, heads in itertools.product(
-        ("hopper_many", "hopper_few"), variants, dims["d_idx"].values, _HOPPER_HEADS
+        ("hopper_many", "hopper_few"), variants, dims["d_idx"].values, hopper_indexer.HEADS
     ):
         sizes = {"d_idx": d_idx}
         c = chosen(stage, variant, sizes, hopper_indexer.default(variant, d_idx, stage == "hopper_few"))

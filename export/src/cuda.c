@@ -1,21 +1,12 @@
-/* The CUDA driver: found when it is first needed, never linked. */
-#include <dlfcn.h>
+/* The GPUs: what each is, its kernels in memory, and their launches. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "cuda.h"
+#include "cuda_driver.h"
 
 enum { MAX_DEVICES = 64 };
-
-static struct {
-#define POINTER(name, parameters) cu_result(*name) parameters;
-  DSA_CUDA_DRIVER(POINTER)
-#undef POINTER
-} cu;
-
-static char unavailable[512];
-static int num_devices;
 
 /* A device, and its set's kernels: handles that are valid in every context. */
 static struct device {
@@ -26,33 +17,6 @@ static struct device {
   char refusal[256]; /* why the kernels did not load: they never will */
 } devices[MAX_DEVICES];
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
-
-static const char *error_text(cu_result error) {
-  const char *text = NULL;
-  return cu.cuGetErrorString(error, &text) || !text ? "unknown error" : text;
-}
-
-static void find_driver(void) {
-  void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (!driver) {
-    snprintf(unavailable, sizeof unavailable, "no CUDA driver could be loaded (%s); it comes with NVIDIA's GPU driver",
-             dlerror());
-    return;
-  }
-#define RESOLVE(name, parameters)                                                                              \
-  if (!(cu.name = (cu_result(*) parameters)dlsym(driver, #name))) {                                            \
-    snprintf(unavailable, sizeof unavailable, "the CUDA driver is too old: it has no " #name ", 12.0 has it"); \
-    return;                                                                                                    \
-  }
-  DSA_CUDA_DRIVER(RESOLVE)
-#undef RESOLVE
-  cu_result error = cu.cuInit(0);
-  if (!error) error = cu.cuDeviceGetCount(&num_devices);
-  if (error)
-    snprintf(unavailable, sizeof unavailable, "the CUDA driver does not start: %s", error_text(error));
-  else if (!num_devices)
-    snprintf(unavailable, sizeof unavailable, "the CUDA driver finds no GPU");
-}
 
 static int runs_on(const struct cuda_arch *arch, int capability) {
   return arch->exact ? arch->number == capability : arch->number / 10 == capability / 10 && arch->number <= capability;
@@ -77,14 +41,14 @@ static const struct cuda_set *set_for(int capability) {
 static cu_result find_properties(struct device *d, int ordinal) {
   struct cuda_device *p = &d->properties;
   int major = 0, minor = 0;
-  cu_result error = cu.cuDeviceGet(&d->handle, ordinal);
+  cu_result error = dsa_cu.cuDeviceGet(&d->handle, ordinal);
   if (!error)
-    error = cu.cuDeviceGetAttribute(&p->multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, d->handle);
-  if (!error) error = cu.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, d->handle);
-  if (!error) error = cu.cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, d->handle);
+    error = dsa_cu.cuDeviceGetAttribute(&p->multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, d->handle);
+  if (!error) error = dsa_cu.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, d->handle);
+  if (!error) error = dsa_cu.cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, d->handle);
   if (!error)
-    error = cu.cuDeviceGetAttribute(&p->shared_bytes, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, d->handle);
-  if (!error && !d->primary) error = cu.cuDevicePrimaryCtxRetain(&d->primary, d->handle);
+    error = dsa_cu.cuDeviceGetAttribute(&p->shared_bytes, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, d->handle);
+  if (!error && !d->primary) error = dsa_cu.cuDevicePrimaryCtxRetain(&d->primary, d->handle);
   p->capability = 10 * major + minor;
   p->set = set_for(p->capability);
   return error;
@@ -94,10 +58,10 @@ static cu_result find_properties(struct device *d, int ordinal) {
 static cu_result enter(const struct device *d, int *pushed) {
   cu_context context = NULL;
   cu_device current;
-  cu_result error = cu.cuCtxGetCurrent(&context);
-  if (!error && context) error = cu.cuCtxGetDevice(&current);
+  cu_result error = dsa_cu.cuCtxGetCurrent(&context);
+  if (!error && context) error = dsa_cu.cuCtxGetDevice(&current);
   if (error || (context && current == d->handle)) return error;
-  error = cu.cuCtxPushCurrent_v2(d->primary);
+  error = dsa_cu.cuCtxPushCurrent_v2(d->primary);
   *pushed = !error;
   return error;
 }
@@ -111,13 +75,13 @@ static cu_result load_kernels(const struct device *d, cu_kernel *kernels) {
     if (!d->properties.set->shapes[k].threads) continue;
     if (dsa_cuda_kernels[k].image != image) {
       image = dsa_cuda_kernels[k].image;
-      error = cu.cuLibraryLoadData(&library, d->properties.set->images[image], NULL, NULL, 0, NULL, NULL, 0);
+      error = dsa_cu.cuLibraryLoadData(&library, d->properties.set->images[image], NULL, NULL, 0, NULL, NULL, 0);
     }
-    if (!error) error = cu.cuLibraryGetKernel(&kernels[k], library, dsa_cuda_kernels[k].name);
+    if (!error) error = dsa_cu.cuLibraryGetKernel(&kernels[k], library, dsa_cuda_kernels[k].name);
     /* Has it loaded now: a kernel that were loaded at its first launch would break a capture. */
-    if (!error) error = cu.cuKernelGetFunction(&function, kernels[k]);
+    if (!error) error = dsa_cu.cuKernelGetFunction(&function, kernels[k]);
     if (!error)
-      error = cu.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, d->properties.shared_bytes,
+      error = dsa_cu.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, d->properties.shared_bytes,
                                       kernels[k], d->handle);
   }
   return error;
@@ -139,18 +103,18 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
   if (!error) {
     int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     cu_kernel *kernels = calloc((size_t)dsa_num_cuda_kernels, sizeof *kernels);
-    cu.cuThreadExchangeStreamCaptureMode(&mode);
+    dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
     error = kernels ? load_kernels(d, kernels) : CU_OUT_OF_MEMORY;
-    cu.cuThreadExchangeStreamCaptureMode(&mode);
+    dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
     if (error)
       free(kernels);
     else
       d->kernels = kernels;
   }
   cu_context context;
-  if (pushed) cu.cuCtxPopCurrent_v2(&context);
+  if (pushed) dsa_cu.cuCtxPopCurrent_v2(&context);
   if (!error) return DSA_TVM_OK;
-  const char *words = error_text(error);
+  const char *words = dsa_cuda_error(error);
   if (error == CU_OUT_OF_MEMORY)
     return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the kernels on CUDA device %d: %s", op, ordinal, words);
   snprintf(d->refusal, sizeof d->refusal, "the kernels do not load on CUDA device %d: %s", ordinal, words);
@@ -158,11 +122,11 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
 }
 
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
   const char *op = call->call->op->name;
   int ordinal = call->call->device_id;
-  pthread_once(&once, find_driver);
-  if (unavailable[0]) return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, unavailable);
+  int num_devices = 0;
+  const char *unavailable = dsa_cuda_find_driver(&num_devices);
+  if (unavailable) return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, unavailable);
   if (ordinal < 0 || ordinal >= num_devices || ordinal >= MAX_DEVICES)
     return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: %s: expected a CUDA device in 0..%d, got %d", op,
                     call->call->op->inputs[0].name, num_devices - 1, ordinal);
@@ -173,13 +137,13 @@ dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
   if (status != DSA_TVM_OK) return status;
   call->device = &d->properties;
   cu_result error = enter(d, &call->pushed);
-  if (error) return dsa_fail(DSA_TVM_INTERNAL, "%s: no context of CUDA device %d: %s", op, ordinal, error_text(error));
+  if (error) return dsa_fail(DSA_TVM_INTERNAL, "%s: no context of CUDA device %d: %s", op, ordinal, dsa_cuda_error(error));
   return DSA_TVM_OK;
 }
 
 void dsa_cuda_end(struct cuda_call *call) {
   cu_context context;
-  if (call->pushed) cu.cuCtxPopCurrent_v2(&context);
+  if (call->pushed) dsa_cu.cuCtxPopCurrent_v2(&context);
 }
 
 static int serves(const struct cuda_kernel *kernel, const struct cuda_call *call) {
@@ -224,12 +188,12 @@ dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int coun
                     op, name, (long long)grid_x, (long long)grid_y, (long long)dynamic_bytes,
                     call->device->shared_bytes);
   /* A kernel's handle is accepted in a function's place: the driver finds its function in the current context. */
-  cu_result error = cu.cuLaunchKernel((cu_function)devices[call->call->device_id].kernels[k], (unsigned)grid_x,
+  cu_result error = dsa_cu.cuLaunchKernel((cu_function)devices[call->call->device_id].kernels[k], (unsigned)grid_x,
                                       (unsigned)grid_y, 1, (unsigned)shape->threads, 1, 1, (unsigned)dynamic_bytes,
                                       (cu_stream)call->stream, args, NULL);
   if (!error) return DSA_TVM_OK;
   return dsa_fail(error == CU_OUT_OF_MEMORY ? DSA_TVM_OUT_OF_MEMORY : DSA_TVM_INTERNAL, "%s: %s: %s", op, name,
-                  error_text(error));
+                  dsa_cuda_error(error));
 }
 
 dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,
@@ -243,7 +207,7 @@ dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cu
     strides[i] = lengths[i] * (i ? strides[i - 1] : (uint64_t)width);
     box[i] = (unsigned)boxes->box[i];
   }
-  cu_result error = cu.cuTensorMapEncodeTiled(
+  cu_result error = dsa_cu.cuTensorMapEncodeTiled(
       map, width == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, (unsigned)rank,
       (void *)boxes->data, lengths, strides, box, one, 0,
       row == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
@@ -251,5 +215,5 @@ dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cu
                   : CU_TENSOR_MAP_SWIZZLE_32B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
   if (!error) return DSA_TVM_OK;
-  return dsa_fail(DSA_TVM_INTERNAL, "%s: no tensor map: %s", call->call->op->name, error_text(error));
+  return dsa_fail(DSA_TVM_INTERNAL, "%s: no tensor map: %s", call->call->op->name, dsa_cuda_error(error));
 }

@@ -28,6 +28,13 @@ static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_ind
   return divide_up(s->m1 - s->m0, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
 }
 
+/* A launch of a stage of the indexer, all of which take the same but for queries and keys. */
+#define SCORE(stage, shared_bytes, queries, keys)                                                             \
+  dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, shared_bytes, queries, keys, s->weights,      \
+                                       s->ks, s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx,       \
+                                       s->m0, s->m1, 0, (int32_t)cut.run_tiles, s->scaled, !s->only_visible,  \
+                                       cut.blocks, (int32_t)cut.runs)
+
 #ifdef DSA_HAS_LIGHTNING_INDEXER_HOPPER_MANY
 static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_scoring *s,
                                       const struct cuda_lightning_indexer *kernel, int few, int64_t processors) {
@@ -39,13 +46,7 @@ static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_sco
   if (status == DSA_TVM_OK) status = dsa_cuda_tensor_map(c, &k, &k_map);
   if (status != DSA_TVM_OK) return status;
   struct cut cut = cut_of(s, kernel, processors, few ? 1 : FEWEST_TILES);
-#define SCORE(stage)                                                                                               \
-  dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, MOST_SHARED, &q_map, &k_map, s->weights, s->ks,    \
-                                       s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx, s->m0, s->m1, 0,  \
-                                       (int32_t)cut.run_tiles, s->scaled, !s->only_visible, cut.blocks,            \
-                                       (int32_t)cut.runs)
-  return few ? SCORE(hopper_few) : SCORE(hopper_many);
-#undef SCORE
+  return few ? SCORE(hopper_few, MOST_SHARED, &q_map, &k_map) : SCORE(hopper_many, MOST_SHARED, &q_map, &k_map);
 }
 #endif
 
@@ -66,14 +67,9 @@ dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s)
   const struct cuda_lightning_indexer *kernel = &(use_few ? few : many)->of.lightning_indexer;
   struct cut cut = cut_of(s, kernel, processors, use_few ? 1 : FEWEST_TILES);
   int64_t shared_bytes = kernel->key_bytes + divide_up(s->h_idx, kernel->group) * kernel->group_bytes;
-#define SCORE(stage)                                                                                             \
-  dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, shared_bytes, s->q, s->k, s->weights, s->ks,     \
-                                       s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx, s->m0, s->m1,   \
-                                       0, (int32_t)cut.run_tiles, s->scaled, !s->only_visible, cut.blocks,       \
-                                       (int32_t)cut.runs)
-  return use_few ? SCORE(few) : SCORE(many);
-#undef SCORE
+  return use_few ? SCORE(few, shared_bytes, s->q, s->k) : SCORE(many, shared_bytes, s->q, s->k);
 }
+#undef SCORE
 
 /* A block for each row leaves multiprocessors idle where the rows are few. The merge reads topk keys of every part, so
  * that parts pay until they are about as long as all that it reads. */

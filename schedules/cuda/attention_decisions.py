@@ -120,13 +120,6 @@ class Decisions:
         """First extent of the grid."""
         return s_q * -(-h_q // self.heads)
 
-    def parts(self, s_q: int, h_q: int, topk: int, processors: int) -> tuple[int, int]:
-        """How many parts the keys are cut into, on a GPU of so many multiprocessors, and the keys of each."""
-        wanted = max(processors // max(self.blocks(s_q, h_q), 1), 1)
-        keys = max(-(-topk // wanted), self.split_keys)
-        keys = -(-keys // self.block_keys) * self.block_keys
-        return -(-topk // keys), keys
-
 
 #: For bf16 and f16: what runs on every GPU from sm_80 on, and what the larger shared memory of some allows.
 DEFAULT = {

@@ -15,6 +15,7 @@ from .device import WARP, SharedPool, call
 from .hopper_indexer_decisions import (
     DEFAULT,
     FEW_QUERIES,
+    HEADS,
     Decisions,
     choices,
     default,
@@ -28,6 +29,7 @@ from .hopper_indexer_scores import Scores
 __all__ = [
     "DEFAULT",
     "FEW_QUERIES",
+    "HEADS",
     "Decisions",
     "choices",
     "default",
@@ -69,7 +71,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128, heads: in
         raise ValueError(f"lightning_indexer: no sm_90a kernel for {variant}")
     if d_idx % 32 or not 32 <= d_idx <= 256:
         raise ValueError(f"lightning_indexer: d_idx: expected a multiple of 32 in 32..256, got {d_idx}")
-    if heads not in (32, 64):
+    if heads not in HEADS:
         raise ValueError(f"lightning_indexer: heads: expected 32 or 64, got {heads}")
     if c.shared_bytes(variant, d_idx) > c.shared_limit:
         raise ValueError(f"lightning_indexer: {c} take more than {c.shared_limit} bytes of shared memory")

@@ -14,6 +14,9 @@ _SHARED, _RESERVED = 228 << 10, 1 << 10
 #: so many threads is given at its launch.
 _REGISTERS = {1: (24, 232), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
+#: The most heads that each of the kernels takes.
+HEADS = (32, 64)
+
 
 def serves(variant: dict[str, str]) -> bool:
     """Whether there is such a kernel for these types."""
@@ -22,7 +25,7 @@ def serves(variant: dict[str, str]) -> bool:
 
 def padded_heads(h_idx: int) -> int:
     """The `heads` of the kernel that serves so many."""
-    return 32 if h_idx <= 32 else 64
+    return next(heads for heads in HEADS if h_idx <= heads)
 
 
 def span(variant: dict[str, str], d_idx: int) -> int:

@@ -105,13 +105,6 @@ class Decisions:
         """First extent of the grid."""
         return s_q * -(-h_q // HEADS)
 
-    def parts(self, s_q: int, h_q: int, topk: int, processors: int) -> tuple[int, int]:
-        """How many parts the keys are cut into, on a GPU of so many multiprocessors, and the keys of each."""
-        wanted = max(processors // max(self.blocks(s_q, h_q), 1), 1)
-        keys = max(-(-topk // wanted), self.split_keys)
-        keys = -(-keys // KEYS) * KEYS
-        return -(-topk // keys), keys
-
 
 def tiles(places: SharedPool, d_qk: int) -> tuple[Place, Place, Place]:
     """Queries, the two slots of keys, and weights for the other warpgroup, all of them in swizzled tiles."""

@@ -43,55 +43,70 @@ def misaligned(array):
     return np.append(array.ravel(), array.dtype.type(0))
 
 
-def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, shift=False):
-    """out, max_logits and lse of one kernel, or of it and `combine`."""
-    dtype, c, d_qk, d_v = KERNELS[name]
+def launch(emulator, symbols, c, shared_bytes, out, arguments, sm_scale, parts, order, eager):
+    """max_logits and lse of one kernel, or of it and `combine`.
+
+    Parameters
+    ----------
+    emulator : Emulator
+    symbols : tuple of str
+        The kernel and its combine.
+    c : Decisions
+    shared_bytes : int
+    out : tuple of (ndarray, int)
+        What receives out, and d_v.
+    arguments : dict
+        Inputs of `sparse_mla`; q and kv may be longer than they are in use, with their shapes in "shapes".
+    sm_scale, parts, order, eager
+    """
     q, kv, indices = arguments["q"], arguments["kv"], arguments["indices"]
+    (s_q, h_q, _), s_kv = arguments.get("shapes", (q.shape, len(kv)))
     sink, length = arguments.get("attn_sink"), arguments.get("topk_length")
-    (s_q, h_q, _), s_kv, topk = q.shape, len(kv), indices.shape[1]
+    topk, (stored, d_v) = indices.shape[1], out
     part_keys = -(-topk // (parts * c.block_keys)) * c.block_keys
     parts = -(-topk // part_keys)
-    out = np.full((s_q, h_q, d_v), 77, q.dtype)
-    stored = misaligned(out) if shift else out
     max_logits, lse = np.full((2, s_q, h_q), 77, np.float32)
     sums = stats = None
     if parts > 1:
         sums = np.full((s_q, h_q, parts, d_v), np.nan, np.float32)
         stats = np.full((s_q, h_q, parts, sparse_mla.STATS), np.nan, np.float32)
-    tensors = (misaligned(q), misaligned(kv)) if shift else (q, kv)
     results = (stored, max_logits, lse) if parts == 1 else (None, None, None)
     scalars = (s_q, s_kv, h_q, topk, parts, part_keys, sm_scale, sink is not None, length is not None)
+    tensors = (q, kv, indices, sink, length, *results, sums, stats)
     options = {"order": order, "eager": eager}
-    emulator.launch(
-        name,
-        (c.blocks(s_q, h_q), parts),
-        *tensors,
-        indices,
-        sink,
-        length,
-        *results,
-        sums,
-        stats,
-        *scalars,
-        shared_bytes=c.shared_bytes({"T": dtype}, d_qk),
-        **options,
-    )
+    emulator.launch(symbols[0], (c.blocks(s_q, h_q), parts), *tensors, *scalars, shared_bytes=shared_bytes, **options)
     if parts > 1:
         scalars = (s_q * h_q, h_q, parts, sink is not None)
-        emulator.launch(
-            f"{name}_combine", (s_q * h_q,), sums, stats, sink, stored, max_logits, lse, *scalars, **options
-        )
-    return stored[: out.size].reshape(out.shape) if shift else out, max_logits, lse
+        tensors = (sums, stats, sink, stored, max_logits, lse)
+        emulator.launch(symbols[1], (s_q * h_q,), *tensors, *scalars, **options)
+    return max_logits, lse
+
+
+def compare(actual, arguments, dtype, sm_scale, d_v):
+    """The outputs against float64."""
+    expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=d_v)
+    for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
+        assert_close(x, y, SPEC.tolerance[output.name][dtype])
+    return actual
+
+
+def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, shift=False):
+    """out, max_logits and lse of one kernel, or of it and `combine`."""
+    dtype, c, d_qk, d_v = KERNELS[name]
+    q, kv = arguments["q"], arguments["kv"]
+    out = np.full((*q.shape[:2], d_v), 77, q.dtype)
+    stored = misaligned(out) if shift else out
+    if shift:
+        arguments = arguments | {"q": misaligned(q), "kv": misaligned(kv), "shapes": (q.shape, len(kv))}
+    how = (c, c.shared_bytes({"T": dtype}, d_qk), (stored, d_v), arguments, sm_scale, parts, order, eager)
+    others = launch(emulator, (name, f"{name}_combine"), *how)
+    return stored[: out.size].reshape(out.shape) if shift else out, *others
 
 
 def check(emulator, name, arguments, sm_scale=None, **options):
     dtype, _, d_qk, d_v = KERNELS[name]
     sm_scale = d_qk**-0.5 if sm_scale is None else sm_scale
-    expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=d_v)
-    actual = attend(emulator, name, arguments, sm_scale, **options)
-    for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
-        assert_close(x, y, SPEC.tolerance[output.name][dtype])
-    return actual
+    return compare(attend(emulator, name, arguments, sm_scale, **options), arguments, dtype, sm_scale, d_v)
 
 
 def inputs(name, seed=0, **sizes):

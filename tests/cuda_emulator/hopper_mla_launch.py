@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-from compare import assert_close
 from dsa_tvm.schedules.cuda import combine, hopper_mla
-from dsa_tvm.schedules.cuda.sparse_mla import STATS
 from samples import attention_inputs
 
-from dsa_tvm.ops import OPS
+from cuda_emulator.attention import compare, launch
 
-SPEC = OPS["sparse_mla"]
 DEFAULT = hopper_mla.DEFAULT["sm_90a"]
 D_V = 512
 
@@ -55,29 +52,11 @@ def unpacked(rows):
 def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, shift=False):
     """out, max_logits and lse of one kernel, or of it and `combine`. With `shift`, out is aligned to an element."""
     dtype, d_qk = KERNELS[name]
-    q, kv, indices = arguments["q"], arguments["kv"], arguments["indices"]
-    sink, length = arguments.get("attn_sink"), arguments.get("topk_length")
-    (s_q, h_q, _), s_kv, topk = q.shape, len(kv), indices.shape[1]
-    part_keys = -(-topk // (parts * DEFAULT.block_keys)) * DEFAULT.block_keys
-    parts = -(-topk // part_keys)
-    out = np.full(s_q * h_q * D_V + shift, 77, q.dtype)
-    max_logits, lse = np.full((2, s_q, h_q), 77, np.float32)
-    sums = stats = None
-    if parts > 1:
-        sums = np.full((s_q, h_q, parts, D_V), np.nan, np.float32)
-        stats = np.full((s_q, h_q, parts, STATS), np.nan, np.float32)
-    results = (out, max_logits, lse) if parts == 1 else (None, None, None)
-    scalars = (s_q, s_kv, h_q, topk, parts, part_keys, sm_scale, sink is not None, length is not None)
-    tensors = (q, kv, indices, sink, length, *results, sums, stats)
-    options = {"order": order, "eager": eager}
-    shared_bytes = DEFAULT.shared_bytes({"T": dtype}, d_qk)
-    grid = (DEFAULT.blocks(s_q, h_q), parts)
-    emulator.launch(name, grid, *tensors, *scalars, shared_bytes=shared_bytes, **options)
-    if parts > 1:
-        scalars = (s_q * h_q, h_q, parts, sink is not None)
-        tensors = (sums, stats, sink, out, max_logits, lse)
-        emulator.launch(f"combine_{dtype}", (s_q * h_q,), *tensors, *scalars, **options)
-    return out[: s_q * h_q * D_V].reshape(s_q, h_q, D_V), max_logits, lse
+    s_q, h_q, _ = arguments["q"].shape
+    out = np.full(s_q * h_q * D_V + shift, 77, arguments["q"].dtype)
+    shared_bytes, symbols = DEFAULT.shared_bytes({"T": dtype}, d_qk), (name, f"combine_{dtype}")
+    others = launch(emulator, symbols, DEFAULT, shared_bytes, (out, D_V), arguments, sm_scale, parts, order, eager)
+    return out[: s_q * h_q * D_V].reshape(s_q, h_q, D_V), *others
 
 
 def check(emulator, name, arguments, sm_scale=None, **options):
@@ -87,11 +66,7 @@ def check(emulator, name, arguments, sm_scale=None, **options):
     if name == "packed":
         given = arguments | {"kv": packed(arguments["kv"])}
         arguments = arguments | {"kv": unpacked(given["kv"])}
-    expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=D_V)
-    actual = attend(emulator, name, given, sm_scale, **options)
-    for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
-        assert_close(x, y, SPEC.tolerance[output.name][dtype])
-    return actual
+    return compare(attend(emulator, name, given, sm_scale, **options), arguments, dtype, sm_scale, D_V)
 
 
 def inputs(name, seed=0, **sizes):

@@ -52,7 +52,6 @@ template <typename T> DSA_DEVICE T dsa_shuffle_xor(T x, int mask) {
 template <typename T> DSA_DEVICE T dsa_shuffle_up(T x, int delta) {
   return shuffle_from("shuffle_up", x, dsa_lane() < delta ? dsa_lane() : dsa_lane() - delta);
 }
-DSA_DEVICE void dsa_warp_sync() { __syncwarp(); }
 
 DSA_DEVICE int dsa_count_bits(unsigned x) { return __builtin_popcount(x); }
 
@@ -197,11 +196,6 @@ DSA_DEVICE unsigned f16_bits(float x) {
 DSA_DEVICE unsigned dsa_pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 DSA_DEVICE unsigned dsa_pack_f16(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
 DSA_DEVICE float dsa_f16_to_f32(unsigned short x) { return F16::get(x, 0); }
-DSA_DEVICE unsigned dsa_round_tf32(float x) {
-  unsigned b;
-  memcpy(&b, &x, 4);
-  return std::isfinite(x) ? b + 0x1000 & ~0x1FFFu : b;
-}
 DSA_DEVICE unsigned dsa_mul_f16x2(unsigned a, unsigned b) {
   return f16_bits(F16::get(a, 0) * F16::get(b, 0)) | f16_bits(F16::get(a, 1) * F16::get(b, 1)) << 16;
 }

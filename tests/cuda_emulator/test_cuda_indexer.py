@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
-from compare import assert_close
 from samples import DTYPES, indexer_inputs
 
-from cuda_emulator import Emulator
-from dsa_tvm.ops import OPS
+from cuda_emulator import Emulator, indexer
 
 pytest.importorskip("tvm")
 
 from dsa_tvm.schedules.cuda import source
 from dsa_tvm.schedules.cuda.lightning_indexer import Decisions, default, tensor_ir
 
-SPEC = OPS["lightning_indexer"]
+SPEC = indexer.SPEC
 BF16 = SPEC.variants[1]
 ALL = {"-".join(v.values()): v for v in SPEC.variants}
 SMALL = Decisions(warps=2, key_tiles=1, head_tiles=2, queries=2, stages=2)
@@ -84,11 +84,7 @@ def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=
 
 
 def check(emulator, name, a, **options):
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        (expected,) = SPEC.reference(**a)
-    logits = launch(emulator, name, a, **options)
-    assert_close(logits, expected, SPEC.tolerance["logits"]["float32"])
-    return logits
+    return indexer.check(partial(launch, emulator, name), a, **options)
 
 
 def inputs(name, seed=0, **sizes):
@@ -130,11 +126,8 @@ def test_lengths(emulator, s_q, s_kv, tiles):
 @pytest.mark.parametrize("name", ["bfloat16-bfloat16", "bf16-32", "fp8-32", "f32-32"])
 @pytest.mark.parametrize("tiles", [1, 4, 1000])
 def test_ranges(emulator, name, tiles):
-    rng = np.random.default_rng(tiles)
     a = inputs(name, s_q=60, s_kv=500, h_idx=4)
-    a["ks"][:], a["ke"][:] = rng.integers(-50, 550, (2, 60))
-    a["ks"][:5] = -(2**31), 2**31 - 1, 200, 499, 0
-    a["ke"][:5] = 2**31 - 1, -(2**31), 201, 500, 0
+    indexer.any_ranges(a, tiles)
     for schedule in SCHEDULES:
         check(emulator, name, a, tiles=tiles, schedule=schedule)
 
@@ -143,14 +136,7 @@ def test_ranges(emulator, name, tiles):
 @pytest.mark.parametrize("h_idx", [1, 33])
 def test_nan_and_infinity_go_where_they_belong(emulator, name, h_idx):
     a = inputs(name, s_kv=150, h_idx=h_idx)
-    a["ke"][:] = 150
-    for argument in ("q", "k"):
-        a[argument][a[argument] == 0] = 1
-    a["k"][3, 5] = np.nan
-    a["k"][50, 7], a["k"][51, 8] = np.inf, -np.inf  # NaN in e4m3
-    a["q"][1, 0, 9] = np.nan
-    a["q"][2, 0, 10], a["q"][3, 0, 11] = np.inf, -np.inf
-    a["k"][[60, 61, 62], [10, 11, 9]] = 0
+    indexer.nan_and_infinity(a)
     a["weights"][4, -1] = np.inf
     for schedule in SCHEDULES:
         logits = check(emulator, name, a, schedule=schedule)
@@ -159,17 +145,8 @@ def test_nan_and_infinity_go_where_they_belong(emulator, name, h_idx):
 
 @pytest.mark.parametrize("name", ["bfloat16-bfloat16", "float16-float16", "bfloat16-float8_e4m3fn"])
 def test_every_code_of_a_key_is_read_exactly(emulator, name):
-    """One head, q = e0, weight 1: the logit is relu of the key's first entry."""
-    dtype = DTYPES[KERNELS[name][0]["K"]]
-    codes = np.arange(256**dtype.itemsize, dtype=f"uint{8 * dtype.itemsize}")
-    a = inputs(name, s_q=2, s_kv=len(codes), h_idx=1)
-    a["q"][:], a["k"][:], a["weights"][:] = 0, 0, 1
-    a["q"][:, 0, 0] = 1, -1
-    a["k"][:, 0] = codes.view(dtype)
-    a["ke"][:] = len(codes)
-    with np.errstate(invalid="ignore"):  # of signalling NaN
-        values = np.stack([a["k"][:, 0].astype(np.float32), -a["k"][:, 0].astype(np.float32)])
-    np.testing.assert_array_equal(launch(emulator, name, a, tiles=64), np.where(values <= 0, np.float32(0), values))
+    codes = indexer.key_codes(KERNELS[name][0]["K"])
+    indexer.check_codes(partial(launch, emulator, name), inputs(name, s_q=2, s_kv=len(codes), h_idx=1), codes)
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn-float8_e4m3fn", "float32-float8_e4m3fn", "float16-float8_e4m3fn"])
@@ -189,14 +166,7 @@ def test_every_element_of_a_query_is_read_exactly(emulator, name):
 
 
 def test_unseen_keys_do_not_matter(emulator):
-    a = inputs("bf16-many", s_kv=500, scaled=True)
-    a["ks"][:], a["ke"][:] = 100, 200
-    before = launch(emulator, "bf16-many", a)
-    a = {**a, "k": a["k"].copy(), "k_scale": a["k_scale"].copy()}
-    for part in (slice(None, 100), slice(200, None)):
-        a["k"][part] = np.nan
-        a["k_scale"][part] = np.nan
-    np.testing.assert_array_equal(launch(emulator, "bf16-many", a, schedule=(1, True)), before)
+    indexer.check_unseen_keys(partial(launch, emulator, "bf16-many"), inputs("bf16-many", s_kv=500, scaled=True))
 
 
 def test_decisions_do_not_change_bits(emulator):
@@ -207,20 +177,7 @@ def test_decisions_do_not_change_bits(emulator):
 
 @pytest.mark.parametrize("name", ["bfloat16-bfloat16", "bf16-32"])
 def test_some_queries(emulator, name):
-    """The rows of some queries, and of these only the keys that they see."""
-    a = inputs(name, s_q=12, s_kv=300, h_idx=4)
-    a["ks"][:], a["ke"][:] = np.arange(12) * 20 - 10, np.arange(12) * 25 + 20
-    a["ke"][7] = 0
-    everything = launch(emulator, name, a)
-    for m0, m1, row0 in ((0, 12, 0), (5, 10, 2), (11, 12, 0), (3, 3, 1)):
-        for fill in (0, 1):
-            out = np.full((row0 + m1 - m0, 300), 77, np.float32)
-            launch(emulator, name, a, out=out, m0=m0, m1=m1, row0=row0, fill=fill)
-            expected = np.full_like(out, 77)
-            expected[row0:] = everything[m0:m1]
-            if not fill:
-                expected[np.isneginf(expected)] = 77
-            np.testing.assert_array_equal(out, expected)
+    indexer.check_some_queries(partial(launch, emulator, name), inputs(name, s_q=12, s_kv=300, h_idx=4))
 
 
 @pytest.mark.parametrize(("s_q", "s_kv"), [(0, 10), (3, 0)])

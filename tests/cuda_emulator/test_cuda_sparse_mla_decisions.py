@@ -26,15 +26,6 @@ def test_defaults_are_choices_that_fit(arch, variant, few_heads):
     assert all(getattr(c, name) in values for name, values in sparse_mla.choices(arch).items())
 
 
-def test_parts_of_a_launch():
-    c = sparse_mla.DEFAULT["cuda"]
-    assert c.parts(4096, 128, 2048, 132) == (1, 2048)
-    for s_q, h_q, topk in ((1, 128, 2048), (1, 1, 2048), (2, 64, 100), (7, 128, 4096), (1, 1, 1), (0, 1, 64)):
-        parts, keys = c.parts(s_q, h_q, topk, 132)
-        assert keys % c.block_keys == 0 and (parts - 1) * keys < topk <= parts * keys
-        assert parts == 1 or (keys >= c.split_keys and parts * c.blocks(s_q, h_q) <= 132)
-
-
 @pytest.mark.parametrize(
     "wrong", [{"heads": 24}, {"block_keys": 12}, {"stages": 2}, {"warps": 3}, {"score_split": 3}, {"split_keys": 100}]
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
-from compare import assert_close
-from samples import DTYPES, indexer_inputs
+from samples import indexer_inputs
 
-from cuda_emulator import Emulator, TensorMap
-from dsa_tvm.ops import OPS
+from cuda_emulator import Emulator, TensorMap, indexer
 
 pytest.importorskip("tvm")
 
@@ -26,7 +25,7 @@ from dsa_tvm.schedules.cuda.hopper_indexer import (
     tensor_ir,
 )
 
-SPEC = OPS["lightning_indexer"]
+SPEC = indexer.SPEC
 FP8, BF16, F16 = (dict.fromkeys("TK", t) for t in ("float8_e4m3fn", "bfloat16", "float16"))
 
 #: Kernels by name: types, decisions, width and heads.
@@ -93,11 +92,7 @@ def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=
 
 
 def check(emulator, name, a, **options):
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        (expected,) = SPEC.reference(**a)
-    logits = launch(emulator, name, a, **options)
-    assert_close(logits, expected, SPEC.tolerance["logits"]["float32"])
-    return logits
+    return indexer.check(partial(launch, emulator, name), a, **options)
 
 
 def inputs(name, seed=0, **sizes):
@@ -140,11 +135,8 @@ def test_lengths(emulator, s_q, s_kv, tiles):
 @pytest.mark.parametrize("name", ["fp8-64", "fp8-96", "bf16-3"])
 @pytest.mark.parametrize("tiles", [1, 3, 1000])
 def test_ranges(emulator, name, tiles):
-    rng = np.random.default_rng(tiles)
     a = inputs(name, s_q=40, s_kv=500, h_idx=4)
-    a["ks"][:], a["ke"][:] = rng.integers(-50, 550, (2, 40))
-    a["ks"][:5] = -(2**31), 2**31 - 1, 200, 499, 0
-    a["ke"][:5] = 2**31 - 1, -(2**31), 201, 500, 0
+    indexer.any_ranges(a, tiles)
     for schedule in SCHEDULES[:4]:
         check(emulator, name, a, tiles=tiles, schedule=schedule)
 
@@ -153,42 +145,19 @@ def test_ranges(emulator, name, tiles):
 @pytest.mark.parametrize("h_idx", [1, 31, 32])
 def test_nan_and_infinity_go_where_they_belong(emulator, name, h_idx):
     a = inputs(name, s_kv=150, h_idx=h_idx)
-    a["ke"][:] = 150
-    for argument in ("q", "k"):
-        a[argument][a[argument] == 0] = 1
-    a["k"][3, 5] = np.nan
-    a["k"][50, 7], a["k"][51, 8] = np.inf, -np.inf  # NaN in e4m3
-    a["q"][1, 0, 9] = np.nan
-    a["q"][2, 0, 10], a["q"][3, 0, 11] = np.inf, -np.inf
-    a["k"][[60, 61, 62], [10, 11, 9]] = 0
+    indexer.nan_and_infinity(a)
     logits = check(emulator, name, a, schedule=SCHEDULES[h_idx % 4])
     assert np.isnan(logits[0]).sum() < 5 < np.isfinite(logits[0]).sum()
 
 
 @pytest.mark.parametrize("name", ["fp8-64", "f16"])
 def test_every_code_of_a_key_is_read_exactly(emulator, name):
-    """One head, q = e0, weight 1: the logit is relu of the key's first entry."""
-    dtype = DTYPES[KERNELS[name][0]["K"]]
-    codes = np.arange(0, 256**dtype.itemsize, 1 if dtype.itemsize == 1 else 17, f"uint{8 * dtype.itemsize}")
-    a = inputs(name, s_q=2, s_kv=len(codes), h_idx=1)
-    a["q"][:], a["k"][:], a["weights"][:] = 0, 0, 1
-    a["q"][:, 0, 0] = 1, -1
-    a["k"][:, 0] = codes.view(dtype)
-    a["ke"][:] = len(codes)
-    with np.errstate(invalid="ignore"):  # of signalling NaN
-        values = np.stack([a["k"][:, 0].astype(np.float32), -a["k"][:, 0].astype(np.float32)])
-    np.testing.assert_array_equal(launch(emulator, name, a, tiles=64), np.where(values <= 0, np.float32(0), values))
+    codes = indexer.key_codes(KERNELS[name][0]["K"], 1 if name == "fp8-64" else 17)
+    indexer.check_codes(partial(launch, emulator, name), inputs(name, s_q=2, s_kv=len(codes), h_idx=1), codes)
 
 
 def test_unseen_keys_do_not_matter(emulator):
-    a = inputs("fp8", s_kv=500, scaled=True)
-    a["ks"][:], a["ke"][:] = 100, 200
-    before = launch(emulator, "fp8", a)
-    a = {**a, "k": a["k"].copy(), "k_scale": a["k_scale"].copy()}
-    for part in (slice(None, 100), slice(200, None)):
-        a["k"][part] = np.nan
-        a["k_scale"][part] = np.nan
-    np.testing.assert_array_equal(launch(emulator, "fp8", a, schedule=(1, True)), before)
+    indexer.check_unseen_keys(partial(launch, emulator, "fp8"), inputs("fp8", s_kv=500, scaled=True))
 
 
 def test_decisions_do_not_change_bits(emulator):
@@ -200,20 +169,7 @@ def test_decisions_do_not_change_bits(emulator):
 
 @pytest.mark.parametrize("name", ["fp8", "bf16-3"])
 def test_some_queries(emulator, name):
-    """The rows of some queries, and of these only the keys that they see."""
-    a = inputs(name, s_q=12, s_kv=300, h_idx=4)
-    a["ks"][:], a["ke"][:] = np.arange(12) * 20 - 10, np.arange(12) * 25 + 20
-    a["ke"][7] = 0
-    everything = launch(emulator, name, a)
-    for m0, m1, row0 in ((0, 12, 0), (5, 10, 2), (11, 12, 0), (3, 3, 1)):
-        for fill in (0, 1):
-            out = np.full((row0 + m1 - m0, 300), 77, np.float32)
-            launch(emulator, name, a, out=out, m0=m0, m1=m1, row0=row0, fill=fill)
-            expected = np.full_like(out, 77)
-            expected[row0:] = everything[m0:m1]
-            if not fill:
-                expected[np.isneginf(expected)] = 77
-            np.testing.assert_array_equal(out, expected)
+    indexer.check_some_queries(partial(launch, emulator, name), inputs(name, s_q=12, s_kv=300, h_idx=4))
 
 
 @pytest.mark.parametrize("d_idx", [32, 64, 96, 128, 256])

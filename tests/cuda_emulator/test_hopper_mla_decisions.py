@@ -9,21 +9,14 @@ pytest.importorskip("tvm")
 from dsa_tvm.schedules.cuda import hopper_mla
 from dsa_tvm.schedules.cuda.hopper_mla import Decisions
 
-from cuda_emulator.hopper_mla_launch import D_V, DEFAULT, SPEC
+from cuda_emulator.attention import SPEC
+from cuda_emulator.hopper_mla_launch import D_V, DEFAULT
 
 
 @pytest.mark.parametrize("variant", [v for v in SPEC.variants if v["T"] != "float32"], ids=lambda v: v["T"])
 def test_defaults_fit_in_shared_memory(variant):
     for d_qk in (512, 576):
         assert DEFAULT.shared_bytes(variant, d_qk) <= hopper_mla.SHARED_LIMIT["sm_90a"]
-
-
-def test_parts_of_a_launch():
-    assert DEFAULT.parts(4096, 128, 2048, 132) == (1, 2048)
-    for s_q, h_q, topk in ((1, 128, 2048), (1, 1, 2048), (2, 64, 100), (7, 128, 4096), (1, 1, 1), (0, 1, 64)):
-        parts, keys = DEFAULT.parts(s_q, h_q, topk, 132)
-        assert keys % DEFAULT.block_keys == 0 and (parts - 1) * keys < topk <= parts * keys
-        assert parts == 1 or (keys >= DEFAULT.split_keys and parts * DEFAULT.blocks(s_q, h_q) <= 132)
 
 
 @pytest.mark.parametrize("wrong", [{"consumer_registers": 220}, {"consumer_registers": 240}, {"split_keys": 96}])

@@ -23,7 +23,6 @@ template <typename T> DSA_DEVICE T dsa_shuffle(T x, int lane) { return __shfl_sy
 template <typename T> DSA_DEVICE T dsa_shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 /* From `delta` lanes below; the lowest lanes keep their own. */
 template <typename T> DSA_DEVICE T dsa_shuffle_up(T x, int delta) { return __shfl_up_sync(0xFFFFFFFFu, x, delta); }
-DSA_DEVICE void dsa_warp_sync() { __syncwarp(); }
 
 DSA_DEVICE int dsa_count_bits(unsigned x) { return __popc(x); }
 
@@ -124,20 +123,13 @@ DSA_DEVICE float dsa_f16_to_f32(unsigned short x) {
   return r;
 }
 
-/* The nearest tf32, in an f32's place. */
-DSA_DEVICE unsigned dsa_round_tf32(float x) {
-  unsigned r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
-}
-
 DSA_DEVICE unsigned dsa_mul_f16x2(unsigned a, unsigned b) {
   unsigned r;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 
-/* 2**x and log2 x to about 2 units in the last place, subnormal results as zero. */
+/* 2**x to about 2 units in the last place, subnormal results as zero. */
 DSA_DEVICE float dsa_exp2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

@@ -1,0 +1,83 @@
+"""What every indexer's tests do with its launches: ``run(a, **options)`` gives the logits of the inputs `a`."""
+
+from __future__ import annotations
+
+import numpy as np
+from compare import assert_close
+from samples import DTYPES
+
+from dsa_tvm.ops import OPS
+
+SPEC = OPS["lightning_indexer"]
+
+
+def check(run, a, **options):
+    """The logits, compared with float64."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        (expected,) = SPEC.reference(**a)
+    logits = run(a, **options)
+    assert_close(logits, expected, SPEC.tolerance["logits"]["float32"])
+    return logits
+
+
+def any_ranges(a, seed):
+    """Ranges of 500 keys in and out of bounds, empty ones and of one key among them."""
+    a["ks"][:], a["ke"][:] = np.random.default_rng(seed).integers(-50, 550, (2, len(a["ks"])))
+    a["ks"][:5] = -(2**31), 2**31 - 1, 200, 499, 0
+    a["ke"][:5] = 2**31 - 1, -(2**31), 201, 500, 0
+
+
+def nan_and_infinity(a):
+    """In queries and keys of which no product is of infinity and 0, but in rows that are made for it."""
+    a["ke"][:] = len(a["k"])
+    for argument in ("q", "k"):
+        a[argument][a[argument] == 0] = 1
+    a["k"][3, 5] = np.nan
+    a["k"][50, 7], a["k"][51, 8] = np.inf, -np.inf  # NaN in e4m3
+    a["q"][1, 0, 9] = np.nan
+    a["q"][2, 0, 10], a["q"][3, 0, 11] = np.inf, -np.inf
+    a["k"][[60, 61, 62], [10, 11, 9]] = 0
+
+
+def key_codes(dtype, step=1):
+    """The bits of keys: all there are, or every one of `step`."""
+    width = DTYPES[dtype].itemsize
+    return np.arange(0, 256**width, step, f"uint{8 * width}").view(DTYPES[dtype])
+
+
+def check_codes(run, a, codes):
+    """One head, q = e0, weight 1: the logit is relu of the key's first entry."""
+    a["q"][:], a["k"][:], a["weights"][:] = 0, 0, 1
+    a["q"][:, 0, 0] = 1, -1
+    a["k"][:, 0] = codes
+    a["ke"][:] = len(codes)
+    with np.errstate(invalid="ignore"):  # of signalling NaN
+        values = np.stack([a["k"][:, 0].astype(np.float32), -a["k"][:, 0].astype(np.float32)])
+    np.testing.assert_array_equal(run(a, tiles=64), np.where(values <= 0, np.float32(0), values))
+
+
+def check_unseen_keys(run, a):
+    """Of 500 keys those outside [100, 200) do not matter."""
+    a["ks"][:], a["ke"][:] = 100, 200
+    before = run(a)
+    a = {**a, "k": a["k"].copy(), "k_scale": a["k_scale"].copy()}
+    for part in (slice(None, 100), slice(200, None)):
+        a["k"][part] = np.nan
+        a["k_scale"][part] = np.nan
+    np.testing.assert_array_equal(run(a, schedule=(1, True)), before)
+
+
+def check_some_queries(run, a):
+    """The rows of some of 12 queries, and of these only the keys of 300 that they see."""
+    a["ks"][:], a["ke"][:] = np.arange(12) * 20 - 10, np.arange(12) * 25 + 20
+    a["ke"][7] = 0
+    everything = run(a)
+    for m0, m1, row0 in ((0, 12, 0), (5, 10, 2), (11, 12, 0), (3, 3, 1)):
+        for fill in (0, 1):
+            out = np.full((row0 + m1 - m0, 300), 77, np.float32)
+            run(a, out=out, m0=m0, m1=m1, row0=row0, fill=fill)
+            expected = np.full_like(out, 77)
+            expected[row0:] = everything[m0:m1]
+            if not fill:
+                expected[np.isneginf(expected)] = 77
+            np.testing.assert_array_equal(out, expected)
