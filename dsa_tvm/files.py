@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,6 +34,25 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(handle)
     finally:
+        os.close(handle)
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Keep other processes out that ask, too; the lock is on the directory itself and ends with the process.
+
+    Raises
+    ------
+    BlockingIOError
+        Another one is in there.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        # Closing would not do it where a process forked meanwhile has inherited the descriptor.
+        fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

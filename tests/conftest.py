@@ -13,6 +13,10 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 
+#: The files whose tests take `cuda_sets`.
+CUDA_SETS = {"test_cuda_build.py", "test_cuda_doors.py"}
+
+
 @pytest.fixture
 def gpu():
     """For what a CPU does not have."""
@@ -51,6 +55,19 @@ def cuda_built(cuda_sets, tmp_path_factory):
     from cuda_library import build
 
     return build(tmp_path_factory.mktemp("cuda"), cuda_sets)
+
+
+@pytest.hookimpl(optionalhook=True)  # a machine with a GPU may be without the plugin
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n``, one process makes the CUDA kernels, and one each file's own fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "cuda_sets" if Path(file).name in CUDA_SETS else file
+
+    return ByFixtures(config, log)
 
 
 def pytest_sessionstart(session):

@@ -89,6 +89,17 @@ def test_sparse_mla(dtype, s_q, h_q, optional):
         assert_close(x, expected, MLA.tolerance[tensor.name][dtype])
 
 
+@pytest.mark.parametrize(("s_q", "parts"), [(1, 4), (2, 2), (3, 1), (4, 1), (5, 2), (7, 1), (8, 1)])
+def test_parts(s_q, parts):
+    """Four multiprocessors. Five blocks take two rounds, the second of one block; ten parts take three half ones."""
+    h_q, topk = 64, 1024
+    a = attention_inputs(np.random.default_rng(0), "bfloat16", s_q=s_q, s_kv=9, h_q=h_q, d_qk=D_QK, topk=topk)
+    outputs = [np.zeros((s_q, h_q, D_V), a["q"].dtype), *np.zeros((2, s_q, h_q), np.float32)]
+    call = Call("sparse_mla", a, {"sm_scale": 1.0, "d_v": D_V}, outputs)
+    # A part leaves its sums, and little more.
+    assert max(call.workspace_size() // (s_q * h_q * D_V * 4), 1) == parts
+
+
 @pytest.mark.parametrize("s_q", [1, 9])
 def test_dsa_attention(s_q):
     s_kv, h_q, topk = 260, 16, 48

@@ -21,6 +21,7 @@ from test_cuda_doors import has_driver
 
 from dsa_tvm import presets
 from dsa_tvm.errors import DsaError
+from dsa_tvm.files import owned
 from dsa_tvm.progress import Progress
 from dsa_tvm.records import Log
 from dsa_tvm.tuning import prebuilt
@@ -304,6 +305,16 @@ def test_damaged_directory(directory, tmp_path):
         damage(directory / "topk.rows.0001.so")
         with pytest.raises(DsaError, match=r"expected the library .*0001\.so as it was built"):
             prebuilt.Prebuilt(directory, prebuilt.load(directory))
+
+
+def test_a_directory_that_is_being_filled(tmp_path):
+    with owned(tmp_path):
+        arguments = ("--target", "sm_86", "--build-only", tmp_path, "--output", tmp_path / "logs")
+        done = tune("topk", *arguments, "--nvcc", sys.executable)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.endswith(f"expected a directory of its own, got {tmp_path}, which another process is filling")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

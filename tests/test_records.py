@@ -80,6 +80,9 @@ def test_spec_hash(monkeypatch):
     monkeypatch.setattr(record, "DIMS", dims)
     dims["d_v"] = replace(dims["d_v"], values=(64, 512))
     assert computed("sparse_mla") == spec_hash("sparse_mla")
+    spec = record.OPS["sparse_mla"]
+    monkeypatch.setattr(record, "OPS", {"sparse_mla": replace(spec, variants=spec.variants[:1])})
+    assert computed("sparse_mla") == spec_hash("sparse_mla")
     dims["d_v"] = replace(dims["d_v"], maximum=2048)
     assert computed("sparse_mla") != spec_hash("sparse_mla")
 

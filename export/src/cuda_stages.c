@@ -108,16 +108,30 @@ dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection 
                                parts * s->topk, s->topk, capacity, s->rows, 1);
 }
 
-/* A block for each group of heads of each query; where these are few, the keys are cut into parts. */
+/* The keys that a block takes. A block for each group of heads of each query may leave multiprocessors idle, all the time
+ * or in the last round; cutting the keys into parts spreads the work. What a part costs beside its keys, for its sums are
+ * written and read once more, counts as the fewest keys that a part is cut for. */
+static int64_t part_keys_of(int64_t topk, int64_t blocks, const struct cuda_sparse_mla *cut, int64_t processors) {
+  int64_t chosen = divide_up(topk, cut->block_keys) * cut->block_keys;
+  int64_t least = divide_up(blocks, processors) * chosen, most = blocks ? divide_up(2 * processors, blocks) : 1;
+  for (int64_t parts = 2; parts <= most; parts++) {
+    int64_t keys = divide_up(divide_up(topk, parts), cut->block_keys) * cut->block_keys;
+    if (keys < cut->split_keys) break;
+    int64_t longest = divide_up(blocks * divide_up(topk, keys), processors) * (keys + cut->split_keys);
+    if (longest < least) {
+      least = longest;
+      chosen = keys;
+    }
+  }
+  return chosen;
+}
+
 dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a) {
   const struct cuda_shape *shape = dsa_shape_sparse_mla_attend(c);
   if (!shape) return dsa_cuda_unserved(c);
   const struct cuda_sparse_mla *cut = &shape->of.sparse_mla;
   int64_t blocks = a->rows * divide_up(a->h_q, cut->heads), d_v = c->call->dim[DIM_D_V];
-  int64_t wanted = blocks && blocks < c->device->multiprocessors ? c->device->multiprocessors / blocks : 1;
-  int64_t keys = divide_up(a->topk, wanted);
-  if (keys < cut->split_keys) keys = cut->split_keys;
-  keys = divide_up(keys, cut->block_keys) * cut->block_keys;
+  int64_t keys = part_keys_of(a->topk, blocks, cut, c->device->multiprocessors);
   int64_t parts = divide_up(a->topk, keys);
   void *sums = NULL, *stats = NULL;
   if (parts > 1) {
