@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         default=presets.DEFAULT,
         help=f"sizes of a model: {', '.join(presets.PRESETS)} (default: {presets.DEFAULT})",
     )
-    bench.add_argument("--dtype", help="element type of ours: float32, bfloat16, float16; float8_e4m3fn on a GPU")
+    bench.add_argument(
+        "--dtype", help="element type of ours: float32, bfloat16, float16; float8_e4m3fn and int8 on a GPU"
+    )
     bench.add_argument("--seconds", type=float, help="time for each figure (default: 1, or 0.2 on a GPU)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
 

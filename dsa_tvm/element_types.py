@@ -1,4 +1,4 @@
-"""Element types that NumPy lacks, as bits: what a machine needs to measure kernels of them without further packages."""
+"""Element types as bits: what a machine needs to measure kernels of types that NumPy lacks without further packages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ STORAGE: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
     "float8_e4m3fn": np.dtype(np.uint8),
+    "int8": np.dtype(np.int8),
     "int32": np.dtype(np.int32),
 }
 _FP8_NAN = 0x7F
@@ -29,7 +30,8 @@ def _fp8_values() -> np.ndarray:
 def encode(x: np.ndarray, dtype: str) -> np.ndarray:
     """Round f32 numbers to `dtype`, to nearest, ties to even; the bits, in `STORAGE`.
 
-    What is too large for float8_e4m3fn becomes its largest number.
+    What is too large for float8_e4m3fn or int8 becomes the number of that type that is next to it; NaN, of which int8
+    has none, becomes 0 there.
     """
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -45,6 +47,8 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
         code = np.where(tie, code + (code & 1), code).astype(np.uint8)
         code = np.where(np.isnan(x), np.uint8(_FP8_NAN), code)
         return (code | np.where(np.signbit(x), 0x80, 0).astype(np.uint8)).astype(np.uint8)
+    if dtype == "int8":
+        return np.clip(np.rint(np.nan_to_num(np.asarray(x), nan=0.0)), -128, 127).astype(np.int8)
     return np.ascontiguousarray(x, STORAGE[dtype])
 
 

@@ -21,16 +21,16 @@ def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_thre
 
     Parameters
     ----------
-    q : tensor [s_q, h_idx, d_idx], float32, bfloat16, float16 or float8_e4m3fn
+    q : tensor [s_q, h_idx, d_idx], float32, bfloat16, float16, float8_e4m3fn or int8
         Indexer queries; h_idx in 1..64, d_idx 32, 64 or 128.
-    k : tensor [s_kv, d_idx], type of `q`, or float8_e4m3fn
+    k : tensor [s_kv, d_idx], type of `q`, or float8_e4m3fn where that is no int8
         Indexer keys.
     weights : tensor [s_q, h_idx], float32
         Head weights; they already hold ``h_idx**-0.5 * d_idx**-0.5 * q_scale``.
     ks, ke : tensor [s_q], int32
         First key, and one past the last key, each query may see.
     k_scale : tensor [s_kv], float32, optional
-        Scale of each fp8 key; multiplies after the head sum.
+        Scale of each fp8 or int8 key; multiplies after the head sum.
     out : tensor [s_q, s_kv], float32, optional
     num_threads : int
         0 for the process default.

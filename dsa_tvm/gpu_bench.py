@@ -148,7 +148,9 @@ def _measured(
     ks, ke = gpu_workload.ranges(work)
     tflops = workload.flops(case.op, work.lengths, ks, ke) / taken / 1e12 or None
     tbps = gpu_workload.traffic(work) / taken / 1e12
-    gemm = ceilings["fp8_tflops" if case.dtype == "float8_e4m3fn" else "bf16_tflops"]
+    # No product of int8 is measured.
+    ceiling = {"float8_e4m3fn": "fp8_tflops", "int8": None}.get(case.dtype, "bf16_tflops")
+    gemm = ceilings[ceiling] if ceiling else None
     return {
         "ours_ms": 1e3 * taken,
         "tflops": tflops,

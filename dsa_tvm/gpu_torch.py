@@ -62,7 +62,7 @@ def prepare(work: Workload, capability: int) -> Callable[[], Any]:
 
 
 def as_bf16(x: Any) -> Any:
-    """fp8 as bfloat16, which holds all of it; everything else as it is."""
+    """fp8 and int8 as bfloat16, which holds all of them; everything else as it is."""
     return x.bfloat16() if x.element_size() == 1 else x
 
 
@@ -91,6 +91,8 @@ def _indexer(work: Workload, capability: int) -> Callable[[], Any]:
     prefix = "index_" if work.op == "dsa_attention" else ""
     q, k, k_scale = t[f"{prefix}q"], t[f"{prefix}k"], t.get(f"{prefix}k_scale")
     s_q, h_idx, d_idx = q.shape
+    if q.dtype is torch.int8:
+        raise Skipped("torch has no int8 product whose result is float")
     fp8 = q.element_size() == 1
     if fp8 and capability < 89:
         raise Skipped("torch has no fp8 product below compute capability 8.9")

@@ -17,7 +17,10 @@ from .presets import Preset
 from .spec import INT32_MAX, OpSpec
 from .workload import Workload
 
-DTYPES = (*workload.DTYPES, "float8_e4m3fn")
+DTYPES = (*workload.DTYPES, "float8_e4m3fn", "int8")
+
+#: What 1.0 is in int8: of normally distributed numbers few leave its range.
+_INT8_SCALE = 1 / 40
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
     Returns
     -------
     Workload
-        torch tensors. fp8 keys of the indexer have a scale each.
+        torch tensors. fp8 and int8 keys of the indexer have a scale each.
     """
     import torch
 
@@ -105,7 +108,7 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
     for tensor in spec.inputs:
         shape = tuple(lengths[d] for d in tensor.shape)
         scale = tensor.name.endswith("k_scale")
-        if tensor.optional and not (scale and types["K"] == "float8_e4m3fn"):
+        if tensor.optional and not (scale and types["K"] in ("float8_e4m3fn", "int8")):
             continue
         if tensor.name == "ks":
             value = torch.zeros_like(ke)
@@ -118,7 +121,9 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
         else:
             value = torch.randn(shape, device=device, generator=rng)
         if tensor.name == "weights":
-            value *= preset.h_idx**-0.5 * preset.d_idx**-0.5
+            value *= preset.h_idx**-0.5 * preset.d_idx**-0.5 * (_INT8_SCALE**2 if case.dtype == "int8" else 1)
+        if spec.dtype_of(tensor, types) == "int8":
+            value = (value / _INT8_SCALE).round_().clamp_(-128, 127)
         if tensor.name == "logits":
             value.masked_fill_(torch.arange(case.s_kv, device=device) >= ke[:, None], -torch.inf)
         inputs[tensor.name] = value.to(getattr(torch, spec.dtype_of(tensor, types)))

@@ -17,6 +17,7 @@ DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
     "bfloat16": (4, 16),
     "float16": (2, 16),
     "float8_e4m3fn": (10, 8),
+    "int8": (0, 8),
     "int32": (0, 32),
 }
 
@@ -26,6 +27,7 @@ ONNX_TYPES: Mapping[str, int] = {
     "bfloat16": 16,
     "float16": 10,
     "float8_e4m3fn": 17,
+    "int8": 3,
     "int32": 6,
 }
 

@@ -138,8 +138,11 @@ _HINT = "; dsa-tvm build --target cuda makes a library that takes it"
 @functools.cache
 def _torch_type(dtype: Any) -> tuple[int, int]:
     """DLPack (code, bits) of a torch type."""
-    kind = 2 if dtype.is_floating_point else 5 if dtype.is_complex else 6 if str(dtype) == "torch.bool" else 0
-    return DLPACK_TYPES.get(str(dtype).removeprefix("torch.")) or (kind, dtype.itemsize * 8)
+    name = str(dtype).removeprefix("torch.")
+    # Quantized ones and others are opaque.
+    integer = {"int": 0, "uint": 1, "bool": 6}.get(name.rstrip("0123456789"), 3)
+    kind = 2 if dtype.is_floating_point else 5 if dtype.is_complex else integer
+    return DLPACK_TYPES.get(name) or (kind, dtype.itemsize * 8)
 
 
 def _from_torch(x: Any, fail, writable: bool, cuda: bool) -> View:

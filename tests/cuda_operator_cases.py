@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from compare import assert_close
+from compare import assert_close, tolerance_of
 from gpu_call import Call
 from samples import attention_inputs, indexer_inputs
 
@@ -38,7 +38,7 @@ def test_lightning_indexer(variant, s_q):
     s_kv = 300 if s_q == 5 else 130
     a = indexer_inputs(np.random.default_rng(s_q), variant, s_q=s_q, s_kv=s_kv, h_idx=13, d_idx=D_IDX, scaled=s_q == 5)
     (logits,) = run("lightning_indexer", ranges(a, s_kv), {}, (s_q, s_kv))
-    assert_close(logits, INDEXER.reference(**a)[0], INDEXER.tolerance["logits"][variant["T"]])
+    assert_close(logits, INDEXER.reference(**a)[0], tolerance_of(INDEXER, "logits", variant["T"]))
 
 
 @pytest.mark.parametrize("s_q", [1, 35])

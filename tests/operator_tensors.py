@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from compare import assert_close
+from compare import assert_close, tolerance_of
 from devices import complete, run, to_array, to_device
 from samples import attention_inputs, indexer_inputs
 from test_topk import DATA
@@ -69,7 +69,7 @@ def check(op: str, outputs: Any, arguments: dict[str, Any], device: str) -> None
         index = {t.name: arguments[names.get(t.name, t.name)] for t in OPS["indexer_topk"].inputs}
         logits = run("lightning_indexer", device, **index)
         exact = references("lightning_indexer", index)[0]
-        assert_close(logits, exact, OPS["lightning_indexer"].tolerance["logits"][dtype])
+        assert_close(logits, exact, tolerance_of(OPS["lightning_indexer"], "logits", dtype, device))
         (chosen,) = references("topk", {"logits": logits, **{n: arguments[n] for n in ("ks", "ke", "topk")}})
     if op == "dsa_attention":
         given = {n: arguments[n] for n in ("q", "kv", "attn_sink", "sm_scale", "d_v")}
@@ -78,4 +78,4 @@ def check(op: str, outputs: Any, arguments: dict[str, Any], device: str) -> None
     else:
         expected = (chosen,) if op == "indexer_topk" else references(op, arguments)
     for tensor, x, y in zip(spec.outputs, outputs, expected, strict=True):
-        assert_close(to_array(x), y, spec.tolerance.get(tensor.name, {}).get(dtype))
+        assert_close(to_array(x), y, tolerance_of(spec, tensor.name, dtype, device))

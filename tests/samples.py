@@ -10,14 +10,30 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int8": np.dtype(np.int8),
 }
+
+#: What the numbers 1.0 are in int8: a few of thousands leave its range.
+_INT8_SCALE = 1 / 40
+
+
+def numbers(rng, shape, dtype):
+    """Normally distributed numbers; in int8, rounded multiples of a scale, with ends of the range among them."""
+    x = rng.standard_normal(shape)
+    if dtype == "int8":
+        x = np.clip(np.rint(x / _INT8_SCALE), -128, 127)
+        x.reshape(-1)[::97], x.reshape(-1)[::101] = -128, 127
+    return x.astype(DTYPES[dtype])
 
 
 def indexer_inputs(rng, variant, *, s_q=5, s_kv=300, h_idx=64, d_idx=128, scaled=False):
     """Arguments of `lightning_indexer`, causal, weights scaled as the contract says."""
-    q = rng.standard_normal((s_q, h_idx, d_idx)).astype(DTYPES[variant["T"]])
-    k = rng.standard_normal((s_kv, d_idx)).astype(DTYPES[variant["K"]])
+    q = numbers(rng, (s_q, h_idx, d_idx), variant["T"])
+    k = numbers(rng, (s_kv, d_idx), variant["K"])
     weights = (rng.standard_normal((s_q, h_idx)) * h_idx**-0.5 * d_idx**-0.5).astype(np.float32)
+    if variant["T"] == "int8":
+        # They hold the scale of the queries, and here that of the keys, too.
+        weights *= np.float32(_INT8_SCALE**2)
     ks = np.zeros(s_q, np.int32)
     ke = np.arange(s_kv - s_q + 1, s_kv + 1, dtype=np.int32)
     k_scale = rng.uniform(0.5, 2, s_kv).astype(np.float32) if scaled else None

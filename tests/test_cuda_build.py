@@ -65,7 +65,14 @@ def test_registers_and_shared_memory(entries):
 MEANT = {
     ("sm_80", "lightning_indexer__many__bfloat16__bfloat16__128"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
     ("sm_80", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
-    ("sm_89", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    ("sm_80", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    ("sm_89", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("QMMA.16832.F32.E4M3.E4M3", "LDSM"),
+    ("sm_120", "lightning_indexer__few__float8_e4m3fn__float8_e4m3fn__64"): ("QMMA.16832.F32.E4M3.E4M3", "LDSM"),
+    ("sm_90a", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    **{
+        (arch, "lightning_indexer__many__int8__int8__128"): ("IMMA.16832.S8.S8", "LDSM", "LDGSTS")
+        for arch in ("sm_80", "sm_90a", "sm_100", "sm_120")
+    },
     ("sm_120", "sparse_mla__attend__float16__576__512"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
     ("sm_90a", "lightning_indexer__hopper_many__bfloat16__bfloat16__128__64"): ("HGMMA", "UTMALDG", "SYNCS"),
     ("sm_90a", "lightning_indexer__hopper_many__float8_e4m3fn__float8_e4m3fn__128__64"): ("QGMMA", "UTMALDG", "SYNCS"),
@@ -112,6 +119,24 @@ def test_shared_memory(sets):
             for function in unit.functions:
                 assert 0 <= function.kernel.shared_bytes <= most, function.symbol
                 assert function.threads % 32 == 0 and 32 <= function.threads <= 1024
+
+
+def test_products_of_each_architecture(sets):
+    """Where fp8 is multiplied as it is, and nowhere in code that any later GPU may be given."""
+    found = {}
+    for kernels in sets:
+        (symbol, product), *_ = [
+            (f.symbol, f.kernel.product)
+            for unit in kernels.units
+            for f in unit.functions
+            if f.kernel.variant == dict.fromkeys("TK", "float8_e4m3fn") and f.kernel.product
+        ]
+        text = next(unit.text for unit in kernels.units if symbol in unit.text)
+        assert ("dsa_mma_e4m3(" in text) == (product == "float8_e4m3fn")
+        found |= dict.fromkeys(kernels.targets, product)
+    own = {"sm_89", "sm_120"}
+    assert {target for target, product in found.items() if product == "float8_e4m3fn"} == own
+    assert {target for target, product in found.items() if product == "float16"} == {*CUDA_ARCHS, "compute_80"} - own
 
 
 def test_sets_have_the_same_symbols(sets, monkeypatch):

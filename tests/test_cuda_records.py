@@ -118,6 +118,13 @@ def test_architectures():
     assert tensor_flops(80, 8) == tensor_flops(80, 16) and tensor_flops(89, 8) == 2 * tensor_flops(89, 16)
 
 
+def test_int8():
+    x = np.float32([-1e9, -128.6, -2.5, -0.5, 0.5, 1.5, 126.7, 128, np.inf, np.nan])
+    assert encode(x, "int8").tolist() == [-128, -128, -2, 0, 0, 2, 127, 127, 127, 0]
+    codes = np.arange(-128, 128, dtype=np.int8)
+    assert np.array_equal(decode(codes, "int8"), np.arange(-128, 128, dtype=np.float32))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
 def test_element_types(dtype):
     """Rounded as ml_dtypes does, at ties too."""
@@ -164,16 +171,17 @@ def test_records_in_a_build(monkeypatch):
     assert not plan.made() and {f.threads for f in alone.units[0].functions} == {512}
 
 
-def test_float16_follows_bfloat16():
+@pytest.mark.parametrize(("like", "dtype"), [("bfloat16", "float16"), ("float8_e4m3fn", "int8")])
+def test_what_is_not_tuned_follows_what_is(like, dtype):
     pytest.importorskip("tvm", reason="building needs apache-tvm")
     from dsa_tvm.compiler.cuda_plan import Plan
     from dsa_tvm.compiler.cuda_space import Space
 
     lengths = vars(PRESET)
-    space = Space("lightning_indexer", "sm_100", "many", ("bfloat16",) * 2, lengths)
+    space = Space("lightning_indexer", "sm_100", "many", (like,) * 2, lengths)
     default = space.DEFAULT["sm_100"]
     decisions = dict(vars(default), queries=1)
-    element_types = {"types": ("bfloat16", "bfloat16"), "decisions": decisions, "target": "sm_100"}
+    element_types = {"types": (like, like), "decisions": decisions, "target": "sm_100"}
     records = [final((4096, 65536), 0, 1.5, "lightning_indexer", **element_types)]
     plan = Plan(records, PRESET)
 
@@ -181,5 +189,5 @@ def test_float16_follows_bfloat16():
         variant = {"T": dtype, "K": dtype}
         return plan("sm_100", "lightning_indexer", stage, variant, {"d_idx": d_idx}, default).queries
 
-    assert made("many", "bfloat16") == made("many", "float16") == 1 != default.queries
-    assert {made("few", "bfloat16"), made("many", "float32"), made("many", "bfloat16", 64)} == {default.queries}
+    assert made("many", like) == made("many", dtype) == 1 != default.queries
+    assert {made("few", like), made("many", "float32"), made("many", like, 64)} == {default.queries}

@@ -44,13 +44,14 @@ def test_cases_can_be_chosen():
     assert gpu_workload.cases(["topk"], [3], [5, 7], None) == [Case("topk", "float32", 3, n) for n in (5, 7)]
     found = gpu_workload.cases(["topk", "lightning_indexer"], [1], [9], "float16")
     assert found == [Case("lightning_indexer", "float16", 1, 9)]
+    assert {c.op for c in gpu_workload.cases([], [1], [9], "int8")} == {"lightning_indexer", "indexer_topk"}
     assert gpu_workload.variant(OPS["dsa_attention"], "float8_e4m3fn") == {"T": "bfloat16", "K": "float8_e4m3fn"}
-    for ops, dtype in ((["topk"], "bfloat16"), ([], "int8")):
+    for ops, dtype in ((["topk"], "bfloat16"), (["sparse_mla"], "int8")):
         with pytest.raises(ArgumentError, match="bench: dtype: expected"):
             gpu_workload.cases(ops, [], [], dtype)
 
 
-@pytest.mark.parametrize(("op", "dtype"), CASES)
+@pytest.mark.parametrize(("op", "dtype"), [*CASES, ("indexer_topk", "int8")])
 def test_inputs_are_causal_and_seeded(op, dtype):
     first, second = (gpu_workload.make(Case(op, dtype, 5, 40), SMALL, "cpu") for _ in range(2))
     assert all(torch.equal(first.inputs[n], second.inputs[n]) for n in first.inputs)
@@ -60,7 +61,7 @@ def test_inputs_are_causal_and_seeded(op, dtype):
     if op == "sparse_mla":
         for row, stop in zip(first.inputs["indices"].numpy(), ends, strict=True):
             assert len(set(row)) == 16 and (np.diff(row) > 0).all() and row[0] >= 0 and row[-1] < stop
-    assert ("k_scale" in first.inputs) == (dtype == "float8_e4m3fn")
+    assert ("k_scale" in first.inputs) == (dtype in ("float8_e4m3fn", "int8"))
 
 
 def test_few_keys_leave_indices_behind():
@@ -102,10 +103,11 @@ def test_torch_does_the_same_work(op, dtype, s_q, monkeypatch):
         checker.peer("torch", (first, result[1]) if isinstance(result, tuple) else first)
 
 
-def test_no_fp8_product_no_peer():
-    work = gpu_workload.make(Case("lightning_indexer", "float8_e4m3fn", 2, 40), SMALL, "cpu")
-    with pytest.raises(Skipped, match=r"below compute capability 8\.9"):
-        gpu_peers.prepare("torch", work, 86)
+def test_no_product_of_8_bits_no_peer():
+    for dtype, message in (("float8_e4m3fn", r"below compute capability 8\.9"), ("int8", "no int8 product")):
+        work = gpu_workload.make(Case("lightning_indexer", dtype, 2, 40), SMALL, "cpu")
+        with pytest.raises(Skipped, match=message):
+            gpu_peers.prepare("torch", work, 86)
 
 
 def test_quantized_cache_is_656_bytes_a_token():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from c_door import Attribute, CDoor, Options, pointers, structure
-from compare import assert_close
+from compare import assert_close, tolerance_of
 from doors import DOORS, Door, Functions, Refused, check_memory, make_door, memories
 
 from dsa_tvm import library
@@ -85,7 +85,7 @@ def check_result(call: Call, outputs: list[np.ndarray]) -> None:
     spec, first = call.spec, call.spec.dtype_of(call.spec.inputs[0], call.variant)
     for tensor, actual, expected in zip(spec.outputs, outputs, call.reference(), strict=True):
         try:
-            assert_close(actual, expected, spec.tolerance.get(tensor.name, {}).get(first))
+            assert_close(actual, expected, tolerance_of(spec, tensor.name, first))
         except AssertionError as error:
             raise AssertionError(f"{tensor.name}: {error}") from None
 

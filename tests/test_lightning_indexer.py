@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from compare import assert_close
+from compare import assert_close, tolerance_of
 from devices import run
 from samples import DTYPES, indexer_inputs
 
@@ -16,7 +16,7 @@ SPEC = OPS["lightning_indexer"]
 def check(arguments, device):
     (expected,) = SPEC.reference(**arguments)
     actual = run("lightning_indexer", device, **arguments)
-    assert_close(actual, expected, SPEC.tolerance["logits"]["float32"])
+    assert_close(actual, expected, tolerance_of(SPEC, "logits", arguments["q"].dtype.name, device))
     return actual
 
 
@@ -71,7 +71,17 @@ def test_nan_and_infinity_go_where_they_belong(h_idx, device):
     assert np.isnan(logits[:, 3]).all() and np.isposinf(logits[:, 50]).all() and (logits[:, 51] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8"])
+def test_types_of_8_bits_have_the_bits_of_float32(name, scaled):
+    """On a CPU; a GPU may sum them in another precision."""
+    given = indexer_inputs(np.random.default_rng(0), dict.fromkeys("TK", name), scaled=scaled)
+    wide = given | {n: given[n].astype(np.float32) for n in ("q", "k")}
+    logits = run("lightning_indexer", "cpu", **given)
+    np.testing.assert_array_equal(logits, run("lightning_indexer", "cpu", **wide))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float8_e4m3fn", "int8"])
 def test_every_code_is_read_exactly(name, device):
     """One head, q = e0, weight 1: the logit is relu of the key's first entry."""
     width = DTYPES[name].itemsize

@@ -8,6 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from compare import tolerance_of
 
 from dsa_tvm.errors import ArgumentError
 from dsa_tvm.ops import OPS
@@ -22,6 +23,7 @@ NUMPY = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "int8": np.int8,
     "int32": np.int32,
 }
 PROTO = {
@@ -31,6 +33,7 @@ PROTO = {
         "bfloat16": "BFLOAT16",
         "float16": "FLOAT16",
         "float8_e4m3fn": "FLOAT8E4M3FN",
+        "int8": "INT8",
         "int32": "INT32",
     }.items()
 }
@@ -89,6 +92,8 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
             array = rng.integers(-2, sizes["s_kv"] + 2, shape)
         elif tensor.name == "topk_length":
             array = rng.integers(0, sizes["topk"] + 1, shape)
+        elif dtype == np.int8:
+            array = rng.integers(-4, 5, shape)
         else:
             array = rng.standard_normal(shape)
         feeds[tensor.name] = array.astype(dtype)
@@ -120,7 +125,7 @@ def check(op, feeds, variant=None, model=None, **attrs):
             assert x.dtype == np.int32
             np.testing.assert_array_equal(x, y)
         else:
-            close(x, y, spec.tolerance[tensor.name][element])
+            close(x, y, tolerance_of(spec, tensor.name, element))
     return got
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import assert_close
+from compare import assert_close, tolerance_of
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -28,6 +28,7 @@ TYPES = {
     "bfloat16": (ml_dtypes.bfloat16, np.uint16, onnx.TensorProto.BFLOAT16),
     "float16": (np.float16, np.float16, onnx.TensorProto.FLOAT16),
     "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, np.uint8, onnx.TensorProto.FLOAT8E4M3FN),
+    "int8": (np.int8, np.int8, onnx.TensorProto.INT8),
     "int32": (np.int32, np.int32, onnx.TensorProto.INT32),
 }
 SIZES = {"s_q": 5, "s_kv": 70, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 576, "topk": 8}
@@ -65,6 +66,8 @@ def make_inputs(op, variant=None, optional=(), **sizes):
             array = rng.integers(0, 4, shape)
         elif tensor.name in ("ke", "indices", "topk_length"):
             array = rng.integers(-2, {"ke": sizes["s_kv"], "indices": sizes["s_kv"]}.get(tensor.name, 8) + 3, shape)
+        elif dtype == "int8":
+            array = rng.integers(-4, 5, shape)
         else:
             array = rng.standard_normal(shape)
         made[tensor.name] = array.astype(TYPES[dtype][0])
@@ -107,7 +110,7 @@ def run(session, inputs):
 def assert_matches(op, variant, outputs, inputs):
     spec = OPS[op]
     for tensor, actual, expected in zip(spec.outputs, outputs, spec.reference(**inputs, **attrs_of(op)), strict=True):
-        tolerance = spec.tolerance.get(tensor.name, {}).get(spec.dtype_of(spec.inputs[0], variant))
+        tolerance = tolerance_of(spec, tensor.name, spec.dtype_of(spec.inputs[0], variant))
         assert_close(actual, expected, tolerance)
 
 

@@ -57,9 +57,32 @@ def test_same_as_the_function(name, dtype, device):
     assert all(isinstance(x, torch.Tensor) for x in tensors(plain))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_fake_outputs_are_like_real_ones(name, device):
-    args = arguments(name, device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["lightning_indexer", "indexer_topk"])
+def test_int8(name, device):
+    """Integers are the same numbers as float32, and their products and sums exact in it: the same bits on a CPU."""
+    q, k, *rest = arguments(name, device)
+    q, k = ((x * 40).round().clamp(-128, 127).to(torch.int8) for x in (q, k))
+    plain = getattr(dsa_tvm, name)(q, k, *rest, **KWARGS[name])
+    assert equal(getattr(OPERATORS, name)(q, k, *rest, **KWARGS[name]), plain)
+    if device == "cpu":
+        assert equal(getattr(dsa_tvm, name)(q.float(), k.float(), *rest, **KWARGS[name]), plain)
+    with pytest.raises(dsa_tvm.ArgumentError, match=f"{name}: k: expected int8, got "):
+        getattr(OPERATORS, name)(q, k.view(torch.uint8), *rest, **KWARGS[name])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32])
+def test_quantized_tensors_are_refused(dtype):
+    q, *rest = arguments("lightning_indexer", "cpu")
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"q: expected float32 or .* got DLPack type"):
+        dsa_tvm.lightning_indexer(torch.quantize_per_tensor(q, 0.1, 0, dtype), *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in OPS), ("lightning_indexer", torch.int8)]
+)
+def test_fake_outputs_are_like_real_ones(name, dtype, device):
+    args = arguments(name, device, dtype=dtype)
     real = tensors(getattr(OPERATORS, name)(*args, **KWARGS[name]))
     meta = tensors(getattr(OPERATORS, name)(*(a.to("meta") for a in args), **KWARGS[name]))
     assert [(x.shape, x.dtype, x.stride()) for x in real] == [(x.shape, x.dtype, x.stride()) for x in meta]

@@ -126,7 +126,7 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[...
             same.append(arch)
     # Sets share most of their kernels.
     jobs = {
-        (kernel.symbol(op), kernel.decisions): (kernel.symbol(op), kernel.make)
+        (kernel.symbol(op), kernel.decisions, kernel.product): (kernel.symbol(op), kernel.make)
         for kernels, _ in sets
         for op, listed in kernels.items()
         for kernel in listed
@@ -139,7 +139,7 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[...
             tuple(name for name in names if name != ANY),
             ptx if ANY in names else None,
             tuple(
-                Unit(op, tuple(_function(k, texts[k.symbol(op), k.decisions]) for k in listed))
+                Unit(op, tuple(_function(k, texts[k.symbol(op), k.decisions, k.product]) for k in listed))
                 for op, listed in kernels.items()
             ),
         )

@@ -51,6 +51,8 @@ class Kernel:
     hopper : bool
         Whether it is made of instructions that only sm_90a has. It then asks for tensors at multiples of 16 bytes, and
         is preferred to the others of its stage.
+    product : str
+        What its tensor cores multiply, where architectures differ in that.
     """
 
     stage: str
@@ -62,6 +64,7 @@ class Kernel:
     sizes: Mapping[str, int] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
     hopper: bool = False
+    product: str = ""
 
     @property
     def rank(self) -> tuple[float, bool]:
@@ -95,19 +98,22 @@ def _lightning_indexer(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> It
     ):
         sizes = {"d_idx": d_idx}
         c = chosen(stage, variant, sizes, lightning_indexer.default(variant, d_idx, stage == "few", arch))
+        product = lightning_indexer.product_of(variant, arch)
+        needed = functools.partial(c.shared_bytes, variant, product, d_idx)
         group = 8 * c.head_tiles
-        key_bytes, group_bytes = c.shared_bytes(variant, d_idx, 0), c.shared_bytes(variant, d_idx, group)
+        key_bytes, group_bytes = needed(0), needed(group)
         yield Kernel(
             stage,
             c,
-            functools.partial(lightning_indexer.tensor_ir, variant, c, d_idx),
-            c.shared_bytes(variant, d_idx, dims["h_idx"].maximum),
+            functools.partial(lightning_indexer.tensor_ir, variant, product, c, d_idx),
+            needed(dims["h_idx"].maximum),
             {
                 **{"block_keys": c.block_keys, "queries": c.queries},
                 **{"key_bytes": key_bytes, "group": group, "group_bytes": group_bytes - key_bytes},
             },
             variant,
             sizes,
+            product=product,
         )
     if arch == HOPPER:
         yield from _hopper_indexer(dims, chosen)

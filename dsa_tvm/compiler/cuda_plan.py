@@ -1,7 +1,8 @@
 """Which decisions a library's CUDA kernels are compiled with: the best measured ones where there are any, else DEFAULT.
 
 Records count for the architecture, the operator, the element types, the stage and the model that they were measured
-with. float16 has the decisions of bfloat16: the same instructions on as many bytes.
+with. float16 has the decisions of bfloat16: the same instructions on as many bytes; and int8 has those of
+float8_e4m3fn, whose keys are as wide.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..records.selection import in_words
 from .cuda_space import Space
 
 #: Where there are no records of its own.
-_LIKE = {"float16": "bfloat16"}
+_LIKE = {"float16": "bfloat16", "int8": "float8_e4m3fn"}
 
 
 class Plan:

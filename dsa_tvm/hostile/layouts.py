@@ -47,7 +47,7 @@ def layouts(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Ite
 def forms(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Iterator[Case]:
     """Tensors of other kinds, other objects, and nothing."""
     name = tensor.name
-    differentiable = spec.dtype_of(tensor, variant) != "int32"
+    differentiable = "float" in spec.dtype_of(tensor, variant)
     capsules = ("no capsule", "other capsule", "used capsule")
     for form in ("device", "sparse", *(["requires grad"] if differentiable else []), *capsules):
 

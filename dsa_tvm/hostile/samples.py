@@ -93,10 +93,12 @@ def valid_arguments(
     for tensor in spec.inputs:
         dtype = numpy_dtype(spec.dtype_of(tensor, variant))
         shape = tuple(lengths[d] for d in tensor.shape)
-        if dtype.kind == "i":
+        if dtype == np.int32:
             # Positions of keys, and one past the last of them.
             values: np.ndarray = rng.integers(0, lengths.get("s_kv", 1) + 1, shape)
             integers.setdefault(tensor.shape, []).append(tensor.name)
+        elif dtype == np.int8:
+            values = rng.integers(-4, 5, shape)
         else:
             values = rng.standard_normal(shape)
         arguments[tensor.name] = values.astype(dtype)

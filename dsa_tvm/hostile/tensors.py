@@ -74,7 +74,7 @@ def unserved(dim: str) -> int:
 
 def types(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Iterator[Case]:
     """Every other element type, and the right one in the wrong byte order."""
-    for dtype in (*DLPACK_TYPES, *_OTHER_TYPES):
+    for dtype in dict.fromkeys((*DLPACK_TYPES, *_OTHER_TYPES)):
         blamed = _type_to_blame(spec, variant, tensor, dtype)
         # An output is blamed only where the caller passes it.
         needs = needs_of(spec, tensor) | ({"outputs"} if blamed in {t.name for t in spec.outputs} else set())
@@ -82,7 +82,8 @@ def types(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Itera
             make = replace(tensor.name, lambda a, d=dtype: allocate(a.shape, numpy_dtype(d)))  # type: ignore[misc]
             yield Case(tensor.name, f"dtype {dtype}", make, (blamed,), needs)
     swapped = replace(tensor.name, lambda a: a.view(a.dtype.newbyteorder(">")))
-    if numpy_dtype(spec.dtype_of(tensor, variant)).kind in "if":
+    dtype_here = numpy_dtype(spec.dtype_of(tensor, variant))
+    if dtype_here.kind in "if" and dtype_here.itemsize > 1:
         yield Case(tensor.name, "dtype big-endian", swapped, (tensor.name,), needs_of(spec, tensor, "bytes", "objects"))
 
 

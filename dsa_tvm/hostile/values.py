@@ -90,8 +90,11 @@ def _reals(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
         dtype = spec.dtype_of(tensor, variant)
         if dtype == "int32":
             continue
-        # e4m3fn has no infinity.
-        values = [0.0, -0.0, float("nan")] + ([] if "fn" in dtype else [float("inf"), float("-inf")])
+        if dtype == "int8":
+            values = [-128.0, -1.0, 0.0, 127.0]
+        else:
+            # e4m3fn has no infinity.
+            values = [0.0, -0.0, float("nan")] + ([] if "fn" in dtype else [float("inf"), float("-inf")])
         for value in values:
             yield _fill(tensor.name, value)
             for where in (0, -1):

@@ -20,7 +20,8 @@ BUCKETS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "topk": ((1, 8192), (1, 65536), (64, 65536), (4096, 8192), (4096, 65536)),
     "sparse_mla": ((1, 65536), (64, 65536), (4096, 65536)),
 }
-#: The element types that are measured, in the order of the operator's type variables.
+#: The element types that are measured, in the order of the operator's type variables. Others have the decisions of one
+#: of them: `compiler.cuda_plan`.
 TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "lightning_indexer": (("bfloat16", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn")),
     "topk": ((),),

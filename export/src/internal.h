@@ -21,7 +21,7 @@ enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VA
 struct dtype_spec {
   const char *name;
   uint8_t code, bits;
-  uint8_t storage_code; /* what a kernel's buffer is declared as: an unsigned integer for bf16, f16 and fp8 */
+  uint8_t storage_code; /* what a kernel's buffer is declared as: an unsigned integer for bf16, f16, fp8 and int8 */
   int32_t onnx;         /* ONNX TensorProto.DataType */
 };
 

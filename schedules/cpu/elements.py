@@ -1,6 +1,6 @@
 """Element types as TensorIR expressions.
 
-Kernels read and write bf16, f16 and fp8 as unsigned integers and convert with integer arithmetic. TVM's own
+Kernels read and write bf16, f16, fp8 and int8 as unsigned integers and convert with integer arithmetic. TVM's own
 float8_e4m3fn cast is wrong for zero, subnormals and NaN, its bf16 and f16 casts may become library calls on CPUs
 without the instructions, and none of these expressions depends on the caller's denormal mode.
 """
@@ -67,6 +67,8 @@ def widen(x, dtype: str):
         return _widen_small(u32(x), 5, 10, has_inf=True)
     if dtype == "float8_e4m3fn":
         return _widen_small(u32(x), 4, 3, has_inf=False)
+    if dtype == "int8":
+        return T.Cast("float32", T.Cast("int32", x ^ T.uint8(0x80)) - T.int32(0x80))
     raise ValueError(f"no element type {dtype}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 #: Bytes of each element type.
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 #: The most shared memory that a block can have, by architecture; "cuda" is every device served.
 SHARED_LIMIT = {"cuda": 99 << 10, "sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
@@ -17,9 +17,14 @@ _SHARE = {"cuda": 99 << 10, "sm_80": 81 << 10, "sm_90a": 113 << 10, "sm_100": 11
 MAX_HEADS = 64
 
 
-def product(variant: dict[str, str]) -> str:
+#: Architectures with instructions for products of e4m3 by a warp. On others that is made of what converts to f16 and
+#: multiplies that, again for every query: keys are better converted once.
+_MULTIPLY_E4M3 = ("sm_89", "sm_120", "sm_120a", "sm_121", "sm_121a")
+
+
+def product_of(variant: dict[str, str], arch: str = "cuda") -> str:
     """The type whose products the scores are sums of: it holds all keys, and queries whole or in `planes`."""
-    if variant["K"] != "float8_e4m3fn":
+    if variant["K"] != "float8_e4m3fn" or (variant["T"] == variant["K"] and arch in _MULTIPLY_E4M3):
         return variant["K"]
     return "float16" if WIDTH[variant["T"]] == 1 else {"float32": "bfloat16"}.get(variant["T"], variant["T"])
 
@@ -43,7 +48,8 @@ class Decisions:
     warps : int
         Warps of a block: 1, 2, 4, 8 or 16.
     key_tiles : int
-        A warp takes 16 times as many keys: 1, 2 or 4. They fill ``key_tiles * d_idx / 4`` registers with tensor cores.
+        A warp takes 16 times as many keys: 1, 2 or 4. They fill ``key_tiles * d_idx / 4`` registers with tensor cores
+        that multiply 16 bits, half of these with those that multiply 8.
     head_tiles : int
         8 times as many heads are multiplied at a time: 2 or 4.
     queries : int
@@ -78,10 +84,10 @@ class Decisions:
         """Rows that a query's heads take in shared memory."""
         return -(-h_idx // (8 * self.head_tiles)) * 8 * self.head_tiles
 
-    def shared_bytes(self, variant: dict[str, str], d_idx: int, h_idx: int) -> int:
-        """Shared memory of a launch."""
+    def shared_bytes(self, variant: dict[str, str], product: str, d_idx: int, h_idx: int) -> int:
+        """Shared memory of a launch; `product` as `product_of` has it."""
         keys = self.stages * self.block_keys * row_stride(d_idx * WIDTH[variant["K"]])
-        head = planes(variant) * row_stride(d_idx * WIDTH[product(variant)]) + WIDTH["float32"]
+        head = planes(variant) * row_stride(d_idx * WIDTH[product]) + WIDTH["float32"]
         return keys + self.queries * self.head_rows(h_idx) * head
 
 
@@ -115,12 +121,13 @@ def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = 
     ValueError
         Keys so wide that nothing fits.
     """
+    product = product_of(variant, arch)
     arch = arch if arch in DEFAULT else "cuda"
     base = DEFAULT[arch]
     if few_queries:
         base = replace(base, warps=4)
         sizes = [(1, stages) for stages in (4, 3, 2, 1)]
-    elif product(variant) == "float32":
+    elif product == "float32":
         # Keys stay in shared memory while they are used.
         base = replace(base, warps=4)
         sizes = [(queries, stages) for stages in (2, 1) for queries in (8, 4, 2, 1)]
@@ -130,7 +137,7 @@ def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = 
         for limit in (_SHARE[arch], SHARED_LIMIT[arch]):
             for queries, stages in sizes:
                 c = replace(base, warps=warps, key_tiles=key_tiles, queries=queries, stages=stages)
-                if c.shared_bytes(variant, d_idx, MAX_HEADS) <= limit:
+                if c.shared_bytes(variant, product, d_idx, MAX_HEADS) <= limit:
                     return c
     raise ValueError(f"lightning_indexer: d_idx: {d_idx} does not fit a block of {arch}")
 

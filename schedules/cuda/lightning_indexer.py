@@ -11,13 +11,14 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .device import WARP, Place, SharedPool, call, shared
-from .indexer_decisions import DEFAULT, SHARED_LIMIT, WIDTH, Decisions, choices, default, planes, product, row_stride
-from .indexer_tiles import FmaScores, HeadSum, MmaScores, Rows
+from .indexer_decisions import DEFAULT, SHARED_LIMIT, WIDTH, Decisions, choices, default, planes, product_of, row_stride
+from .indexer_head_sum import HeadSum
+from .indexer_tiles import FmaScores, MmaScores, Rows
 
-__all__ = ["DEFAULT", "SHARED_LIMIT", "Decisions", "choices", "default", "tensor_ir"]
+__all__ = ["DEFAULT", "SHARED_LIMIT", "Decisions", "choices", "default", "product_of", "tensor_ir"]
 
 #: Type of a buffer of each element type.
-STORAGE = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16", "float8_e4m3fn": "uint8"}
+STORAGE = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16", "float8_e4m3fn": "uint8", "int8": "uint8"}
 
 
 def clamp(x, low, high):
@@ -25,13 +26,15 @@ def clamp(x, low, high):
     return call("clamp", x, low, high)
 
 
-def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128) -> tirx.PrimFunc:
+def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 128) -> tirx.PrimFunc:
     """The kernel for the queries [m0, m1) and all keys. The grid is (blocks of queries, runs of key tiles).
 
     Parameters
     ----------
     variant : dict
         Element types T of q and K of k.
+    product : str
+        What is multiplied: `product_of` the architecture.
     c : Decisions
     d_idx : int
         A multiple of 32, 256 at most.
@@ -51,26 +54,24 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128) -> tirx.P
     """
     if d_idx % 32 or not 32 <= d_idx <= 256:
         raise ValueError(f"lightning_indexer: d_idx: expected a multiple of 32 in 32..256, got {d_idx}")
-    if c.key_tiles * d_idx > 512 and product(variant) != "float32":
-        raise ValueError(f"lightning_indexer: key_tiles: expected at most {512 // d_idx}, got {c.key_tiles}")
+    most_tiles = 1024 // (d_idx * WIDTH[product])
+    if c.key_tiles > most_tiles and product != "float32":
+        raise ValueError(f"lightning_indexer: key_tiles: expected at most {most_tiles}, got {c.key_tiles}")
     q_type, k_type = variant["T"], variant["K"]
-    THREADS, KEYS, QUERIES, STAGES = c.warps * WARP, c.block_keys, c.queries, c.stages
-    KEY_TILES = c.key_tiles
+    THREADS, KEYS, QUERIES, STAGES, KEY_TILES = c.warps * WARP, c.block_keys, c.queries, c.stages, c.key_tiles
     GROUP = 8 * c.head_tiles
     # Keys of a lane after the sum over heads.
     OWN = max(KEY_TILES // 2, 1)
-    PLANES = planes(variant)
-    K_WIDTH = WIDTH[k_type]
-    K_CHUNKS = d_idx * K_WIDTH // 16
-    K_CHUNK = 16 // K_WIDTH
+    PLANES, K_WIDTH = planes(variant), WIDTH[k_type]
+    K_CHUNKS, K_CHUNK = d_idx * K_WIDTH // 16, 16 // K_WIDTH
     COPIES = -(-KEYS * K_CHUNKS // THREADS)
     # What one thread brings of a query at a time: 16 bytes, or 16 elements to be converted.
-    CONVERTED = k_type == "float8_e4m3fn"
+    CONVERTED = product != k_type
     WORDS = f"words_{q_type}"
     Q_CHUNK = 16 if CONVERTED else K_CHUNK
     Q_CHUNKS = d_idx // Q_CHUNK
-    Q_STRIDE = row_stride(d_idx * WIDTH[product(variant)])
-    Scores = FmaScores if product(variant) == "float32" else MmaScores
+    Q_STRIDE = row_stride(d_idx * WIDTH[product])
+    Scores = FmaScores if product == "float32" else MmaScores
     # Tiles on their way. One that must stay while it is used leaves no room for that many, unless it is the only one.
     AHEAD = STAGES if Scores.HELD or STAGES == 1 else STAGES - 1
 
@@ -116,12 +117,12 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128) -> tirx.P
         pool = T.alloc_buffer((0,), "uint8", scope="shared.dyn")
         places = T.meta_var(SharedPool())
         keys = Rows(pool, places, STAGES * KEYS, d_idx * K_WIDTH)
-        heads = Rows(pool, places, QUERIES * PLANES * rows, d_idx * WIDTH[product(variant)])
+        heads = Rows(pool, places, QUERIES * PLANES * rows, d_idx * WIDTH[product])
         # Behind the heads, whose number the launch decides.
         behind: T.let = places.bytes // 4 + QUERIES * PLANES * rows * (Q_STRIDE // 4)
         head_weights = shared(pool, Place((QUERIES, rows), "float32", behind))
-        scores = Scores(c, variant, d_idx, keys, heads, tx)
-        sums = HeadSum(c, head_weights, h_idx, not CONVERTED, tx)
+        scores = Scores(c, variant, product, d_idx, keys, heads, tx)
+        sums = HeadSum(c, head_weights, h_idx, K_WIDTH > 1, tx)
         words = T.alloc_local((PLANES * 8,), "uint32")
         scale = T.alloc_local((OWN,), "float32")
         low = T.local_scalar("int32")
@@ -232,7 +233,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128) -> tirx.P
                 if begin - tile * KEYS < KEYS and tile * KEYS < end:
                     for g in T.serial(groups):
                         scores.score(i * PLANES * rows + g * GROUP, rows)
-                        sums.add(scores.c, i, g * GROUP)
+                        sums.add(scores, i, g * GROUP)
                     sums.finish()
                 for q in T.unroll(OWN):
                     at: T.let = own + q * 32

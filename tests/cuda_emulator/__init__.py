@@ -122,7 +122,14 @@ class Emulator:
         self.library.emulator_launch.restype = ctypes.c_char_p
 
     def launch(
-        self, name: str, grid: Sequence[int], *args, shared_bytes: int = 0, order: int = 0, eager: bool = False
+        self,
+        name: str,
+        grid: Sequence[int],
+        *args,
+        shared_bytes: int = 0,
+        order: int = 0,
+        eager: bool = False,
+        sum_bits: int = 0,
     ) -> None:
         """Run a kernel to its end.
 
@@ -138,6 +145,9 @@ class Emulator:
             In which threads run: 0 ascending, 1 descending, otherwise the seed of a random one.
         eager : bool
             Whether asynchronous copies land at once, instead of when they are waited for.
+        sum_bits : int
+            How many binary places behind the leading one tensor cores keep of sums of e4m3 products; 0 for those of
+            float32.
 
         Raises
         ------
@@ -169,6 +179,7 @@ class Emulator:
                 ctypes.c_size_t(shared_bytes),
                 ctypes.c_uint(order),
                 ctypes.c_int(eager),
+                ctypes.c_int(sum_bits),
             )
         finally:
             for memory in guarded:

@@ -75,6 +75,7 @@ struct Mbarrier {
 struct Options {
   unsigned order; /* 0 ascending, 1 descending, else the seed of a shuffle */
   int eager;      /* cp.async lands at once */
+  int sum_bits;   /* binary places that sums of e4m3 keep behind the leading one; 0: those of f32 */
 };
 
 struct Machine {

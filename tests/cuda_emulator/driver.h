@@ -115,7 +115,7 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
   Dl_info home;
   dladdr(function, &home);
   auto launch = (decltype(&emulator_launch))dlsym(dlopen(home.dli_fname, RTLD_NOW), "emulator_launch");
-  const char *message = launch((void (*)(void **))function, args, grid, block, shared_bytes, seed, seed % 2);
+  const char *message = launch((void (*)(void **))function, args, grid, block, shared_bytes, seed, seed % 2, 0);
   if (message) emulated_failure = message;
   return message ? 719 : 0;
 }

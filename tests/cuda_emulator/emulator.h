@@ -37,13 +37,14 @@ inline void release() {
 
 /* Launches one kernel; a message where it failed, else NULL. */
 extern "C" const char *emulator_launch(void (*kernel)(void **), void **args, const unsigned *grid,
-                                       const unsigned *block, size_t shared_bytes, unsigned order, int eager) {
+                                       const unsigned *block, size_t shared_bytes, unsigned order, int eager,
+                                       int sum_bits) {
   using namespace emulator;
   m.kernel = kernel;
   m.args = args;
   m.grid = {grid[0], grid[1], grid[2]};
   m.block = {block[0], block[1], block[2]};
-  m.options = {order, eager};
+  m.options = {order, eager, sum_bits};
   m.random = order;
   m.threads = (int)(block[0] * block[1] * block[2]);
   m.message[0] = 0;

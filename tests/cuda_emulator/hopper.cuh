@@ -96,21 +96,9 @@ template <typename Pair> struct Half {
     return Pair::get(bits, 0);
   }
 };
-struct E4m3 {
+struct Byte {
   static constexpr unsigned BYTES = 1;
-  static float get(const char *p) {
-    static const auto VALUES = [] {
-      std::array<float, 256> values;
-      for (int bits = 0; bits < 256; bits++) {
-        int exponent = bits >> 3 & 15, mantissa = bits & 7;
-        float x = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
-        if ((bits & 127) == 127) x = NAN;
-        values[bits] = bits & 128 ? -x : x;
-      }
-      return values;
-    }();
-    return VALUES[(uint8_t)*p];
-  }
+  static float get(const char *p) { return E4m3::value((uint8_t)*p); }
 };
 
 /* `columns[k][n]`, converted once; `rows` gives element (row, k) of the warp's 16. */
@@ -119,6 +107,15 @@ DSA_DEVICE void multiply(float *sums, int n, const emulator::Operand &b, Rows ro
   static float columns[K][256];
   for (unsigned j = 0; j < (unsigned)n; j++)
     for (unsigned k = 0; k < K; k++) columns[k][j] = b.get<Element>(j, k);
+  if (std::is_same_v<Element, Byte> && emulator::m.options.sum_bits) {
+    for (unsigned r = 0; r < 16; r++)
+      for (int j = 0; j < n; j++) {
+        float products[K];
+        for (unsigned k = 0; k < K; k++) products[k] = rows(r, k) * columns[k][j];
+        sums[r * n + j] = narrow_sum(sums[r * n + j], products, K);
+      }
+    return;
+  }
   for (unsigned r = 0; r < 16; r++)
     for (unsigned k = 0; k < K; k++) {
       float x = rows(r, k);
@@ -183,7 +180,7 @@ DSA_DEVICE void wgmma_of(const char *name, float *c, uint64_t a, const unsigned 
 DSA_WGMMA_16_BITS(bf16, Bf16)
 DSA_WGMMA_16_BITS(f16, F16)
 template <int N> DSA_DEVICE void dsa_wgmma_e4m3(float *c, uint64_t a, uint64_t b, int accumulate) {
-  wgmma_of<E4m3, 32, N, 0, Bf16>("wgmma.e4m3", c, a, nullptr, b, accumulate);
+  wgmma_of<Byte, 32, N, 0, Bf16>("wgmma.e4m3", c, a, nullptr, b, accumulate);
 }
 
 DSA_DEVICE void dsa_wgmma_fence() {

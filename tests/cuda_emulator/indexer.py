@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from compare import assert_close
-from samples import DTYPES
+from samples import DTYPES, indexer_inputs
 
 from dsa_tvm.ops import OPS
 
 SPEC = OPS["lightning_indexer"]
 
 
-def check(run, a, **options):
-    """The logits, compared with float64."""
+def check(run, a, tolerance="float32", **options):
+    """The logits, compared with float64: by default as close as sums of float32 are."""
     with np.errstate(invalid="ignore"):  # infinity less infinity
         (expected,) = SPEC.reference(**a)
     logits = run(a, **options)
-    assert_close(logits, expected, SPEC.tolerance["logits"]["float32"])
+    assert_close(logits, expected, SPEC.tolerance["logits"][tolerance])
     return logits
+
+
+def check_narrow_sums(run):
+    """Sums of e4m3 as tensor cores make them are within that type's tolerance, and not within that of float32."""
+    variant = dict.fromkeys("TK", "float8_e4m3fn")
+    for seed, sizes in enumerate(({"h_idx": 1}, {"h_idx": 33, "scaled": True}, {"h_idx": 64, "scaled": True})):
+        a = indexer_inputs(np.random.default_rng(seed), variant, s_kv=600, d_idx=128, **sizes)
+        check(run, a, "float8_e4m3fn", sum_bits=13)
+        with pytest.raises(AssertionError, match="beyond the tolerance"):
+            check(run, a, sum_bits=13)
+        # Of one sign, all that is cut off adds up.
+        a["q"], a["k"], a["weights"] = np.abs(a["q"]), np.abs(a["k"]), np.abs(a["weights"])
+        check(run, a, "float8_e4m3fn", sum_bits=13)
 
 
 def any_ranges(a, seed):

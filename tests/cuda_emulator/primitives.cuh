@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "emulator.h"
+#include "mma.h"
 
 typedef unsigned char uchar;
 #define CUDART_INF_F __builtin_inff()
@@ -17,8 +17,6 @@ using std::min;
 
 #define DSA_EXPECT_ALIGNED(p, bytes) \
   if ((uintptr_t)(p) % (bytes)) emulator::fail("%s: %p is not aligned to %d", __func__, (const void *)(p), (int)(bytes))
-
-template <typename T> DSA_DEVICE T *own(const void *p) { return (T *)const_cast<void *>(p); }
 
 DSA_DEVICE unsigned dsa_ballot(int predicate) {
   unsigned votes;
@@ -117,69 +115,10 @@ DSA_DEVICE void ldmatrix(const char *operation, unsigned *r, const void *row, in
 DSA_DEVICE void dsa_ldmatrix_x4(unsigned *r, const void *row) { ldmatrix("ldmatrix", r, row, 0); }
 DSA_DEVICE void dsa_ldmatrix_x4_trans(unsigned *r, const void *row) { ldmatrix("ldmatrix.trans", r, row, 1); }
 
-/* Element `e` of a register as the multiplication sees it. */
-struct Bf16 {
-  static constexpr int PER_REGISTER = 2;
-  static float get(unsigned r, int e) {
-    unsigned bits = r >> 16 * e << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-  }
-};
-struct F16 {
-  static constexpr int PER_REGISTER = 2;
-  static float get(unsigned r, int e) {
-    uint16_t bits = (uint16_t)(r >> 16 * e);
-    _Float16 x;
-    memcpy(&x, &bits, 2);
-    return (float)x;
-  }
-};
-struct Tf32 {
-  static constexpr int PER_REGISTER = 1;
-  static float get(unsigned r, int) {
-    r &= ~0x1FFFu;
-    float x;
-    memcpy(&x, &r, 4);
-    return x;
-  }
-};
-struct S8 {
-  static constexpr int PER_REGISTER = 4;
-  static int get(unsigned r, int e) { return (int8_t)(r >> 8 * e); }
-};
-
-template <typename C> struct Fragments {
-  C *c;
-  const unsigned *a, *b;
-};
-
-template <typename Type, typename C> DSA_DEVICE void mma(const char *operation, C *c, const unsigned *a, const unsigned *b) {
-  Fragments<C> in = {c, a, b};
-  emulator::meet(operation, &in, nullptr, [](const void **in, void **) {
-    constexpr int E = Type::PER_REGISTER, HALF = 4 * E;
-    C A[16][2 * HALF], B[2 * HALF][8], sum[16][8];
-    for (int l = 0; l < 32; l++) {
-      const Fragments<C> &f = *own<Fragments<C>>(in[l]);
-      int g = l / 4, t = l % 4;
-      for (int i = 0; i < 4; i++) {
-        for (int e = 0; e < E; e++) A[g + i % 2 * 8][t * E + e + i / 2 * HALF] = Type::get(f.a[i], e);
-        sum[g + i / 2 * 8][t * 2 + i % 2] = f.c[i];
-      }
-      for (int i = 0; i < 2; i++)
-        for (int e = 0; e < E; e++) B[t * E + e + i * HALF][g] = Type::get(f.b[i], e);
-    }
-    for (int k = 0; k < 2 * HALF; k++)
-      for (int r = 0; r < 16; r++)
-        for (int n = 0; n < 8; n++) sum[r][n] += A[r][k] * B[k][n];
-    for (int l = 0; l < 32; l++)
-      for (int i = 0; i < 4; i++) own<Fragments<C>>(in[l])->c[i] = sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
-  });
-}
 DSA_DEVICE void dsa_mma_bf16(float *c, const unsigned *a, const unsigned *b) { mma<Bf16>("mma.bf16", c, a, b); }
 DSA_DEVICE void dsa_mma_f16(float *c, const unsigned *a, const unsigned *b) { mma<F16>("mma.f16", c, a, b); }
 DSA_DEVICE void dsa_mma_tf32(float *c, const unsigned *a, const unsigned *b) { mma<Tf32>("mma.tf32", c, a, b); }
+DSA_DEVICE void dsa_mma_e4m3(float *c, const unsigned *a, const unsigned *b) { mma<E4m3>("mma.e4m3", c, a, b); }
 DSA_DEVICE void dsa_mma_s8(int *c, const unsigned *a, const unsigned *b) { mma<S8>("mma.s8", c, a, b); }
 
 DSA_DEVICE unsigned bf16_bits(float x) {

@@ -16,6 +16,7 @@ from dsa_tvm.schedules.cuda.lightning_indexer import (
     Decisions,
     choices,
     default,
+    product_of,
     tensor_ir,
 )
 
@@ -29,7 +30,9 @@ def test_defaults_fit(d_idx, arch):
     for variant in SPEC.variants:
         for few_queries in (False, True):
             c = default(variant, d_idx, few_queries, arch)
-            assert c.shared_bytes(variant, d_idx, 64) <= SHARED_LIMIT.get(arch, SHARED_LIMIT["cuda"])
+            assert c.shared_bytes(variant, product_of(variant, arch), d_idx, 64) <= SHARED_LIMIT.get(
+                arch, SHARED_LIMIT["cuda"]
+            )
             assert all(getattr(c, name) in values for name, values in choices(arch).items())
             assert default(variant, d_idx, few_queries, "sm_86") == default(variant, d_idx, few_queries)
 
@@ -44,8 +47,8 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="lightning_indexer"):
             Decisions(**{**asdict(DEFAULT["cuda"]), **wrong})
     with pytest.raises(ValueError, match="d_idx"):
-        tensor_ir(BF16, DEFAULT["cuda"], 48)
+        tensor_ir(BF16, "bfloat16", DEFAULT["cuda"], 48)
     with pytest.raises(ValueError, match="d_idx: 1024 does not fit"):
         default(SPEC.variants[0], 1024, few_queries=True)
     with pytest.raises(ValueError, match="key_tiles: expected at most 2, got 4"):
-        tensor_ir(BF16, replace(DEFAULT["cuda"], key_tiles=4), 256)
+        tensor_ir(BF16, "bfloat16", replace(DEFAULT["cuda"], key_tiles=4), 256)

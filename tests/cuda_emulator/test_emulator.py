@@ -51,6 +51,10 @@ extern "C" __global__ void __launch_bounds__(32) product_s8(uchar* a, uchar* b, 
   DSA_SHARED_POOL(pool);
   product<32>((char*)pool, a, b, c, dsa_mma_s8);
 }
+extern "C" __global__ void __launch_bounds__(32) product_e4m3(uchar* a, uchar* b, float* c) {
+  DSA_SHARED_POOL(pool);
+  product<32>((char*)pool, a, b, c, dsa_mma_e4m3);
+}
 
 extern "C" __global__ void __launch_bounds__(32) transpose(ushort* x, uint* y) {
   DSA_SHARED_POOL(pool);
@@ -105,6 +109,7 @@ def emulator(tmp_path_factory):
         ("f16", np.float16, 16, np.float32),
         ("tf32", np.float32, 8, np.float32),
         ("s8", np.int8, 32, np.int32),
+        ("e4m3", ml_dtypes.float8_e4m3fn, 32, np.float32),
     ],
 )
 def test_matrix_product(emulator, name, dtype, k, wide, order):
@@ -113,6 +118,28 @@ def test_matrix_product(emulator, name, dtype, k, wide, order):
     c = np.zeros((16, 8), wide)
     emulator.launch(f"product_{name}", (1,), a, b, c, shared_bytes=24 * k * a.itemsize, order=order)
     np.testing.assert_array_equal(c, a.astype(wide) @ b.astype(wide).T)
+
+
+def test_narrow_sums(emulator):
+    """Addends and sums lose what is behind so many places: not more, and towards zero."""
+
+    def products(*x):
+        a, b = np.zeros((16, 32), ml_dtypes.float8_e4m3fn), np.zeros((8, 32), ml_dtypes.float8_e4m3fn)
+        a[0, : len(x)], b[0, : len(x)] = np.abs(x), np.copysign(1, x)
+        found = []
+        for sum_bits in (0, 4):
+            c = np.zeros((16, 8), np.float32)
+            emulator.launch("product_e4m3", (1,), a, b, c, shared_bytes=24 * 32, sum_bits=sum_bits)
+            assert not c[1:].any()
+            found.append(float(c[0, 0]))
+        return found
+
+    assert products(16, 1) == [17, 17] and products(16, -1) == [15, 15]
+    assert products(16, 1.5) == [17.5, 17] and products(16, -1.5) == [14.5, 15]
+    assert products(30, 1, 1, 0.75) == [32.75, 32]
+    assert products(256, -256, 1.25) == [1.25, 0]
+    assert all(np.isnan(products(np.nan, 1)))
+    assert products() == [0, 0]
 
 
 def test_transposed_load(emulator):

@@ -35,7 +35,7 @@ typedef enum dsa_tvm_status {
 
 /* DLPack's DLDataTypeCode values of the element types that are used here. */
 enum {
-  DSA_TVM_INT = 0,           /* int32: bits 32 */
+  DSA_TVM_INT = 0,           /* int32: bits 32; int8: bits 8 */
   DSA_TVM_FLOAT = 2,         /* float32: bits 32; float16: bits 16 */
   DSA_TVM_BFLOAT = 4,        /* bfloat16: bits 16 */
   DSA_TVM_FLOAT8_E4M3FN = 10 /* float8_e4m3fn: bits 8 */
@@ -98,8 +98,8 @@ DSA_TVM_API void dsa_tvm_set_num_threads(int32_t num_threads);
 DSA_TVM_API int32_t dsa_tvm_get_num_threads(void);
 
 /* logits[m, n] = k_scale[n] * sum_h weights[m, h] * relu(q[m, h] . k[n]) for ks[m] <= n < ke[m], else -inf.
- *   q        [s_q, h_idx, d_idx]  float32, bfloat16, float16 or float8_e4m3fn
- *   k        [s_kv, d_idx]        type of q, or float8_e4m3fn
+ *   q        [s_q, h_idx, d_idx]  float32, bfloat16, float16, float8_e4m3fn or int8
+ *   k        [s_kv, d_idx]        type of q, or float8_e4m3fn where that is no int8
  *   weights  [s_q, h_idx]         float32
  *   ks, ke   [s_q]                int32
  *   k_scale  [s_kv]               float32, or NULL
