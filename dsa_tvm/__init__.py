@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import ArgumentError, BuildError, DsaError, KernelError, LibraryError
-    from .functions import dsa_attention, indexer_topk, lightning_indexer, sparse_mla, topk
+    from .functions import dsa_attention, indexer_topk, lightning_indexer, sparse_mla, sparse_mla_fp8, topk
     from .library import active_target, get_library_path, get_num_threads, set_num_threads
+    from .packing import pack_mla_rows, unpack_mla_rows
 
 try:
     __version__ = version("dsa_tvm")
@@ -21,8 +22,9 @@ except PackageNotFoundError:  # a checkout that is not installed: the package's 
 
 _HOMES = {
     "errors": ("ArgumentError", "BuildError", "DsaError", "KernelError", "LibraryError"),
-    "functions": ("dsa_attention", "indexer_topk", "lightning_indexer", "sparse_mla", "topk"),
+    "functions": ("dsa_attention", "indexer_topk", "lightning_indexer", "sparse_mla", "sparse_mla_fp8", "topk"),
     "library": ("active_target", "get_library_path", "get_num_threads", "set_num_threads"),
+    "packing": ("pack_mla_rows", "unpack_mla_rows"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -38,9 +40,12 @@ __all__ = [
     "get_num_threads",
     "indexer_topk",
     "lightning_indexer",
+    "pack_mla_rows",
     "set_num_threads",
     "sparse_mla",
+    "sparse_mla_fp8",
     "topk",
+    "unpack_mla_rows",
 ]
 
 

@@ -102,8 +102,12 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], list[int], presets.Pr
     preset = figures.check_arguments(args, ("s_q", "s_kv", "threads"))
     if args.dtype not in workload.DTYPES:
         raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {args.dtype!r}")
+    for op in args.op or ():
+        if not workload.serves(op, args.dtype):
+            raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {args.dtype!r}")
+    ops = [op for op in dict.fromkeys(args.op or OPS) if workload.serves(op, args.dtype)]
     threads = args.threads or sorted({1, workload.usable_cpus()})
-    return list(dict.fromkeys(args.op or OPS)), list(dict.fromkeys(threads)), preset
+    return ops, list(dict.fromkeys(threads)), preset
 
 
 def _measure(

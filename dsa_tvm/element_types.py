@@ -15,6 +15,7 @@ STORAGE: Mapping[str, np.dtype[Any]] = {
     "float8_e4m3fn": np.dtype(np.uint8),
     "int8": np.dtype(np.int8),
     "int32": np.dtype(np.int32),
+    "uint8": np.dtype(np.uint8),
 }
 _FP8_NAN = 0x7F
 
@@ -53,10 +54,10 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """The numbers that the bits of `encode` stand for: f32, or int32 as they are."""
+    """The numbers that the bits of `encode` stand for: f32, or integers as they are."""
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "float8_e4m3fn":
         positive = np.append(_fp8_values(), np.float32(np.nan))
         return np.concatenate([positive, -positive])[bits]
-    return bits if dtype == "int32" else bits.astype(np.float32)
+    return bits if dtype in ("int32", "uint8") else bits.astype(np.float32)

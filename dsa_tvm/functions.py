@@ -129,6 +129,41 @@ def sparse_mla(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=Non
     return call(OPS["sparse_mla"], inputs, attrs, out, num_threads)
 
 
+def sparse_mla_fp8(
+    q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=None, d_v=512, out=None, num_threads=0
+):
+    """`sparse_mla` over a cache of 656 bytes a token, which `pack_mla_rows` makes.
+
+    A row is d_v float8_e4m3fn, d_v / 128 float32 that scale 128 of them each, and d_qk - d_v bfloat16 that are key
+    only: the layout of FlashMLA and vLLM. It stands for bfloat16: fp8 times scale, rounded, then the others as they
+    are.
+
+    Parameters
+    ----------
+    q : tensor [s_q, h_q, d_qk], bfloat16
+        h_q in 1..128, d_qk 512 or 576.
+    kv : tensor [s_kv, d_packed], uint8
+        d_packed is ``d_v + d_v / 32 + 2 * (d_qk - d_v)``: 528 or 656. Fastest at an address that is a multiple of 16.
+    indices, attn_sink, topk_length, sm_scale, d_v, out, num_threads
+        As in `sparse_mla`; d_v is a multiple of 128.
+
+    Returns
+    -------
+    out : tensor [s_q, h_q, d_v], bfloat16
+    max_logits : tensor [s_q, h_q], float32
+    lse : tensor [s_q, h_q], float32
+        As of `sparse_mla` over those bfloat16.
+
+    Raises
+    ------
+    ArgumentError, KernelError, LibraryError
+        See `dsa_tvm.calls.call`.
+    """
+    inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
+    attrs = {"sm_scale": _default_scale(q) if sm_scale is None else sm_scale, "d_v": d_v}
+    return call(OPS["sparse_mla_fp8"], inputs, attrs, out, num_threads)
+
+
 def dsa_attention(
     index_q,
     index_k,

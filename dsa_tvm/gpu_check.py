@@ -11,6 +11,7 @@ from . import gate
 from .gate import CheckError, Finding, compare
 from .gpu_workload import sampled, to_numpy
 from .ops import OPS
+from .packing import unpack_mla_rows
 from .spec import Tolerance
 from .workload import Workload
 
@@ -37,7 +38,7 @@ class Checker:
         self.rows = gate.sample(work.lengths["s_q"])
         self._work = sampled(work, self.rows)
         self._known: tuple[Any, ...] | None = None
-        if work.op in ("lightning_indexer", "topk", "sparse_mla"):
+        if work.op in ("lightning_indexer", "topk", "sparse_mla", "sparse_mla_fp8"):
             self._known = gate.references(self._work, range(len(self.rows)))
 
     def ours(self, outputs: Sequence[Any], selected: Any = None) -> Finding:
@@ -57,7 +58,7 @@ class Checker:
         chosen = None if selected is None else self._rows(selected)
         return gate.check(self._work, arrays, range(len(self.rows)), known=self._known, selected=chosen)
 
-    def peer(self, name: str, result: Any, kv: Any = None) -> None:
+    def peer(self, name: str, result: Any) -> None:
         """Check a peer's first output, in its own order and within `LOGITS` and `OUT`.
 
         Parameters
@@ -65,8 +66,6 @@ class Checker:
         name : str
             What to call it in messages.
         result : tensor, or (out, indices) for `dsa_attention`
-        kv : tensor, optional
-            The latent rows that it computed on, where they are not the workload's.
 
         Raises
         ------
@@ -78,7 +77,10 @@ class Checker:
             self._selection(where, gate.indexer_inputs(inputs), chosen)
             self._attention(where, out, np.asarray(chosen, np.int32), inputs["kv"])
         elif op == "sparse_mla":
-            self._attention(where, self._rows(result), inputs["indices"], inputs["kv"] if kv is None else to_numpy(kv))
+            self._attention(where, self._rows(result), inputs["indices"], inputs["kv"])
+        elif op == "sparse_mla_fp8":
+            kv = unpack_mla_rows(inputs["kv"], self._work.attrs["d_v"])
+            self._attention(where, self._rows(result), inputs["indices"], kv)
         elif op == "indexer_topk":
             self._selection(where, inputs, self._rows(result))
         elif op == "topk":

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import gpu_torch
+from . import functions, gpu_torch
+from .packing import unpack_mla_rows
 from .peers import Skipped
 from .workload import Workload
 
 #: Names in the results, and in the table.
 TITLES = {
+    "bf16": "ours, bf16",
     "torch": "torch",
     "triton": "Triton",
     "deep_gemm": "DeepGEMM",
@@ -33,7 +35,8 @@ BY_OPERATOR: Mapping[str, tuple[str, ...]] = {
     "lightning_indexer": ("torch", "triton", "deep_gemm"),
     "topk": ("torch", "vllm", "vllm_prefill"),
     "indexer_topk": ("torch", "deep_gemm"),
-    "sparse_mla": ("torch", "flash_mla", "flash_mla_fp8", "vllm"),
+    "sparse_mla": ("torch", "flash_mla", "vllm"),
+    "sparse_mla_fp8": ("bf16", "torch", "flash_mla_fp8"),
     "dsa_attention": ("torch",),
 }
 
@@ -48,13 +51,10 @@ class Peer:
         Takes nothing; enqueues the work.
     result : callable
         Takes what `call` returned, and gives the operator's first output as `gpu_check.Checker.peer` takes it.
-    kv : tensor, optional
-        The latent rows that it computes on, where they are not the workload's.
     """
 
     call: Callable[[], Any]
     result: Callable[[Any], Any] = lambda x: x
-    kv: Any = None
 
 
 def prepare(name: str, work: Workload, capability: int) -> Peer:
@@ -89,6 +89,12 @@ def _import(name: str) -> Any:
 def _line(what: str, error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0]
     return f"{what} ({type(error).__name__}: {first[:200]})"
+
+
+def _bf16(work: Workload, capability: int) -> Peer:
+    """`sparse_mla` on what the packed rows stand for, which takes nearly twice the memory."""
+    t, kv = work.inputs, unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
+    return Peer(lambda: functions.sparse_mla(t["q"], kv, t["indices"], **work.attrs), lambda x: x[0])
 
 
 def _torch(work: Workload, capability: int) -> Peer:
@@ -160,7 +166,7 @@ def _flash_mla_fp8(work: Workload, capability: int) -> Peer:
     if work.lengths["d_qk"] != 576 or work.lengths["s_q"] > 256:
         raise Skipped("FlashMLA's decoding takes rows of 576, and few queries")
     attend = package.flash_mla_with_kvcache
-    cache, kv = gpu_torch.quantized_cache(work.inputs["kv"])
+    cache = gpu_torch.flash_mla_cache(work.inputs["kv"])
     options: dict[str, Any] = _legacy(attend, work, capability)
     if options.get("use_legacy"):
         options["kv_format"] = "V32"
@@ -171,7 +177,7 @@ def _flash_mla_fp8(work: Workload, capability: int) -> Peer:
         scale = work.attrs["sm_scale"]
         return attend(*arguments, softmax_scale=scale, is_fp8_kvcache=True, indices=indices, **options)
 
-    return Peer(call, lambda x: x[0][:, 0], kv)
+    return Peer(call, lambda x: x[0][:, 0])
 
 
 @functools.cache
@@ -224,6 +230,7 @@ def _vllm_prefill(work: Workload, capability: int) -> Peer:
 
 
 _MAKERS: Mapping[str, Callable[[Workload, int], Peer]] = {
+    "bf16": _bf16,
     "torch": _torch,
     "triton": _triton,
     "deep_gemm": _deep_gemm,

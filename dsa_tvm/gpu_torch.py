@@ -1,10 +1,11 @@
-"""The operators in plain torch, in the fastest form it offers, for a GPU; and FlashMLA's quantized cache."""
+"""The operators in plain torch, in the fastest form it offers, for a GPU; and FlashMLA's pages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from .packing import unpack_mla_rows
 from .peers import Skipped
 from .workload import Workload
 
@@ -45,7 +46,7 @@ def prepare(work: Workload, capability: int) -> Callable[[], Any]:
 
     if work.op == "topk":
         return lambda: select(t["logits"])[1]
-    if work.op == "sparse_mla":
+    if work.op in ("sparse_mla", "sparse_mla_fp8"):
         return lambda: _attend(work, t["indices"])
     index = _indexer(work, capability)
     if work.op == "lightning_indexer":
@@ -125,11 +126,12 @@ def _attend(work: Workload, indices: Any) -> Any:
 
     q, kv, d_v = work.inputs["q"], work.inputs["kv"], work.attrs["d_v"]
     out = torch.empty((*q.shape[:2], d_v), dtype=q.dtype, device=q.device)
-    group = max(1, LIMIT // (indices.shape[1] * (kv.shape[1] + q.shape[1]) * kv.element_size()))
+    group = max(1, LIMIT // (indices.shape[1] * (q.shape[2] + q.shape[1]) * q.element_size()))
     for m in range(0, len(q), group):
         part = slice(m, min(m + group, len(q)))
         rows = indices[part]
-        keys = kv.index_select(0, rows.clamp(min=0).reshape(-1)).view(*rows.shape, -1)
+        keys = kv.index_select(0, rows.clamp(min=0).reshape(-1))
+        keys = (unpack_mla_rows(keys, d_v) if work.op == "sparse_mla_fp8" else keys).view(*rows.shape, -1)
         scores = torch.bmm(q[part], keys.transpose(1, 2)).mul_(work.attrs["sm_scale"])
         scores.masked_fill_((rows < 0)[:, None], -torch.inf)
         out[part] = torch.bmm(scores.softmax(-1), keys[:, :, :d_v])
@@ -151,28 +153,11 @@ def bytes_like(work: Workload, size: int) -> Any:
     return torch.zeros(size, dtype=torch.uint8, device=work.inputs["logits"].device)
 
 
-def quantized_cache(kv: Any) -> tuple[Any, Any]:
-    """Latent rows as FlashMLA caches them: 512 fp8, a float32 scale for each 128 of them, 64 bfloat16.
-
-    Parameters
-    ----------
-    kv : tensor [s_kv, 576], bfloat16
-
-    Returns
-    -------
-    cache : tensor [pages, 64, 1, 656], float8_e4m3fn
-    kv : tensor [s_kv, 576], bfloat16
-        What the cache holds.
-    """
+def flash_mla_cache(rows: Any) -> Any:
+    """Packed rows of 576 as FlashMLA takes them: tensor [pages, 64, 1, 656], float8_e4m3fn."""
     import torch
 
-    tiles = kv[:, :512].float().view(len(kv), 4, 128)
-    scale = tiles.abs().amax(-1).clamp(min=1e-4) / 448
-    values = (tiles / scale[..., None]).to(torch.float8_e4m3fn)
-    held = torch.cat([(values.float() * scale[..., None]).view(len(kv), 512).bfloat16(), kv[:, 512:]], 1)
-    parts = [values.view(len(kv), 512).view(torch.uint8), scale.view(torch.uint8)]
-    rows = torch.cat([*parts, kv[:, 512:].contiguous().view(torch.uint8)], 1)
-    pages = -(-len(kv) // _CACHE_PAGE)
+    pages = -(-len(rows) // _CACHE_PAGE)
     cache = rows.new_zeros((pages * _CACHE_PAGE, rows.shape[1]))
-    cache[: len(kv)] = rows
-    return cache.view(pages, _CACHE_PAGE, 1, -1).view(torch.float8_e4m3fn), held
+    cache[: len(rows)] = rows
+    return cache.view(pages, _CACHE_PAGE, 1, -1).view(torch.float8_e4m3fn)

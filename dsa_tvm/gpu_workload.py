@@ -13,8 +13,9 @@ import numpy as np
 from . import workload
 from .errors import ArgumentError
 from .ops import OPS
+from .packing import pack_mla_rows
 from .presets import Preset
-from .spec import INT32_MAX, OpSpec
+from .spec import INT32_MAX, OpSpec, completed
 from .workload import Workload
 
 DTYPES = (*workload.DTYPES, "float8_e4m3fn", "int8")
@@ -45,6 +46,7 @@ SUITE: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
     "topk": (("float32",), (1, 4, 64, 4096), _lengths(8, 128)),
     "indexer_topk": (("bfloat16", "float8_e4m3fn"), (1, 64, 4096), (8192, 32768, 131072)),
     "sparse_mla": (("bfloat16",), (1, 2, 64, 128, 256, 4096), _lengths(8, 128)),
+    "sparse_mla_fp8": (("float8_e4m3fn",), (1, 2, 64, 128, 256), _lengths(8, 128)),
     "dsa_attention": (("bfloat16",), (1, 64, 4096), (8192, 32768, 131072)),
 }
 
@@ -75,6 +77,8 @@ def variant(spec: OpSpec, dtype: str) -> Mapping[str, str] | None:
     """The operator's types for keys of that type: the queries' is the same, or bfloat16 where that is not served."""
     if not spec.variants[0]:
         return spec.variants[0] if dtype == "float32" else None
+    if any(tensor.packs for tensor in spec.inputs):
+        return spec.variants[0] if dtype == "float8_e4m3fn" else None
     for queries in (dtype, "bfloat16"):
         for served in spec.variants:
             if served["T"] == queries and served.get("K", served["T"]) == dtype:
@@ -101,7 +105,7 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
 
     spec = OPS[case.op]
     types = variant(spec, case.dtype) or {}
-    lengths = {"s_q": case.s_q, "s_kv": case.s_kv, **asdict(preset)}
+    lengths = completed({"s_q": case.s_q, "s_kv": case.s_kv, **asdict(preset)})
     rng = torch.Generator(device).manual_seed(seed)
     ke = torch.from_numpy(workload.causal_ends(case.s_q, case.s_kv)).to(device)
     inputs: dict[str, Any] = {}
@@ -118,6 +122,9 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
             value = _random_indices(rng, ke, case.s_kv, preset.topk)
         elif scale:
             value = torch.empty(shape, device=device).uniform_(0.5, 2, generator=rng)
+        elif tensor.packs:
+            numbers = torch.randn((*shape[:-1], lengths[tensor.packs]), device=device, generator=rng)
+            value = pack_mla_rows(numbers, preset.d_v)
         else:
             value = torch.randn(shape, device=device, generator=rng)
         if tensor.name == "weights":
@@ -172,7 +179,7 @@ def traffic(work: Workload) -> int:
         elements = x.numel()
         if name == "logits":
             elements = int(np.maximum(ke.astype(np.int64) - ks, 0).sum())
-        elif name == "kv" and work.op == "sparse_mla":
+        elif name == "kv" and work.op in ("sparse_mla", "sparse_mla_fp8"):
             elements = x.shape[1] * int((work.inputs["indices"].unique() >= 0).sum())
         elif name == "kv":
             elements = x.shape[1] * min(len(x), lengths["topk"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DsaError
+from .packing import unpack_mla_rows
 from .workload import Workload, available_memory
 
 #: A peer that would need more than this is left out.
@@ -26,7 +27,7 @@ def peer(name: str, work: Workload, threads: int) -> Callable[[], Any]:
     name : str
         ``"torch"``, ``"ort"``, or ``"numpy"`` for `topk`.
     work : Workload
-        float32.
+        float32, and bytes.
     threads : int
 
     Returns
@@ -39,6 +40,10 @@ def peer(name: str, work: Workload, threads: int) -> Callable[[], Any]:
     Skipped
         The package is not installed, or the peer would need too much memory.
     """
+    if work.op == "sparse_mla_fp8":
+        # They have no such rows: they get what these stand for.
+        kv = unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
+        work = Workload("sparse_mla", {**work.inputs, "kv": kv}, work.attrs, work.lengths)
     check_memory(work.op, work.lengths, held=1 if name == "torch" else 3)
     return {"torch": _torch, "ort": _ort, "numpy": _numpy}[name](work, threads)
 

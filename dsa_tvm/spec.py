@@ -19,6 +19,7 @@ DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
     "float8_e4m3fn": (10, 8),
     "int8": (0, 8),
     "int32": (0, 32),
+    "uint8": (1, 8),
 }
 
 #: ONNX TensorProto.DataType of the same.
@@ -29,7 +30,17 @@ ONNX_TYPES: Mapping[str, int] = {
     "float8_e4m3fn": 17,
     "int8": 3,
     "int32": 6,
+    "uint8": 2,
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the length `dim` is to one that it determines: each `each` elements of it add `adds`."""
+
+    dim: str
+    each: int
+    adds: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,9 @@ class Dim:
         What every value is a multiple of.
     at_most : str, optional
         The dimension this one may not exceed.
+    parts : tuple of Part
+        When not empty, other dimensions determine this one: it is the sum of what these add. Attributes and earlier
+        inputs must fix them; a length that is no multiple of its part's `each` is not served.
     """
 
     name: str
@@ -56,6 +70,7 @@ class Dim:
     values: tuple[int, ...] = ()
     multiple: int = 1
     at_most: str | None = None
+    parts: tuple[Part, ...] = ()
 
     def serves(self, value: int) -> bool:
         """Whether `value` is a length this dimension may have."""
@@ -66,6 +81,21 @@ class Dim:
     def admits(self, value: int) -> bool:
         """Whether kernels can be built for this length."""
         return self.minimum <= value <= self.maximum and value % self.multiple == 0
+
+    def determined(self, lengths: Mapping[str, int]) -> int | None:
+        """The length that `lengths` determine by the `parts`; None where they do not.
+
+        Raises
+        ------
+        ValueError
+            A length that is not the multiple that its part needs.
+        """
+        if not self.parts or any(part.dim not in lengths for part in self.parts):
+            return None
+        for part in self.parts:
+            if lengths[part.dim] % part.each:
+                raise ValueError(f"{part.dim}: expected a multiple of {part.each}, got {lengths[part.dim]}")
+        return sum(lengths[part.dim] // part.each * part.adds for part in self.parts)
 
     @property
     def range(self) -> str:
@@ -87,12 +117,16 @@ class TensorSpec:
         Names of dimensions.
     optional : bool
         Whether the argument may be left out.
+    packs : str, optional
+        Name of the dimension of the numbers that are packed into each row of bytes, where the tensor is one of those;
+        `packing` has what packs them.
     """
 
     name: str
     dtype: str
     shape: tuple[str, ...]
     optional: bool = False
+    packs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +200,22 @@ DIMS: Mapping[str, Dim] = {
         Dim("h_q", 1, 128),
         Dim("d_qk", 32, 1024, (512, 576), multiple=32),
         Dim("d_v", 64, 1024, (512,), multiple=64, at_most="d_qk"),
+        # Bytes: d_v e4m3, an f32 for each 128 of them, d_qk - d_v bf16.
+        Dim("d_packed", 132, 1924, parts=(Part("d_qk", 1, 2), Part("d_v", 128, 128 + 4 - 256))),
     )
 }
+
+
+def completed(lengths: Mapping[str, int]) -> dict[str, int]:
+    """`lengths` and those that they determine.
+
+    Raises
+    ------
+    ValueError
+        As `Dim.determined`.
+    """
+    found = {name: dim.determined(lengths) for name, dim in DIMS.items() if name not in lengths}
+    return {**lengths, **{name: length for name, length in found.items() if length is not None}}
 
 
 def with_values(dims: Mapping[str, Dim], extra: Mapping[str, tuple[int, ...]]) -> dict[str, Dim]:

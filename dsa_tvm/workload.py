@@ -12,8 +12,9 @@ import numpy as np
 
 from .errors import ArgumentError
 from .ops import OPS
+from .packing import pack_mla_rows
 from .presets import Preset
-from .spec import INT32_MAX, OpSpec
+from .spec import INT32_MAX, OpSpec, completed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,7 +28,7 @@ class Workload:
     op : str
         Name of the operator.
     inputs : mapping
-        The inputs by name: C-contiguous arrays, float32 (or `with_dtype`) and int32; on a GPU, torch tensors.
+        The inputs by name: C-contiguous arrays, float32 (or `with_dtype`), int32 and bytes; on a GPU, torch tensors.
     attrs : mapping
         The attributes by name.
     lengths : mapping
@@ -68,7 +69,7 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
         The inputs would not fit into the memory that is available.
     """
     spec = OPS[op]
-    lengths = {"s_q": s_q, "s_kv": s_kv, **asdict(preset)}
+    lengths = completed({"s_q": s_q, "s_kv": s_kv, **asdict(preset)})
     required = [t for t in spec.inputs if not t.optional]
     size = 4 * sum(math.prod(lengths[d] for d in t.shape) for t in required)
     # Twice: the generator's own copies, and the operator's outputs.
@@ -82,12 +83,16 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
     inputs = {}
     for tensor in required:
         shape = tuple(lengths[d] for d in tensor.shape)
+        value: Any
         if tensor.name == "ks":
             value = np.zeros(shape, np.int32)
         elif tensor.name == "ke":
             value = ke
         elif tensor.name == "indices":
             value = _random_indices(rng, ke, s_kv, preset.topk)
+        elif tensor.packs:
+            numbers = rng.standard_normal((*shape[:-1], lengths[tensor.packs]), np.float32)
+            value = pack_mla_rows(numbers, preset.d_v)
         else:
             value = rng.standard_normal(shape, np.float32)
         if tensor.name == "weights":
@@ -102,6 +107,11 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
 def causal_ends(s_q: int, s_kv: int) -> np.ndarray:
     """How many keys each of the last `s_q` tokens of a sequence of `s_kv` sees, itself included: ke, [s_q] int32."""
     return np.clip(np.arange(s_q) + (s_kv - s_q + 1), 0, s_kv).astype(np.int32)
+
+
+def serves(op: str, dtype: str) -> bool:
+    """Whether an operator has a variant with that type for its first input, or no choice of types."""
+    return any(variant.get("T", dtype) == dtype for variant in OPS[op].variants)
 
 
 def with_dtype(work: Workload, dtype: str) -> Workload:
@@ -147,7 +157,7 @@ def flops(op: str, lengths: Mapping[str, int], ks: np.ndarray, ke: np.ndarray) -
     count = 0
     if op in ("lightning_indexer", "indexer_topk", "dsa_attention"):
         count += 2 * lengths["h_idx"] * lengths["d_idx"] * int(visible.sum())
-    if op in ("sparse_mla", "dsa_attention"):
+    if op in ("sparse_mla", "sparse_mla_fp8", "dsa_attention"):
         selected = int(np.minimum(visible, lengths["topk"]).sum())
         count += 2 * lengths["h_q"] * (lengths["d_qk"] + lengths["d_v"]) * selected
     return count

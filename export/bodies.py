@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from .packed_rows import unpack
+
 _INT32_MAX = np.iinfo(np.int32).max
 _NEG_INF = np.float32(-np.inf)
 #: Stands for a -inf logit: below every finite float32, above the -inf that marks what may not be selected.
@@ -116,9 +118,9 @@ def select(b: Body, logits: str, topk: str) -> str:
 
 
 def attend(
-    b: Body, q: str, kv: str, indices: str, attn_sink: str | None, topk_length: str | None
+    b: Body, q: str, kv: str, indices: str, attn_sink: str | None, topk_length: str | None, packed: bool = False
 ) -> tuple[str, str, str]:
-    """(out like q, max_logits, lse) of sparse attention, as `sparse_mla` defines them."""
+    """(out like q, max_logits, lse) of sparse attention, as `sparse_mla` defines them; rows of kv may be packed."""
     nan, infinity = b.const(np.float32(np.nan)), b.const(np.float32(np.inf))
     zero, last, s_q = b.const([0]), b.const([-1]), b.length(q, 0)
     # Older ONNX Runtime (1.22) gives a reduction of zero rows the wrong shape: compute one row then, and cut it off.
@@ -140,6 +142,9 @@ def attend(
     indices = b("Where", valid, indices, b("Max", stand_in, b.const(np.int32(0))))
 
     keys = _gather(b, kv, indices, s_kv)
+    d_v = b.vector(b.attribute("d_v", int))
+    # Out of the subgraph ONNX Runtime drops the cast for float32; on the way out it would copy.
+    keys = unpack(b, keys, d_v) if packed else b.cast(keys, TensorProto.FLOAT)
     logits = b("MatMul", queries, b("Transpose", keys, perm=[0, 2, 1]))
     logits = b("Where", b.unsqueeze(valid, 1), logits, b.const(_NEG_INF))
     # ONNX Runtime's ReduceMax drops a NaN that is not in front.
@@ -153,7 +158,7 @@ def attend(
     if attn_sink is not None:
         total = b("Add", total, b("Exp", b("Sub", b.unsqueeze(attn_sink, 0, 2), shift)))
     # The values are the front of the keys. Cutting the product is cheaper than cutting the keys, which is a copy.
-    ends = b("Concat", s_q, b.vector(b.attribute("d_v", int)), axis=0)
+    ends = b("Concat", s_q, d_v, axis=0)
     out = b("Slice", b("MatMul", weights, keys), b.const([0, 0]), ends, b.const([0, 2]))
     total, any_valid, largest, lse = (b("Slice", x, zero, s_q, zero) for x in (total, any_valid, largest, lse))
     out = b("Where", any_valid, b("Div", out, total), b.const(np.float32(0)))
@@ -166,7 +171,7 @@ def _missing_row(b: Body, s_q: str) -> str:
 
 
 def _gather(b: Body, kv: str, indices: str, s_kv: str) -> str:
-    """float32 rows [s_q, topk, d_qk] of kv; zeros if kv is empty, which Gather refuses. Reads selected rows only."""
+    """Rows [s_q, topk, their width] of kv; zeros if kv is empty, which Gather refuses. Reads selected rows only."""
     # A subgraph must not reuse names of the graph around it.
     some, none = Body("some_"), Body("none_")
     gathered = some("Gather", kv, indices, axis=0)
@@ -178,9 +183,7 @@ def _gather(b: Body, kv: str, indices: str, s_kv: str) -> str:
         for part, name, result in ((some, "some_keys", gathered), (none, "no_keys", zeros))
     )
     condition = b("Squeeze", b("Greater", s_kv, b.const([0])))
-    keys = b("If", condition, then_branch=then_branch, else_branch=else_branch)
-    # Out here ONNX Runtime drops the cast for float32; on the way out of a subgraph it would copy.
-    return b.cast(keys, TensorProto.FLOAT)
+    return b("If", condition, then_branch=then_branch, else_branch=else_branch)
 
 
 def _lightning_indexer(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
@@ -204,6 +207,10 @@ def _sparse_mla(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
     return attend(b, "q", "kv", "indices", has("attn_sink"), has("topk_length"))
 
 
+def _sparse_mla_fp8(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    return attend(b, "q", "kv", "indices", has("attn_sink"), has("topk_length"), packed=True)
+
+
 def _dsa_attention(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
     indices = _indices(b, "index_q", "index_k", has("index_k_scale"))
     out, _, lse = attend(b, "q", "kv", indices, has("attn_sink"), None)
@@ -215,6 +222,7 @@ _BODIES: Mapping[str, Callable[[Body, Callable[[str], str | None]], tuple[str, .
     "topk": _topk,
     "indexer_topk": _indexer_topk,
     "sparse_mla": _sparse_mla,
+    "sparse_mla_fp8": _sparse_mla_fp8,
     "dsa_attention": _dsa_attention,
 }
 

@@ -77,7 +77,23 @@ def fixed_lengths(spec: OpSpec, dims: Mapping[str, int] | None, attrs: Mapping[s
             raise ArgumentError(
                 f"{spec.name}: {name}: expected at most {limit}, which is {lengths[limit]}, got {value}"
             )
-    return lengths
+    return lengths | _determined(spec, lengths)
+
+
+def _determined(spec: OpSpec, lengths: Mapping[str, int]) -> dict[str, int]:
+    """The lengths that others determine, or an `ArgumentError` where they are fixed to something else."""
+    found = {}
+    for name in spec.dims:
+        try:
+            length = DIMS[name].determined(lengths)
+        except ValueError as error:
+            raise ArgumentError(f"{spec.name}: {error}") from None
+        if length is None:
+            continue
+        if lengths.get(name, length) != length:
+            raise ArgumentError(f"{spec.name}: {name}: expected {length}, which others determine, got {lengths[name]}")
+        found[name] = length
+    return found
 
 
 def _integer(where: str, value: object) -> int:

@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..ops import OPS, sparse_mla_fp8
 from .cpu import lightning_indexer, sparse_mla, topk
 
-#: Kernel modules by operator. `indexer_topk` and `dsa_attention` are made of these three.
+#: Kernel modules by operator. The other operators are made of these three.
 CPU = {"lightning_indexer": lightning_indexer, "topk": topk, "sparse_mla": sparse_mla}
+
+#: Element types that there is a kernel for, by operator.
+CPU_VARIANTS: Mapping[str, tuple[Mapping[str, str], ...]] = {op: OPS[op].variants for op in CPU} | {
+    "sparse_mla": (*OPS["sparse_mla"].variants, sparse_mla_fp8.KERNEL)
+}
 
 #: CPU targets, best last: a library holds several and picks the last one the machine runs.
 CPU_TARGETS: Mapping[str, dict[str, Any]] = {

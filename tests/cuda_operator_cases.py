@@ -8,6 +8,7 @@ from compare import assert_close, tolerance_of
 from gpu_call import Call
 from samples import attention_inputs, indexer_inputs
 
+from dsa_tvm import pack_mla_rows
 from dsa_tvm.ops import OPS
 
 INDEXER, MLA = OPS["lightning_indexer"], OPS["sparse_mla"]
@@ -98,6 +99,23 @@ def test_parts(s_q, parts):
     call = Call("sparse_mla", a, {"sm_scale": 1.0, "d_v": D_V}, outputs)
     # A part leaves its sums, and little more.
     assert max(call.workspace_size() // (s_q * h_q * D_V * 4), 1) == parts
+
+
+@pytest.mark.parametrize("offset", [0, 1, 16])
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 5), (4, 61)])
+def test_sparse_mla_fp8(s_q, h_q, offset):
+    """Rows at any byte; at some addresses Hopper has a kernel of its own."""
+    spec, a = OPS["sparse_mla_fp8"], attention_case("bfloat16", s_q, h_q)
+    rows = pack_mla_rows(np.where(np.isnan(a["kv"]), 0, a["kv"]).astype(np.float32))
+    rows[-20:] = 0xFF
+    memory = np.zeros(rows.size + 64, np.uint8)
+    start = -memory.ctypes.data % 16 + offset
+    a["kv"] = memory[start : start + rows.size].reshape(rows.shape)
+    a["kv"][...] = rows
+    attrs = {"sm_scale": D_QK**-0.5, "d_v": D_V}
+    got = run("sparse_mla_fp8", a, attrs, ((s_q, h_q, D_V), a["q"].dtype), (s_q, h_q), (s_q, h_q))
+    for tensor, x, expected in zip(spec.outputs, got, spec.reference(**a, **attrs), strict=True):
+        assert_close(x, expected, spec.tolerance[tensor.name]["bfloat16"])
 
 
 @pytest.mark.parametrize("s_q", [1, 9])

@@ -10,6 +10,7 @@ SMALL = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=2, d_qk=576, d_v=512)
 CASES = [
     *(("lightning_indexer", dtype) for dtype in ("bfloat16", "float8_e4m3fn")),
     *(("topk", "float32"), ("sparse_mla", "bfloat16"), ("dsa_attention", "bfloat16")),
+    ("sparse_mla_fp8", "float8_e4m3fn"),
     *(("indexer_topk", dtype) for dtype in ("bfloat16", "float8_e4m3fn")),
 ]
 

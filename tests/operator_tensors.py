@@ -10,10 +10,14 @@ from devices import complete, run, to_array, to_device
 from samples import attention_inputs, indexer_inputs
 from test_topk import DATA
 
+from dsa_tvm import pack_mla_rows
 from dsa_tvm.ops import OPS
 
 #: s_q, s_kv, topk. On a GPU: few queries, which are cut into parts; many; and a row that many blocks share.
 SIZES = {"few": (2, 700, 500), "many": (90, 300, 60), "long": (1, 20000, 300)}
+
+#: The operators that take indices.
+ATTENTIONS = ("sparse_mla", "sparse_mla_fp8")
 
 
 def arrays(op: str, size: str, variant: Any = None, seed: int = 0) -> dict[str, Any]:
@@ -23,9 +27,9 @@ def arrays(op: str, size: str, variant: Any = None, seed: int = 0) -> dict[str, 
     variant = variant or OPS[op].variants[0]
     if op == "topk":
         index = {"logits": DATA["ties"](rng, (s_q, s_kv))}
-    elif op != "sparse_mla":
+    elif op not in ATTENTIONS:
         index = indexer_inputs(rng, variant, s_q=s_q, s_kv=s_kv, h_idx=9, d_idx=64, scaled=True)
-    if op != "sparse_mla":
+    if op not in ATTENTIONS:
         index["ks"] = rng.integers(-9, s_kv // 3, s_q).astype(np.int32)
         index["ke"] = rng.integers(s_kv // 2, s_kv + 9, s_q).astype(np.int32)
         index["ke"][s_q // 2 :: 40] = index["ks"][s_q // 2 :: 40]  # queries that see nothing
@@ -35,7 +39,9 @@ def arrays(op: str, size: str, variant: Any = None, seed: int = 0) -> dict[str, 
         return index | ({} if op == "lightning_indexer" else {"topk": topk})
     attention = attention_inputs(rng, variant["T"], s_q=s_q, s_kv=s_kv, h_q=5, topk=topk)
     sink = {"attn_sink": rng.standard_normal(5).astype(np.float32)}
-    if op == "sparse_mla":
+    if op in ATTENTIONS:
+        if op == "sparse_mla_fp8":
+            attention["kv"] = pack_mla_rows(attention["kv"])
         attention["indices"] = rng.integers(-20, s_kv + 20, (s_q, topk)).astype(np.int32)
         length = {"topk_length": rng.integers(-3, topk + 5, s_q).astype(np.int32)}
         return attention | sink | length | {"sm_scale": 576**-0.5, "d_v": 512}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from dsa_tvm import pack_mla_rows
+
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -47,3 +49,9 @@ def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
         "kv": rng.standard_normal((s_kv, d_qk)).astype(DTYPES[dtype]),
         "indices": rng.integers(0, max(s_kv, 1), (s_q, topk)).astype(np.int32),
     }
+
+
+def packed_attention_inputs(rng, **sizes):
+    """Arguments of `sparse_mla_fp8`, likewise; d_v is 512."""
+    arguments = attention_inputs(rng, "bfloat16", **sizes)
+    return arguments | {"kv": pack_mla_rows(arguments["kv"])}

@@ -78,6 +78,8 @@ MEANT = {
     ("sm_90a", "lightning_indexer__hopper_many__float8_e4m3fn__float8_e4m3fn__128__64"): ("QGMMA", "UTMALDG", "SYNCS"),
     ("sm_90a", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
     ("sm_90a", "sparse_mla__attend__hopper__bfloat16__576__512"): ("HGMMA", "LDGSTS", "SYNCS"),
+    ("sm_86", "sparse_mla_fp8__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
+    ("sm_90a", "sparse_mla_fp8__attend__hopper__bfloat16__576__512"): ("HGMMA", "LDGSTS", "SYNCS"),
 }
 
 

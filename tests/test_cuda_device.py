@@ -19,7 +19,10 @@ from dsa_tvm.ops import OPS
 
 CALLS = [(op, size) for op in OPS for size in SIZES]
 #: The argument that is elsewhere in `test_devices_do_not_mix`.
-MOVED = {"lightning_indexer": "ke", "topk": "ke", "indexer_topk": "k", "sparse_mla": "attn_sink", "dsa_attention": "kv"}
+MOVED = {
+    **{"lightning_indexer": "ke", "topk": "ke", "indexer_topk": "k"},
+    **{"sparse_mla": "attn_sink", "sparse_mla_fp8": "kv", "dsa_attention": "kv"},
+}
 
 
 def call(op, given):

@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 
 import torch
 from devices import as_tuple, complete, to_device
-from operator_tensors import SIZES, arrays, check, tensors
+from operator_tensors import ATTENTIONS, SIZES, arrays, check, tensors
+from samples import DTYPES
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -103,7 +104,9 @@ def test_70000_queries(op, device):
     logits = rng.standard_normal((rows, s_kv), np.float32)
     indices = rng.integers(-1, s_kv, (rows, topk)).astype(np.int32)
     named = {"index_q": index["q"], "index_k": index["k"]}
-    known = index | attention if op == "dsa_attention" else attention if op == "sparse_mla" else index
+    if op == "sparse_mla_fp8":
+        attention = {"q": attention["q"].astype(DTYPES["bfloat16"]), "kv": dsa_tvm.pack_mla_rows(attention["kv"])}
+    known = index | attention if op == "dsa_attention" else attention if op in ATTENTIONS else index
     known = {"logits": logits, "indices": indices, **ranges, **named, **known, **attrs}
     spec = OPS[op]
     given = {n: known[n] for n in (*(t.name for t in spec.inputs), *(a.name for a in spec.attrs)) if n in known}

@@ -58,10 +58,10 @@ def test_inputs_are_causal_and_seeded(op, dtype):
     ends = np.arange(36, 41)
     if op == "topk":
         assert torch.isneginf(first.inputs["logits"]).sum(1).tolist() == (40 - ends).tolist()
-    if op == "sparse_mla":
+    if op in ("sparse_mla", "sparse_mla_fp8"):
         for row, stop in zip(first.inputs["indices"].numpy(), ends, strict=True):
             assert len(set(row)) == 16 and (np.diff(row) > 0).all() and row[0] >= 0 and row[-1] < stop
-    assert ("k_scale" in first.inputs) == (dtype in ("float8_e4m3fn", "int8"))
+    assert ("k_scale" in first.inputs) == (dtype in ("float8_e4m3fn", "int8") and op != "sparse_mla_fp8")
 
 
 def test_few_keys_leave_indices_behind():
@@ -84,6 +84,7 @@ def test_traffic_by_hand():
     # Queries see 2 and 3 of three keys, and select all they see: 3 rows. out, max_logits and lse of 2 heads.
     indices, out = 2 * 16 * 4, 2 * 2 * (512 * 2 + 4 + 4)
     assert bytes_of("sparse_mla", "bfloat16", 2, 3) == 2 * 2 * 576 * 2 + 3 * 576 * 2 + indices + out
+    assert bytes_of("sparse_mla_fp8", "float8_e4m3fn", 2, 3) == 2 * 2 * 576 * 2 + 3 * 656 + indices + out
 
 
 @pytest.mark.parametrize(("op", "dtype"), CASES)
@@ -110,16 +111,15 @@ def test_no_product_of_8_bits_no_peer():
             gpu_peers.prepare("torch", work, 86)
 
 
-def test_quantized_cache_is_656_bytes_a_token():
-    kv = torch.randn((70, 576), generator=torch.Generator().manual_seed(0)).bfloat16()
-    cache, held = gpu_torch.quantized_cache(kv)
-    assert cache.shape == (2, 64, 1, 656) and torch.equal(held[:, 512:], kv[:, 512:])
-    rows = cache.view(torch.uint8).view(-1, 656)[:70]
-    scale = rows[:, 512:528].contiguous().view(torch.float32)
-    values = rows[:, :512].contiguous().view(torch.float8_e4m3fn).float().view(70, 4, 128) * scale[..., None]
-    assert torch.equal(values.view(70, 512).bfloat16(), held[:, :512])
-    assert torch.equal(rows[:, 528:].contiguous().view(torch.bfloat16), kv[:, 512:])
-    assert ((held - kv).abs() <= 0.0625 * kv.abs() + 0.01).all()
+def test_our_own_bf16_is_a_peer():
+    check_peer("bf16", Case("sparse_mla_fp8", "float8_e4m3fn", 6, 40), SMALL)
+
+
+def test_flash_mla_has_pages_of_64_rows():
+    rows = torch.arange(70, dtype=torch.uint8)[:, None].repeat(1, 656)
+    cache = gpu_torch.flash_mla_cache(rows)
+    assert cache.shape == (2, 64, 1, 656) and cache.dtype == torch.float8_e4m3fn
+    assert torch.equal(cache.view(torch.uint8).view(-1, 656)[:70], rows)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_quantized_cache_is_656_bytes_a_token():
         ("deep_gemm", "lightning_indexer", "bfloat16", "takes fp8"),
         ("deep_gemm", "lightning_indexer", "float8_e4m3fn", "deep_gemm does not import .*No module named 'deep_gemm'"),
         ("flash_mla", "sparse_mla", "bfloat16", "flash_mla does not import"),
-        ("flash_mla_fp8", "sparse_mla", "bfloat16", "flash_mla does not import"),
+        ("flash_mla_fp8", "sparse_mla_fp8", "float8_e4m3fn", "flash_mla does not import"),
         ("vllm", "sparse_mla", "bfloat16", "vllm is not installed"),
         ("vllm", "topk", "float32", "takes topk 512, 1024 and 2048"),
         ("vllm_prefill", "topk", "float32", "vllm is not installed"),
@@ -153,7 +153,7 @@ def package(monkeypatch, name, **functions):
 def check_peer(name, case, preset, capability=90):
     work = gpu_workload.make(case, preset, "cpu")
     peer = gpu_peers.prepare(name, work, capability)
-    Checker(work).peer(name, peer.result(peer.call()), peer.kv)
+    Checker(work).peer(name, peer.result(peer.call()))
 
 
 @pytest.mark.parametrize("op", ["lightning_indexer", "indexer_topk"])
@@ -194,16 +194,15 @@ def test_flash_mla_decodes_from_its_cache(monkeypatch):
     ):  # fmt: skip
         assert q.shape == (6, 1, 64, 576) and k_cache.shape == (1, 64, 1, 656) and indices.shape == (6, 1, 16)
         assert tile_scheduler_metadata is schedule and is_fp8_kvcache and use_legacy and kv_format == "V32"
-        kv = gpu_torch.quantized_cache(gpu_workload.make(case, preset, "cpu").inputs["kv"])[1]
-        out, _, lse = dsa_tvm.sparse_mla(q[:, 0], kv, indices[:, 0], sm_scale=softmax_scale, d_v=head_dim_v)
+        rows = k_cache.view(torch.uint8).view(-1, 656)[:40]
+        out, _, lse = dsa_tvm.sparse_mla_fp8(q[:, 0], rows, indices[:, 0], sm_scale=softmax_scale, d_v=head_dim_v)
         return out[:, None], lse
 
     functions = {"flash_mla_with_kvcache": flash_mla_with_kvcache, "get_mla_metadata": lambda: (schedule, None)}
     package(monkeypatch, "flash_mla", **functions)
-    case = Case("sparse_mla", "bfloat16", 6, 40)
-    check_peer("flash_mla_fp8", case, preset)
+    check_peer("flash_mla_fp8", Case("sparse_mla_fp8", "float8_e4m3fn", 6, 40), preset)
     with pytest.raises(Skipped, match="rows of 576, and few queries"):
-        check_peer("flash_mla_fp8", Case("sparse_mla", "bfloat16", 257, 40), preset)
+        check_peer("flash_mla_fp8", Case("sparse_mla_fp8", "float8_e4m3fn", 257, 40), preset)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from compare import tolerance_of
 
+from dsa_tvm import pack_mla_rows
 from dsa_tvm.errors import ArgumentError
 from dsa_tvm.ops import OPS
 
@@ -25,6 +26,7 @@ NUMPY = {
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "int8": np.int8,
     "int32": np.int32,
+    "uint8": np.uint8,
 }
 PROTO = {
     np.dtype(NUMPY[name]): getattr(onnx.TensorProto, proto)
@@ -35,6 +37,7 @@ PROTO = {
         "float8_e4m3fn": "FLOAT8E4M3FN",
         "int8": "INT8",
         "int32": "INT32",
+        "uint8": "UINT8",
     }.items()
 }
 STORAGE = {np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(ml_dtypes.float8_e4m3fn): np.uint8}
@@ -43,9 +46,10 @@ ATTRS = {
     "topk": {"topk": 8},
     "indexer_topk": {"topk": 8},
     "sparse_mla": {"sm_scale": 0.125, "d_v": 64},
+    "sparse_mla_fp8": {"sm_scale": 0.125, "d_v": 128},
     "dsa_attention": {"topk": 8, "sm_scale": 0.125, "d_v": 64},
 }
-SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 96, "topk": 8}
+SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 160, "topk": 8}
 ALL_VARIANTS = [pytest.param(op, v, id=f"{op}-{'-'.join(v.values())}") for op in OPS for v in OPS[op].variants]
 EMPTY = [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_kv": 3}, {"s_kv": 1, "s_q": 1}]
 
@@ -82,7 +86,7 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
     for tensor in spec.inputs:
         if tensor.optional and tensor.name not in optional:
             continue
-        shape = [sizes[d] for d in tensor.shape]
+        shape = [sizes[tensor.packs if d == "d_packed" else d] for d in tensor.shape]
         dtype = NUMPY[spec.dtype_of(tensor, variant)]
         if tensor.name == "ks":
             array = rng.integers(0, sizes["s_kv"] // 2 + 1, shape)
@@ -96,7 +100,7 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
             array = rng.integers(-4, 5, shape)
         else:
             array = rng.standard_normal(shape)
-        feeds[tensor.name] = array.astype(dtype)
+        feeds[tensor.name] = pack_mla_rows(array, ATTRS[op]["d_v"]) if tensor.packs else array.astype(dtype)
     return feeds
 
 

@@ -30,6 +30,7 @@ TYPES = {
     "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, np.uint8, onnx.TensorProto.FLOAT8E4M3FN),
     "int8": (np.int8, np.int8, onnx.TensorProto.INT8),
     "int32": (np.int32, np.int32, onnx.TensorProto.INT32),
+    "uint8": (np.uint8, np.uint8, onnx.TensorProto.UINT8),
 }
 SIZES = {"s_q": 5, "s_kv": 70, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 576, "topk": 8}
 ATTRS = {"topk": 8, "sm_scale": 0.0625, "d_v": 512}
@@ -60,7 +61,7 @@ def make_inputs(op, variant=None, optional=(), **sizes):
     for tensor in spec.inputs:
         if tensor.optional and tensor.name not in optional:
             continue
-        shape = [sizes[d] for d in tensor.shape]
+        shape = [sizes[tensor.packs if d == "d_packed" else d] for d in tensor.shape]
         dtype = spec.dtype_of(tensor, variant or spec.variants[0])
         if tensor.name == "ks":
             array = rng.integers(0, 4, shape)
@@ -70,7 +71,7 @@ def make_inputs(op, variant=None, optional=(), **sizes):
             array = rng.integers(-4, 5, shape)
         else:
             array = rng.standard_normal(shape)
-        made[tensor.name] = array.astype(TYPES[dtype][0])
+        made[tensor.name] = dsa_tvm.pack_mla_rows(array) if tensor.packs else array.astype(TYPES[dtype][0])
     return made
 
 
@@ -128,7 +129,7 @@ def test_matches_the_reference(op, variant):
 @pytest.mark.parametrize("sizes", [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_q": 1, "s_kv": 1}], ids=str)
 def test_empty_and_single_lengths(op, sizes):
     inputs = make_inputs(op, optional=optional_of(op), **sizes)
-    session = make_session(make_model(op, optional=optional_of(op)))
+    session = make_session(widened(make_model(op, optional=optional_of(op))))
     assert_matches(op, OPS[op].variants[0], run(session, inputs), inputs)
 
 
@@ -231,7 +232,7 @@ def test_one_process_may_register_many_times():
 @pytest.mark.parametrize("op", OPS)
 def test_threads_do_not_change_a_bit(op):
     inputs = make_inputs(op, optional=optional_of(op), s_q=33, s_kv=1500, h_q=16)
-    model = make_model(op, optional=optional_of(op))
+    model = widened(make_model(op, optional=optional_of(op)))
     one, four = (run(make_session(model, options(intra_op_num_threads=n)), inputs) for n in (1, 4))
     for a, b in zip(one, four, strict=True):
         assert a.tobytes() == b.tobytes()

@@ -16,6 +16,7 @@ KWARGS = {
     "topk": {"topk": 16},
     "indexer_topk": {"topk": 16},
     "sparse_mla": {"sm_scale": 0.04, "d_v": 512},
+    "sparse_mla_fp8": {"sm_scale": 0.04, "d_v": 512},
     "dsa_attention": {"topk": 16, "sm_scale": 0.04, "d_v": 512},
 }
 
@@ -25,11 +26,13 @@ def arguments(name, device, s_q=3, s_kv=200, dtype=torch.float32, key_dtype=None
     ks, ke = torch.zeros(s_q, dtype=torch.int32), torch.full((s_q,), s_kv, dtype=torch.int32)
     index = (torch.randn(s_q, 8, 64).to(dtype), torch.randn(s_kv, 64).to(key_dtype or dtype), torch.rand(s_q, 8))
     q, kv = torch.randn(s_q, 4, 576).to(dtype), torch.randn(s_kv, 576).to(dtype)
+    indices = torch.randint(-1, s_kv, (s_q, 16), dtype=torch.int32)
     made = {
         "lightning_indexer": (*index, ks, ke),
         "topk": (torch.randn(s_q, s_kv), ks, ke),
         "indexer_topk": (*index, ks, ke, torch.rand(s_kv)),
-        "sparse_mla": (q, kv, torch.randint(-1, s_kv, (s_q, 16), dtype=torch.int32), torch.randn(4)),
+        "sparse_mla": (q, kv, indices, torch.randn(4)),
+        "sparse_mla_fp8": (q.bfloat16(), dsa_tvm.pack_mla_rows(kv), indices, torch.randn(4)),
         "dsa_attention": (*index, ks, ke, q, kv, torch.rand(s_kv), torch.randn(4)),
     }[name]
     return tuple(x.to(device) for x in made)

@@ -10,11 +10,12 @@ from typing import Any
 
 from dsa_tvm.records import Record, spec_hash
 
-LENGTHS = {"h_idx": 64, "d_idx": 128, "topk": 2048, "h_q": 128, "d_qk": 576, "d_v": 512}
+LENGTHS = {"h_idx": 64, "d_idx": 128, "topk": 2048, "h_q": 128, "d_qk": 576, "d_v": 512, "d_packed": 656}
 _OWN = {
     "lightning_indexer": (("float32", "float32"), ("h_idx", "d_idx")),
     "topk": ((), ("topk",)),
     "sparse_mla": (("float32",), ("h_q", "d_qk", "topk", "d_v")),
+    "sparse_mla_fp8": (("bfloat16",), ("h_q", "d_qk", "d_packed", "topk", "d_v")),
 }
 
 

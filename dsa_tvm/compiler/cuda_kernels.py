@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from ..gpu_archs import HOPPER
-from ..ops import OPS
-from ..schedules.cuda import combine, hopper_indexer, hopper_mla, lightning_indexer, sparse_mla, topk
+from ..ops import OPS, sparse_mla_fp8
+from ..schedules.cuda import combine, hopper_indexer, hopper_mla, lightning_indexer, packed_gather, sparse_mla, topk
 from ..spec import Dim
 
 #: Key of a module's DEFAULT for every GPU that has no decisions of its own.
@@ -144,24 +144,44 @@ def _hopper_indexer(dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]
 
 
 def _sparse_mla(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
-    for variant, d_qk, d_v in itertools.product(_variants("sparse_mla"), dims["d_qk"].values, dims["d_v"].values):
-        if d_v > d_qk:
-            continue
-        most = dims["h_q"].maximum
+    for variant in _variants("sparse_mla"):
+        widths = itertools.product(dims["d_qk"].values, dims["d_v"].values)
+        yield from _attentions(arch, dims, chosen, variant, variant, widths)
+
+
+def _sparse_mla_fp8(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
+    whole = [d_v for d_v in dims["d_v"].values if d_v % packed_gather.GROUP == 0]
+    for variant in _variants("sparse_mla_fp8"):
+        widths = itertools.product(dims["d_qk"].values, whole)
+        yield from _attentions(arch, dims, chosen, variant, sparse_mla_fp8.KERNEL, widths)
+
+
+def _attentions(
+    arch: str,
+    dims: Mapping[str, Dim],
+    chosen: Chosen,
+    variant: dict[str, str],
+    types: dict[str, str],
+    widths: Iterable[tuple[int, int]],
+) -> Iterator[Kernel]:
+    """The kernels for one of an operator's choices of element types; `types` are what they are made for."""
+    served = [(d_qk, d_v) for d_qk, d_v in widths if d_v <= d_qk]
+    most = dims["h_q"].maximum
+    for d_qk, d_v in served:
         limits: list[dict[str, int]] = [{}]
         if variant["T"] != "float32" and most > sparse_mla.FEW_HEADS:
             limits.append({"h_q": sparse_mla.FEW_HEADS})
         for limit in limits:
-            c = sparse_mla.default(variant, arch, few_heads=bool(limit))
+            c = sparse_mla.default(types, arch, few_heads=bool(limit))
             if not limit:
                 c = chosen("attend", variant, {"d_qk": d_qk, "d_v": d_v}, c)
-                c.check(variant, d_qk, d_v)
-            yield _attention(sparse_mla, variant, c, d_qk, d_v, limit)
-        if arch == HOPPER and _hopper_attends(variant, d_qk, d_v):
+                c.check(types, d_qk, d_v)
+            yield _attention(sparse_mla, variant, types, c, d_qk, d_v, limit)
+        if arch == HOPPER and _hopper_attends(types, d_qk, d_v):
             own = chosen("hopper_attend", variant, {"d_qk": d_qk, "d_v": d_v}, hopper_mla.DEFAULT[arch])
-            own.check(variant, d_qk, d_v)
-            yield _attention(hopper_mla, variant, own, d_qk, d_v, {}, hopper=True)
-    for variant, d_v in itertools.product(_variants("sparse_mla"), dims["d_v"].values):
+            own.check(types, d_qk, d_v)
+            yield _attention(hopper_mla, variant, types, own, d_qk, d_v, {}, hopper=True)
+    for d_v in dict.fromkeys(d_v for _, d_v in served):
         make = functools.partial(combine.tensor_ir, variant, d_v)
         yield Kernel("combine", None, make, 0, {}, variant, {"d_v": d_v})
 
@@ -177,6 +197,7 @@ def _hopper_attends(variant: dict[str, str], d_qk: int, d_v: int) -> bool:
 def _attention(
     module: ModuleType,
     variant: dict[str, str],
+    types: dict[str, str],
     c: Any,
     d_qk: int,
     d_v: int,
@@ -184,9 +205,9 @@ def _attention(
     hopper: bool = False,
 ) -> Kernel:
     facts = {"heads": c.heads, "block_keys": c.block_keys, "split_keys": c.split_keys, "stats": sparse_mla.STATS}
-    make = functools.partial(module.tensor_ir, variant, c, d_qk, d_v)
+    make = functools.partial(module.tensor_ir, types, c, d_qk, d_v)
     lengths = {"d_qk": d_qk, "d_v": d_v}
-    return Kernel("attend", c, make, c.shared_bytes(variant, d_qk), facts, variant, lengths, limits, hopper)
+    return Kernel("attend", c, make, c.shared_bytes(types, d_qk, d_v), facts, variant, lengths, limits, hopper)
 
 
 #: Operator to a function of the architecture, or `ANY`, the dimensions with their served values, and `Chosen`.
@@ -194,4 +215,5 @@ OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim], Chosen], Iterator[Kern
     "lightning_indexer": _lightning_indexer,
     "topk": _topk,
     "sparse_mla": _sparse_mla,
+    "sparse_mla_fp8": _sparse_mla_fp8,
 }

@@ -30,18 +30,19 @@ class Kernels:
     symbols: Mapping[tuple[str, ...], str]
 
 
-#: The structs of internal.h, and the decisions that each of them holds.
-_STRUCTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "lightning_indexer": ("indexer", ("rows", "task_keys", "block_keys", "min_keys", "tasks_per_thread")),
-    "topk": ("topk", ()),
-    "sparse_mla": ("mla", ("heads", "task_heads")),
+#: The structs of internal.h, by how many element types they tell kernels apart, and the decisions they hold.
+_STRUCTS: Mapping[str, tuple[str, int, tuple[str, ...]]] = {
+    "lightning_indexer": ("indexer", 2, ("rows", "task_keys", "block_keys", "min_keys", "tasks_per_thread")),
+    "topk": ("topk", 0, ()),
+    "sparse_mla": ("mla", 2, ("heads", "task_heads")),
 }
 
 
-def _row(kernels: Kernels, fields: Iterable[str]) -> str:
+def _row(kernels: Kernels, num_types: int, fields: Iterable[str]) -> str:
     lengths = f".s_q = {kernels.s_q}, .s_kv = {kernels.s_kv}"
+    # One element type stands for all.
     entries = (
-        f"   .entry{''.join(f'[DTYPE_{t.upper()}]' for t in types)} = __tvm_ffi_{symbol}"
+        f"   .entry{''.join(f'[DTYPE_{t.upper()}]' for t in (types * num_types)[:num_types])} = __tvm_ffi_{symbol}"
         for types, symbol in kernels.symbols.items()
     )
     values = (f"   .{name} = {getattr(kernels.decisions, name)}" for name in fields)
@@ -65,14 +66,14 @@ def source(sets: Sequence[tuple[str, Mapping[str, Sequence[Kernels]]]]) -> str:
     symbols: dict[str, None] = {}
     tables, heads = [], []
     for i, (target, rows) in enumerate(sets):
-        for op, (struct, fields) in _STRUCTS.items():
+        for op, (struct, num_types, fields) in _STRUCTS.items():
             table = rows.get(op)
             if table and (table[-1].s_q, table[-1].s_kv) != (INT32_MAX, INT32_MAX):
                 raise BuildError(f"{op}: expected a last row for all lengths, got {table[-1]}")
             symbols |= dict.fromkeys(symbol for kernels in table or () for symbol in kernels.symbols.values())
-            cells = "".join(_row(kernels, fields if table else ()) for kernels in table or nothing)
+            cells = "".join(_row(kernels, num_types, fields if table else ()) for kernels in table or nothing)
             tables.append(f"static const struct {struct}_kernel {struct}_{i}[] = {{\n{cells}}};\n")
-        heads.append(f'  {{"{target}", {", ".join(f"{struct}_{i}" for struct, _ in _STRUCTS.values())}}},\n')
+        heads.append(f'  {{"{target}", {", ".join(f"{struct}_{i}" for struct, *_ in _STRUCTS.values())}}},\n')
     declared = (f"int __tvm_ffi_{s}(void *, const struct tvm_any *, int32_t, struct tvm_any *);\n" for s in symbols)
     return "".join(
         [

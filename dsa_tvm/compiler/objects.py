@@ -10,8 +10,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from ..ops import OPS
-from ..schedules import CPU, CPU_TARGETS
+from ..schedules import CPU, CPU_TARGETS, CPU_VARIANTS
 from .kernel_table import Kernels
 from .plan import Plan
 
@@ -84,7 +83,7 @@ def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]
             kernels[op] = []
             for row in rows:
                 decisions = CPU[op].Decisions(**row.decisions)
-                symbols = {tuple(v.values()): _added(functions, op, v, target, decisions) for v in OPS[op].variants}
+                symbols = {tuple(v.values()): _added(functions, op, v, target, decisions) for v in CPU_VARIANTS[op]}
                 kernels[op].append(Kernels(row.s_q_max, row.s_kv_max, decisions, symbols))
         progress(f"compiling {len(functions)} kernels for {target}")
         path = directory / f"{target}.o"

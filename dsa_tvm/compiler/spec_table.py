@@ -70,7 +70,11 @@ def _dim(dim: Dim, dims: Mapping[str, Dim]) -> str:
     values = f"values_{dim.name}" if dim.values else "NULL"
     at_most = list(dims).index(dim.at_most) if dim.at_most else -1
     flag = f"--{dim.name.replace('_', '-')}"
-    return f'  {{"{dim.name}", {dim.minimum}LL, {dim.maximum}LL, {values}, {len(dim.values)}, {at_most}, "{flag}"}}'
+    parts = ", ".join(f"{{DIM_{part.dim.upper()}, {part.each}, {part.adds}}}" for part in dim.parts) or "{0}"
+    bounds = f"{dim.minimum}LL, {dim.maximum}LL"
+    return (
+        f'  {{"{dim.name}", {bounds}, {values}, {len(dim.values)}, {at_most}, "{flag}", {len(dim.parts)}, {{{parts}}}}}'
+    )
 
 
 def _array(declaration: str, rows: Iterable[str]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import DIMS, OpSpec, TensorSpec
+from ..packing import pack_mla_rows
+from ..spec import DIMS, OpSpec, TensorSpec, completed
 
 #: Bytes in front of and behind every array of `allocate`, and what they hold.
 GUARD = 64
@@ -37,8 +38,8 @@ def numpy_dtype(name: str) -> np.dtype:
 
 def small_dims(spec: OpSpec, dims: Mapping[str, int] | None = None) -> dict[str, int]:
     """A small length for each dimension of an operator; `dims` has the last word."""
-    lengths = {d: DIMS[d].values[0] if DIMS[d].values else _LENGTHS[d] for d in spec.dims}
-    return lengths | dict(dims or {})
+    free = [d for d in spec.dims if not DIMS[d].parts]
+    return completed({d: DIMS[d].values[0] if DIMS[d].values else _LENGTHS[d] for d in free} | dict(dims or {}))
 
 
 def allocate(shape: Sequence[int], dtype: np.dtype, *, offset: int = 0) -> np.ndarray:
@@ -93,9 +94,12 @@ def valid_arguments(
     for tensor in spec.inputs:
         dtype = numpy_dtype(spec.dtype_of(tensor, variant))
         shape = tuple(lengths[d] for d in tensor.shape)
-        if dtype == np.int32:
+        if tensor.packs:
+            numbers = rng.standard_normal((*shape[:-1], lengths[tensor.packs]))
+            values: np.ndarray = pack_mla_rows(numbers, lengths["d_v"])
+        elif dtype == np.int32:
             # Positions of keys, and one past the last of them.
-            values: np.ndarray = rng.integers(0, lengths.get("s_kv", 1) + 1, shape)
+            values = rng.integers(0, lengths.get("s_kv", 1) + 1, shape)
             integers.setdefault(tensor.shape, []).append(tensor.name)
         elif dtype == np.int8:
             values = rng.integers(-4, 5, shape)

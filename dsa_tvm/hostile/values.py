@@ -29,6 +29,8 @@ def _lengths(spec: OpSpec) -> Iterator[Case]:
     hostile: list[dict[str, int]] = []
     for name in spec.dims:
         dim = DIMS[name]
+        if dim.parts:
+            continue
         if dim.values:
             hostile += [{name: value} for value in dim.values]
         else:
@@ -89,6 +91,11 @@ def _reals(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
     for tensor in spec.inputs:
         dtype = spec.dtype_of(tensor, variant)
         if dtype == "int32":
+            continue
+        if dtype == "uint8":
+            # As e4m3: zero and NaN. The largest scales are no numbers, so that no score is near an end of f32.
+            for byte in (0, 0x7F, 0xFF):
+                yield _fill(tensor.name, byte)
             continue
         if dtype == "int8":
             values = [-128.0, -1.0, 0.0, 127.0]

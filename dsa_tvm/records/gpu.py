@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..gpu_archs import HOPPER, is_arch
 from ..ops import OPS
+from ..spec import completed
 from .record import Record, as_key
 from .selection import in_words, keeps_up
 
@@ -19,6 +20,7 @@ BUCKETS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "lightning_indexer": ((1, 8192), (1, 65536), (64, 8192), (64, 65536), (4096, 8192), (4096, 65536)),
     "topk": ((1, 8192), (1, 65536), (64, 65536), (4096, 8192), (4096, 65536)),
     "sparse_mla": ((1, 65536), (64, 65536), (4096, 65536)),
+    "sparse_mla_fp8": ((1, 65536), (64, 65536), (256, 65536)),
 }
 #: The element types that are measured, in the order of the operator's type variables. Others have the decisions of one
 #: of them: `compiler.cuda_plan`.
@@ -26,14 +28,18 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "lightning_indexer": (("bfloat16", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn")),
     "topk": ((),),
     "sparse_mla": (("bfloat16",),),
+    "sparse_mla_fp8": (("bfloat16",),),
 }
 #: The indexer has a kernel for few queries, which is taken up to about so many scores.
 _FEW_SCORES = 2**19
+#: The stage of the operators that have one with decisions.
+_STAGES = {"topk": "rows", "sparse_mla": "attend", "sparse_mla_fp8": "attend"}
 #: Element types of the kernels of Hopper's own instructions.
 _OF_HOPPER: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "lightning_indexer": tuple((name, name) for name in ("bfloat16", "float16", "float8_e4m3fn")),
     "topk": (),
     "sparse_mla": (("bfloat16",), ("float16",)),
+    "sparse_mla_fp8": (("bfloat16",),),
 }
 
 
@@ -44,7 +50,7 @@ def is_gpu(target: str) -> bool:
 
 def stage_of(op: str, s_q: int, s_kv: int, target: str, types: Sequence[str]) -> str:
     """The stage whose decisions a size measures, as the build calls it."""
-    stage = {"topk": "rows", "sparse_mla": "attend"}.get(op) or ("few" if s_q * s_kv <= _FEW_SCORES else "many")
+    stage = _STAGES.get(op) or ("few" if s_q * s_kv <= _FEW_SCORES else "many")
     return f"hopper_{stage}" if target == HOPPER and tuple(types) in _OF_HOPPER[op] else stage
 
 
@@ -123,7 +129,8 @@ def finals_of(
     records: Iterable[Record], op: str, target: str, types: Sequence[str], stage: str, lengths: Mapping[str, int]
 ) -> list[Record]:
     """The finals among `records` of one kernel; `lengths` are those of its model beside s_q and s_kv."""
-    own = {name: lengths[name] for name in OPS[op].dims if name not in ("s_q", "s_kv")}
+    known = completed(lengths)
+    own = {name: known[name] for name in OPS[op].dims if name not in ("s_q", "s_kv")}
     return [
         r
         for r in records

@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import env, library, presets, workload
 from ..errors import ArgumentError, DsaError
 from ..progress import Progress
-from ..records import selection
+from ..records import gpu, selection
 from . import cuda_command, fleet
 from .fleet import Remote
 from .summary import summary
@@ -22,7 +22,9 @@ from .workers import WorkerError, Workers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dsa-tvm tune``."""
-    parser.add_argument("op", nargs="?", help=f"kernel to tune: {', '.join(selection.BUCKETS)}, or all")
+    parser.add_argument(
+        "op", nargs="?", help=f"kernel to tune: {', '.join(selection.BUCKETS)}, on GPUs sparse_mla_fp8, or all"
+    )
     parser.add_argument(
         "--target",
         default="",
@@ -109,8 +111,9 @@ def run(args: argparse.Namespace) -> None:
 def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:
     if args.measure:
         args.op = args.op or "all"
-    if args.op != "all" and args.op not in selection.BUCKETS:
-        raise ArgumentError(f"tune: operator: expected all or one of {', '.join(selection.BUCKETS)}, got {args.op!r}")
+    known = gpu.BUCKETS if cuda_command.is_asked_for(args) else selection.BUCKETS
+    if args.op != "all" and args.op not in known:
+        raise ArgumentError(f"tune: operator: expected all or one of {', '.join(known)}, got {args.op!r}")
     if args.trials < 1:
         raise ArgumentError(f"tune: trials: expected at least 1, got {args.trials}")
     if not args.timeout > 0:

@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..ops import OPS
 from ..presets import Preset
 from ..records import gpu
+from ..spec import completed
 from ..workload import Workload
 
 #: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
@@ -67,7 +68,7 @@ class Task:
     @property
     def shape(self) -> dict[str, int]:
         """Length of each of the operator's dimensions."""
-        lengths = {"s_q": self.s_q, "s_kv": self.s_kv, **asdict(self.preset)}
+        lengths = completed({"s_q": self.s_q, "s_kv": self.s_kv, **asdict(self.preset)})
         return {name: lengths[name] for name in OPS[self.op].dims}
 
     @property
@@ -158,12 +159,14 @@ def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workloa
         inputs["k"][1999] = np.nan
     if task.op == "topk":
         inputs["logits"] = _hard_logits(rng, inputs["logits"].shape)
-    if task.op == "sparse_mla":
+    if task.op in ("sparse_mla", "sparse_mla_fp8"):
         indices = inputs["indices"]
         indices[0, ::3] = -1
         indices[1] = -1
         indices[2, 1:] = s_kv
-        inputs["kv"][np.setdiff1d(np.arange(s_kv), indices)] = np.nan
+        # Packed, each of its parts is NaN of such bytes.
+        nan = 0xFF if inputs["kv"].dtype == np.uint8 else np.nan
+        inputs["kv"][np.setdiff1d(np.arange(s_kv), indices)] = nan
     return task._scaled(replace(work, inputs=inputs))
 
 
@@ -174,6 +177,7 @@ def irregulars(task: Task) -> list[Workload]:
         "lightning_indexer": ((5, 3001), (4099, 5003)),
         "topk": ((5, 20011), (5, 9001)),
         "sparse_mla": ((5, 3001), (299, 3001)),
+        "sparse_mla_fp8": ((5, 3001), (299, 3001)),
     }
     return [irregular(task, *size) for size in sizes[task.op]]
 

@@ -115,6 +115,14 @@ dsa_tvm_status dsa_tvm_sparse_mla(const dsa_tvm_tensor *q, const dsa_tvm_tensor 
                  OUTPUTS(out, max_logits, lse), options);
 }
 
+dsa_tvm_status dsa_tvm_sparse_mla_fp8(const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv, const dsa_tvm_tensor *indices,
+                                      const dsa_tvm_tensor *attn_sink, const dsa_tvm_tensor *topk_length,
+                                      double sm_scale, int64_t d_v, dsa_tvm_tensor *out, dsa_tvm_tensor *max_logits,
+                                      dsa_tvm_tensor *lse, const dsa_tvm_options *options) {
+  return execute(OP_SPARSE_MLA_FP8, INPUTS(q, kv, indices, attn_sink, topk_length), ATTRS({.f = sm_scale}, {.i = d_v}),
+                 OUTPUTS(out, max_logits, lse), options);
+}
+
 dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, const dsa_tvm_tensor *index_k,
                                      const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks, const dsa_tvm_tensor *ke,
                                      const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,

@@ -30,12 +30,16 @@ static const char *shape_text(struct text *t, const int64_t *shape, int ndim) {
   return t->data;
 }
 
-/* [s_kv, d_idx=128]: names, and the lengths that are already known. */
+/* [s_kv, d_idx=128]: names, and the lengths that are already known. Behind a length that others determine, these. */
 static const char *expected_shape(struct text *t, const struct tensor_spec *spec, const int64_t *dim) {
   add(t, "[");
   for (int i = 0; i < spec->ndim; i++) {
-    add(t, "%s%s", i ? ", " : "", dsa_dims[spec->dims[i]].name);
+    const struct dim_spec *d = &dsa_dims[spec->dims[i]];
+    add(t, "%s%s", i ? ", " : "", d->name);
     if (dim[spec->dims[i]] >= 0) add(t, "=%lld", (long long)dim[spec->dims[i]]);
+    for (int p = 0; p < d->num_parts; p++)
+      add(t, "%s%s=%lld%s", p ? ", " : " (", dsa_dims[d->parts[p].dim].name, (long long)dim[d->parts[p].dim],
+          p + 1 < d->num_parts ? "" : ")");
   }
   add(t, "]");
   return t->data;
@@ -71,6 +75,34 @@ static dsa_tvm_status bind(struct dsa_call *call, const char *argument, int d, i
   dsa_tvm_status status = check_length(call->op->name, argument, d, length);
   if (status == DSA_TVM_OK) call->dim[d] = length;
   return status;
+}
+
+/* No dimension exceeds the one that limits it. */
+static dsa_tvm_status check_limits(const struct dsa_call *call) {
+  for (int d = 0; d < NUM_DIMS; d++) {
+    int limit = dsa_dims[d].at_most;
+    if (call->dim[d] >= 0 && limit >= 0 && call->dim[limit] >= 0 && call->dim[d] > call->dim[limit])
+      return INVALID("%s: %s: expected at most %s=%lld, got %lld", call->op->name, dsa_dims[d].name,
+                     dsa_dims[limit].name, (long long)call->dim[limit], (long long)call->dim[d]);
+  }
+  return DSA_TVM_OK;
+}
+
+/* A length that others determine, which are known. */
+static dsa_tvm_status determine(struct dsa_call *call, int d) {
+  const struct dim_spec *dim = &dsa_dims[d];
+  dsa_tvm_status status = check_limits(call);
+  if (status != DSA_TVM_OK) return status;
+  int64_t sum = 0;
+  for (int p = 0; p < dim->num_parts; p++) {
+    int64_t length = call->dim[dim->parts[p].dim];
+    if (length % dim->parts[p].each)
+      return INVALID("%s: %s: expected a multiple of %d, got %lld", call->op->name, dsa_dims[dim->parts[p].dim].name,
+                     dim->parts[p].each, (long long)length);
+    sum += length / dim->parts[p].each * dim->parts[p].adds;
+  }
+  call->dim[d] = sum;
+  return DSA_TVM_OK;
 }
 
 static dsa_tvm_status check_type(struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x) {
@@ -139,6 +171,7 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   if (!x->shape) return INVALID("%s: %s: expected a shape, got a null pointer", op, spec->name);
   for (int i = 0; i < spec->ndim; i++) {
     int d = spec->dims[i];
+    if (dsa_dims[d].num_parts && (status = determine(call, d)) != DSA_TVM_OK) return status;
     if (call->dim[d] >= 0 && x->shape[i] != call->dim[d])
       return INVALID("%s: %s: expected shape %s, got %s", op, spec->name, expected_shape(&want, spec, call->dim),
                      shape_text(&got, x->shape, x->ndim));
@@ -193,13 +226,7 @@ dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *con
     if (!inputs[i]) return INVALID("%s: %s: expected a tensor, got a null pointer", op->name, op->inputs[i].name);
     if ((status = check_tensor(call, &op->inputs[i], inputs[i], &call->in[i])) != DSA_TVM_OK) return status;
   }
-  for (int d = 0; d < NUM_DIMS; d++) {
-    int limit = dsa_dims[d].at_most;
-    if (call->dim[d] >= 0 && limit >= 0 && call->dim[limit] >= 0 && call->dim[d] > call->dim[limit])
-      return INVALID("%s: %s: expected at most %s=%lld, got %lld", op->name, dsa_dims[d].name, dsa_dims[limit].name,
-                     (long long)call->dim[limit], (long long)call->dim[d]);
-  }
-  return DSA_TVM_OK;
+  return check_limits(call);
 }
 
 void dsa_output_shape(const struct dsa_call *call, int output, int64_t shape[MAX_NDIM]) {

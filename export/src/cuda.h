@@ -40,7 +40,7 @@ struct cuda_shape {
   union {
     struct cuda_lightning_indexer lightning_indexer;
     struct cuda_topk topk;
-    struct cuda_sparse_mla sparse_mla;
+    struct cuda_sparse_mla sparse_mla, sparse_mla_fp8;
   } of;
 };
 
@@ -76,7 +76,7 @@ struct cuda_call {
   char *workspace;
   uint64_t used, peak; /* bytes of the workspace: taken now, and at most */
   int measuring;       /* only the peak is asked for */
-  int aligned;         /* all tensors of the types that a call may choose are at multiples of 16 bytes */
+  int aligned;         /* all inputs of bytes, and of the types that a call may choose, are at multiples of 16 bytes */
   int pushed;
 };
 

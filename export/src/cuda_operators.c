@@ -97,7 +97,7 @@ static dsa_tvm_status run_indexer_topk(struct cuda_call *c) {
   return index_rows(c, scoring_of(c->call, 5), 0, c->call->dim[DIM_S_Q], c->call->out[0].data);
 }
 
-static dsa_tvm_status run_sparse_mla(struct cuda_call *c) {
+static dsa_tvm_status attend_rows(struct cuda_call *c, int packed) {
   const struct dsa_call *call = c->call;
   struct cuda_attention a = {.q = call->in[0].data,
                              .kv = call->in[1].data,
@@ -113,9 +113,13 @@ static dsa_tvm_status run_sparse_mla(struct cuda_call *c) {
                              .topk = call->dim[DIM_TOPK],
                              .sm_scale = (float)call->attr[0].f,
                              .has_sink = call->present[3],
-                             .has_length = call->present[4]};
+                             .has_length = call->present[4],
+                             .packed = packed};
   return dsa_cuda_attend(c, &a);
 }
+
+static dsa_tvm_status run_sparse_mla(struct cuda_call *c) { return attend_rows(c, 0); }
+static dsa_tvm_status run_sparse_mla_fp8(struct cuda_call *c) { return attend_rows(c, 1); }
 
 static dsa_tvm_status run_dsa_attention(struct cuda_call *c) {
   const struct dsa_call *call = c->call;
@@ -150,12 +154,15 @@ static dsa_tvm_status run_dsa_attention(struct cuda_call *c) {
 /* Each runs twice: first it tells what it takes of the workspace, and then it launches. */
 static dsa_tvm_status (*const run[NUM_OPS])(struct cuda_call *) = {
     [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
-    [OP_SPARSE_MLA] = run_sparse_mla,               [OP_DSA_ATTENTION] = run_dsa_attention,
+    [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
+    [OP_DSA_ATTENTION] = run_dsa_attention,
 };
 
 static int is_aligned(const struct dsa_call *call) {
-  for (int i = 0; i < call->op->num_inputs; i++)
-    if (call->op->inputs[i].dtype < 0 && (uintptr_t)call->in[i].data % 16) return 0;
+  for (int i = 0; i < call->op->num_inputs; i++) {
+    int type = call->op->inputs[i].dtype;
+    if ((type < 0 || type == DTYPE_UINT8) && (uintptr_t)call->in[i].data % 16) return 0;
+  }
   return 1;
 }
 

@@ -126,10 +126,19 @@ static int64_t part_keys_of(int64_t topk, int64_t blocks, const struct cuda_spar
   return chosen;
 }
 
+/* The launches of the attention, to rows as they are and to packed ones. */
+#define ATTEND(op)                                                                                                   \
+  dsa_launch_##op##_attend(c, blocks, parts, MOST_SHARED, a->q, a->kv, a->indices, a->sink, a->length, a->out,       \
+                           a->max_logits, a->lse, sums, stats, a->rows, a->s_kv, a->h_q, a->topk, parts, keys,       \
+                           a->sm_scale, a->has_sink, a->has_length)
+#define COMBINE(op)                                                                                                  \
+  dsa_launch_##op##_combine(c, a->rows * a->h_q, 1, 0, sums, stats, a->sink, a->out, a->max_logits, a->lse,          \
+                            a->rows * a->h_q, a->h_q, parts, a->has_sink)
+
 dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a) {
-  const struct cuda_shape *shape = dsa_shape_sparse_mla_attend(c);
+  const struct cuda_shape *shape = a->packed ? dsa_shape_sparse_mla_fp8_attend(c) : dsa_shape_sparse_mla_attend(c);
   if (!shape) return dsa_cuda_unserved(c);
-  const struct cuda_sparse_mla *cut = &shape->of.sparse_mla;
+  const struct cuda_sparse_mla *cut = a->packed ? &shape->of.sparse_mla_fp8 : &shape->of.sparse_mla;
   int64_t blocks = a->rows * divide_up(a->h_q, cut->heads), d_v = c->call->dim[DIM_D_V];
   int64_t keys = part_keys_of(a->topk, blocks, cut, c->device->multiprocessors);
   int64_t parts = divide_up(a->topk, keys);
@@ -139,10 +148,9 @@ dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention 
     stats = dsa_cuda_take(c, 4u * (uint64_t)(a->rows * a->h_q * parts * cut->stats));
   }
   if (c->measuring) return DSA_TVM_OK;
-  dsa_tvm_status status = dsa_launch_sparse_mla_attend(
-      c, blocks, parts, MOST_SHARED, a->q, a->kv, a->indices, a->sink, a->length, a->out, a->max_logits, a->lse, sums,
-      stats, a->rows, a->s_kv, a->h_q, a->topk, parts, keys, a->sm_scale, a->has_sink, a->has_length);
+  dsa_tvm_status status = a->packed ? ATTEND(sparse_mla_fp8) : ATTEND(sparse_mla);
   if (parts == 1 || status != DSA_TVM_OK) return status;
-  return dsa_launch_sparse_mla_combine(c, a->rows * a->h_q, 1, 0, sums, stats, a->sink, a->out, a->max_logits, a->lse,
-                                       a->rows * a->h_q, a->h_q, parts, a->has_sink);
+  return a->packed ? COMBINE(sparse_mla_fp8) : COMBINE(sparse_mla);
 }
+#undef ATTEND
+#undef COMBINE

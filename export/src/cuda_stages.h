@@ -29,7 +29,7 @@ struct cuda_attention {
   void *out, *max_logits, *lse;
   int64_t rows, s_kv, h_q, topk;
   float sm_scale;
-  int has_sink, has_length;
+  int has_sink, has_length, packed;
 };
 dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a);
 

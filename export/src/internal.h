@@ -13,7 +13,7 @@ enum { CPU_DEVICE = 1, CUDA_DEVICE = 2 };
 /* Of a workspace on a GPU. */
 enum { CUDA_ALIGNMENT = 256 };
 
-enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VARS = 2 };
+enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VARS = 2, MAX_PARTS = 2 };
 
 /* Numbers of dimensions and element types, and the tables: generated. */
 #include "specs.h"
@@ -32,6 +32,10 @@ struct dim_spec {
   int num_values;
   int at_most;      /* the dimension this one may not exceed, or -1 */
   const char *flag; /* the option of `dsa-tvm build` that widens the served values */
+  int num_parts;    /* of the sum that determines this one: none, or all of it */
+  struct {
+    int dim, each, adds; /* each `each` elements of that dimension add `adds`, and it is a multiple of `each` */
+  } parts[MAX_PARTS];
 };
 
 struct tensor_spec {
@@ -139,7 +143,7 @@ struct topk_kernel {
 
 struct mla_kernel {
   int64_t s_q, s_kv;
-  dsa_kernel entry[NUM_DTYPES];
+  dsa_kernel entry[NUM_DTYPES][NUM_DTYPES]; /* by element types of q and of the rows; e4m3 stands for packed ones */
   int64_t heads, task_heads;
 };
 

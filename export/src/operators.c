@@ -130,11 +130,11 @@ static dsa_tvm_status run_indexer_topk(const struct dsa_call *call, const struct
   return finish(call, &outcome);
 }
 
-static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct kernel_set *kernels,
-                                     const struct dsa_executor *executor) {
+static dsa_tvm_status attend_rows(const struct dsa_call *call, const struct kernel_set *kernels, dsa_kernel kernel,
+                                  const struct dsa_executor *executor) {
   struct dsa_outcome outcome = {0};
   struct attention a = {.outcome = &outcome,
-                        .kernel = kernels->mla->entry[call->type[0]],
+                        .kernel = kernel,
                         .q = view(&call->in[0]),
                         .kv = view(&call->in[1]),
                         .indices = view(&call->in[2]),
@@ -152,6 +152,16 @@ static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct k
   return finish(call, &outcome);
 }
 
+static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct kernel_set *kernels,
+                                     const struct dsa_executor *executor) {
+  return attend_rows(call, kernels, kernels->mla->entry[call->type[0]][call->type[0]], executor);
+}
+
+static dsa_tvm_status run_sparse_mla_fp8(const struct dsa_call *call, const struct kernel_set *kernels,
+                                         const struct dsa_executor *executor) {
+  return attend_rows(call, kernels, kernels->mla->entry[call->type[0]][DTYPE_FLOAT8_E4M3FN], executor);
+}
+
 static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struct kernel_set *kernels,
                                         const struct dsa_executor *executor) {
   struct dsa_outcome outcome = {0};
@@ -165,7 +175,7 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
   if (indices && max_logits) {
     x.selection.indices = workspace(indices, DSA_TVM_INT, indices_shape, 2);
     struct attention a = {.outcome = &outcome,
-                          .kernel = kernels->mla->entry[call->type[0]],
+                          .kernel = kernels->mla->entry[call->type[0]][call->type[0]],
                           .q = view(&call->in[5]),
                           .kv = view(&call->in[6]),
                           .indices = x.selection.indices,
@@ -208,7 +218,8 @@ dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *e
   static dsa_tvm_status (*const run[NUM_OPS])(const struct dsa_call *, const struct kernel_set *,
                                               const struct dsa_executor *) = {
       [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
-      [OP_SPARSE_MLA] = run_sparse_mla,               [OP_DSA_ATTENTION] = run_dsa_attention,
+      [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
+      [OP_DSA_ATTENTION] = run_dsa_attention,
   };
   const struct kernel_set *kernels = dsa_kernels();
   if (!kernels) return DSA_TVM_UNSUPPORTED;

@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from ...spec import DIMS
 from .elements import STEP, STORAGE, VECTOR, WIDTH, is_nan, narrow, widen
 from .exponential import exp_nonpositive
+from .mla_rows import rows_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     Parameters
     ----------
     variant : dict
-        Element type T of q, kv and out.
+        Element type T of q, kv and out. With K of float8_e4m3fn, kv has packed rows, which stand for bf16 (`mla_rows`).
     c : Decisions
 
     Returns
@@ -94,10 +95,13 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         read only when their flags are 1.
     """
     dtype = variant["T"]
+    Rows = rows_of(variant)
+    STORED, ALIGNED = Rows.stored(dtype)
     BK, TK, HV, PH, PV, UD = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values, c.unroll_d
     LANES = 16
-    s_q, s_kv, h_q, d_qk, d_v, s_rows, topk, s_sink, s_length = (
-        tirx.Var(n, "int64") for n in ("s_q", "s_kv", "h_q", "d_qk", "d_v", "s_rows", "topk", "s_sink", "s_length")
+    s_q, s_kv, h_q, d_qk, d_v, s_rows, topk, s_sink, s_length, d_packed = (
+        tirx.Var(n, "int64")
+        for n in ("s_q", "s_kv", "h_q", "d_qk", "d_v", "s_rows", "topk", "s_sink", "s_length", "d_packed")
     )
 
     @T.prim_func(s_tir=True)
@@ -120,7 +124,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     ):
         T.func_attr({"tirx.noalias": True})
         Q = T.match_buffer(q, (s_q, h_q, d_qk), STORAGE[dtype], align=WIDTH[dtype])
-        KV = T.match_buffer(kv, (s_kv, d_qk), STORAGE[dtype], align=WIDTH[dtype])
+        KV = T.match_buffer(kv, (s_kv, Rows.width(d_qk, d_packed)), STORED, align=ALIGNED)
         INDEX = T.match_buffer(indices, (s_rows, topk), "int32", align=4)
         SINK = T.match_buffer(attn_sink, (s_sink,), "float32", align=4)
         LENGTH = T.match_buffer(topk_length, (s_length,), "int32", align=4)
@@ -144,6 +148,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
             length = T.sblock_alloc_buffer((1,), "int64", scope="local")
             got = T.sblock_alloc_buffer((1,), "int64", scope="local")
             seen = T.sblock_alloc_buffer((1,), "int64", scope="local")
+            rows = Rows(KV, dtype, d_qk, d_v)
             # Heads past h1 are zero queries: their scores are finite, and nothing of them is stored.
             for hb, d, h in T.grid((h1 - h0 + HV - 1) // HV, d_qk, HV):
                 if h0 + hb * HV + h < h1:
@@ -168,9 +173,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                 while at[0] < length[0] and got[0] < T.int64(BK):
                     row: T.let = T.Cast("int64", INDEX[index_row, at[0]])
                     if T.int64(0) <= row and row < s_kv:
-                        for d in T.serial(d_qk // STEP):
-                            for l in T.vectorized(STEP):
-                                kp[got[0], d * STEP + l] = widen(KV[row, d * STEP + l], dtype)
+                        rows.put(row, kp, got[0])
                         got[0] = got[0] + T.int64(1)
                     at[0] = at[0] + T.int64(1)
                 seen[0] = seen[0] + got[0]

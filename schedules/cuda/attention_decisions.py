@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from .attention_fma import FmaTiles
 from .attention_mma import MmaTiles
 from .device import WARP, Place, SharedPool
-from .gather import Gather
+from .gather import RowGather
 from .online_softmax import OnlineSoftmax
+from .packed_gather import GROUP, PACKED, PackedGather
+
+
+def gather_of(variant: dict[str, str]):
+    """The class that brings the rows: packed ones, where K says so."""
+    return PackedGather if variant.get("K") == PACKED else RowGather
 
 
 def tiles_of(dtype: str):
@@ -42,7 +48,7 @@ class Decisions:
     block_keys : int
         Keys of a step: a multiple of 16, of 8 for f32, and of `warps`.
     stages : int
-        Slots of `block_keys` keys: two are worked on, the others are on their way.
+        Slots of `block_keys` keys: two are worked on, the others are on their way. Of packed rows one more is.
     warps : int
         4, 8 or 16; for f32 4 or 8.
     score_split : int
@@ -95,6 +101,8 @@ class Decisions:
             if self.warps > 8:
                 raise ValueError(f"sparse_mla: more warps than parts of d_qk: {self}")
             return
+        if gather_of(variant) is PackedGather and (variant["T"] != "bfloat16" or d_v % GROUP):
+            raise ValueError(f"sparse_mla: no kernel for {variant} with d_v {d_v}")
         if self.block_keys % 16:
             raise ValueError(f"sparse_mla: decisions that do not divide: {self}")
         across_keys, across_heads = self.score_warps
@@ -107,13 +115,13 @@ class Decisions:
         if queries + sums + _OTHER_REGISTERS > min(255, 65536 // self.threads):
             raise ValueError(f"sparse_mla: more than the registers hold: {self}")
 
-    def shared_bytes(self, variant: dict[str, str], d_qk: int) -> int:
+    def shared_bytes(self, variant: dict[str, str], d_qk: int, d_v: int) -> int:
         """Shared memory of a launch."""
-        places = SharedPool()
-        tiles_of(variant["T"]).arrays(places, self, d_qk)
+        places, gather = SharedPool(), gather_of(variant)
+        tiles_of(variant["T"]).arrays(places, self, d_qk, gather.slots_of(self))
         OnlineSoftmax.array(places, self)
         work_place(places)
-        Gather.arrays(places, self)
+        gather.arrays(places, self, d_qk, d_v)
         return places.bytes
 
     def blocks(self, s_q: int, h_q: int) -> int:
@@ -135,6 +143,13 @@ DEFAULT_F32 = {
 }
 DEFAULT_FEW_HEADS = Decisions(heads=16, block_keys=16, stages=3, warps=8, score_split=8, split_keys=64)
 
+#: Packed rows have a ring of their own, for which sm_80 has no room beside 32 keys.
+DEFAULT_PACKED = {
+    "sm_80": Decisions(heads=64, block_keys=16, stages=5, warps=8, score_split=4, split_keys=64),
+    "sm_90a": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),
+    "sm_100": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),
+}
+
 #: Bytes of shared memory that a block may have, where that is more than on any GPU.
 SHARED_LIMIT = {"cuda": 99 << 10, "sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
 
@@ -145,7 +160,7 @@ def default(variant: dict[str, str], arch: str = "cuda", few_heads: bool = False
     Parameters
     ----------
     variant : dict
-        Element type T.
+        Element type T, and K where rows are packed.
     arch : str
         A key of `DEFAULT`, or another architecture from sm_80 on.
     few_heads : bool
@@ -157,7 +172,11 @@ def default(variant: dict[str, str], arch: str = "cuda", few_heads: bool = False
     """
     if variant["T"] == "float32":
         return DEFAULT_F32.get(arch, DEFAULT_F32["cuda"])
-    return DEFAULT_FEW_HEADS if few_heads else DEFAULT.get(arch, DEFAULT["cuda"])
+    if few_heads:
+        return DEFAULT_FEW_HEADS
+    if gather_of(variant) is PackedGather:
+        return DEFAULT_PACKED.get(arch, DEFAULT["cuda"])
+    return DEFAULT.get(arch, DEFAULT["cuda"])
 
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ class FmaTiles:
     #: Weights are f32 like everything else.
     ROUNDS = False
 
-    def __init__(self, pool, places: SharedPool, tx, c, d_qk: int, d_v: int, dtype: str) -> None:
+    def __init__(self, pool, places: SharedPool, tx, c, d_qk: int, d_v: int, dtype: str, slots: int) -> None:
         self.tx, self.lane, self.warp = tx, tx % WARP, tx // WARP
         self.threads, self.splits = c.threads, c.warps
         self.score_heads, self.score_keys = c.heads // 4, c.block_keys // 8
@@ -28,7 +28,8 @@ class FmaTiles:
         self.all_items = c.heads // 8 * self.quads
         self.items = -(-self.all_items // c.threads)
         self.full = self.all_items % c.threads == 0
-        self.queries, self.keys, self.scores, self.weights = (shared(pool, p) for p in self.arrays(places, c, d_qk))
+        places_of = self.arrays(places, c, d_qk, slots)
+        self.queries, self.keys, self.scores, self.weights = (shared(pool, place) for place in places_of)
         self.a = T.alloc_local((4,), "float32")
         self.b = T.alloc_local((self.score_keys, 4), "float32")
         self.c = T.alloc_local((self.score_heads, self.score_keys), "float32")
@@ -37,11 +38,11 @@ class FmaTiles:
         self.sums = T.alloc_local((self.items, 8, 4), "float32")
 
     @staticmethod
-    def arrays(places: SharedPool, c, d_qk: int) -> tuple[Place, ...]:
+    def arrays(places: SharedPool, c, d_qk: int, slots: int) -> tuple[Place, ...]:
         """Queries, slots of keys, scores and weights."""
         return (
             places.place((c.heads, d_qk + 4), "float32"),
-            places.place((c.stages, c.block_keys, d_qk + 4), "float32"),
+            places.place((slots, c.block_keys, d_qk + 4), "float32"),
             places.place((c.warps, c.heads, c.block_keys + 4), "float32"),
             places.place((c.block_keys, c.heads + 4), "float32"),
         )

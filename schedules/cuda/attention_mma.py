@@ -33,12 +33,14 @@ class MmaTiles:
     d_qk, d_v : int
     dtype : str
         ``bfloat16`` or ``float16``.
+    slots : int
+        How many slots of keys there are.
     """
 
     #: Whether the weights are rounded.
     ROUNDS = True
 
-    def __init__(self, pool, places: SharedPool, tx, c, d_qk: int, d_v: int, dtype: str) -> None:
+    def __init__(self, pool, places: SharedPool, tx, c, d_qk: int, d_v: int, dtype: str, slots: int) -> None:
         short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
         self.mma, self.pack, self.rest = f"mma_{short}", f"pack_{short}", f"rest_{short}"
         self.lane, self.warp = tx % WARP, tx // WARP
@@ -58,7 +60,7 @@ class MmaTiles:
         self.all_units = d_v // 16
         self.units = -(-self.all_units // c.warps)
         self.full = self.all_units % c.warps == 0
-        self.keys, self.scores, self.weights = (shared(pool, p) for p in self.arrays(places, c, d_qk))
+        self.keys, self.scores, self.weights = (shared(pool, p) for p in self.arrays(places, c, d_qk, slots))
         self.queries = T.alloc_local((self.score_heads, self.steps, 4), "uint32")
         self.a = T.alloc_local((self.head_tiles, 4), "uint32")
         self.b = T.alloc_local((4,), "uint32")
@@ -66,11 +68,11 @@ class MmaTiles:
         self.sums = T.alloc_local((self.head_tiles, self.units * 2, 4), "float32")
 
     @staticmethod
-    def arrays(places: SharedPool, c, d_qk: int) -> tuple[Place, ...]:
+    def arrays(places: SharedPool, c, d_qk: int, slots: int) -> tuple[Place, ...]:
         """Queries, slots of keys, scores and weights."""
         # 16 bytes more to a row: the eight rows that ldmatrix reads at a time lie in different banks.
         return (
-            places.place((c.stages, c.block_keys, d_qk + 8), "uint16"),
+            places.place((slots, c.block_keys, d_qk + 8), "uint16"),
             places.place((c.score_split, c.heads, c.block_keys + 8), "float32"),
             places.place((2, c.heads, c.block_keys + 8), "uint16"),
         )

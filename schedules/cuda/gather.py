@@ -1,7 +1,14 @@
-"""Rows that indices name, on their way into a ring of slots in shared memory."""
+"""Rows that indices name, on their way into a ring of slots in shared memory.
+
+`RowGather` and `packed_gather.PackedGather` do the same for two kinds of rows. In each step of the attention, between
+its two barriers weights are made, and behind the second one products: ``start`` brings slot 0 and sets out for more;
+``await_next`` comes before the first barrier; ``settle_next`` between them makes the next step's slot what the products
+read; ``go_on`` behind the second one, when all have done with the slot before this one, sets out for the furthest.
+"""
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 from .device import WARP, Place, SharedPool, call, shared
@@ -9,7 +16,7 @@ from .device import WARP, Place, SharedPool, call, shared
 
 @T.meta_class
 class Gather:
-    """Copies rows a slot at a time; each warp copies whole rows. An index out of bounds is a row of zeros, not read.
+    """Which rows are due.
 
     Parameters
     ----------
@@ -27,38 +34,35 @@ class Gather:
     s_kv : expression
         Its length.
     slots : Buffer
-        ``[stages, block_keys, at least a row]`` in shared memory.
+        ``[slots_of(c), block_keys, at least a row]`` in shared memory.
+    d_qk, d_v : int
     """
 
-    def __init__(self, pool, places: SharedPool, tx, c, index, m, rows, s_kv, slots) -> None:
+    def __init__(self, pool, places: SharedPool, tx, c, index, m, rows, s_kv, slots, d_qk: int, d_v: int) -> None:
         self.tx, self.lane, self.warp = tx, tx % WARP, tx // WARP
         self.warps, self.threads = c.warps, c.threads
         self.keys, self.stages = c.block_keys, c.stages
         self.own = c.block_keys // c.warps
         self.index, self.m, self.rows, self.s_kv, self.slots = index, m, rows, s_kv, slots
-        self.width = 4 if rows.dtype == "float32" else 2
-        self.elements = 16 // self.width
-        self.length = int(rows.shape[1])
-        self.copies = -(-self.length // (self.elements * WARP))
-        # All rows begin alike: a row is a multiple of 16 bytes.
+        # All rows begin alike, where a row is a multiple of 16 bytes.
         self.aligned: T.let = call("aligned_16", T.address_of(rows[T.int64(0), 0]))
-        valid, last = self.arrays(places, c)
-        #: Whether key j of a slot counts.
-        self.valid = shared(pool, valid)
-        self.last = shared(pool, last)
-        self.start = T.local_scalar("int32")
+        valid, last, *self.more = (shared(pool, place) for place in self.arrays(places, c, d_qk, d_v))
+        #: Whether key j of step s counts: ``valid[s % stages, j]``.
+        self.valid = valid
+        self.last = last
+        self.start_at = T.local_scalar("int32")
         self.stop = T.local_scalar("int32")
         self.row = T.alloc_local((self.own,), "int32")
 
     @staticmethod
-    def arrays(places: SharedPool, c) -> tuple[Place, ...]:
+    def arrays(places: SharedPool, c, d_qk: int, d_v: int) -> tuple[Place, ...]:
         """Which keys count, and a number of each warp."""
         return places.place((c.stages, c.block_keys), "int32"), places.place((c.warps,), "int32")
 
     @T.inline
     def begin(self, start, end):
         """Sets out at position `start`, to `stop`: before `end`, and behind it no index is valid."""
-        self.start = start
+        self.start_at = start
         self.stop = start
         for i in T.serial(T.max(end - start, 0) // self.threads + 1):
             at: T.let = start + i * self.threads + self.tx
@@ -78,19 +82,67 @@ class Gather:
     def look_up(self, step):
         """Asks for the indices that ``fetch(step)`` needs, long before it."""
         for r in T.unroll(self.own):
-            at: T.let = self.start + step * self.keys + r * self.warps + self.warp
+            at: T.let = self.start_at + step * self.keys + r * self.warps + self.warp
             self.row[r] = T.if_then_else(at < self.stop, self.index[self.m, T.Cast("int64", at)], -1)
+
+    def counts(self, r):
+        """Whether the r-th row that was looked up is one."""
+        row = T.Cast("int64", self.row[r])
+        return T.Cast("int32", tirx.all(row >= T.int64(0), row < self.s_kv))
+
+
+@T.meta_class
+class RowGather(Gather):
+    """Copies rows a slot at a time; each warp copies whole rows. An index out of bounds is a row of zeros, not read."""
+
+    def __init__(self, pool, places: SharedPool, tx, c, index, m, rows, s_kv, slots, d_qk: int, d_v: int) -> None:
+        super().__init__(pool, places, tx, c, index, m, rows, s_kv, slots, d_qk, d_v)
+        self.width = 4 if rows.dtype == "float32" else 2
+        self.elements = 16 // self.width
+        self.length = d_qk
+        self.copies = -(-self.length // (self.elements * WARP))
+
+    @staticmethod
+    def slots_of(c) -> int:
+        """How many slots there are."""
+        return c.stages
+
+    def slot(self, step):
+        return step % self.stages
+
+    @T.inline
+    def start(self, steps):
+        for s in T.serial(self.stages - 1):
+            if s < steps:
+                self.fetch(s)
+            T.evaluate(call("cp_async_commit", dtype="void"))
+            self.look_up(s + 1)
+        T.evaluate(call("cp_async_wait", self.stages - 2, dtype="void"))
+
+    @T.inline
+    def await_next(self):
+        pass
+
+    @T.inline
+    def settle_next(self, step, steps):
+        T.evaluate(call("cp_async_wait", self.stages - 3, dtype="void"))
+
+    @T.inline
+    def go_on(self, step, steps):
+        if step + (self.stages - 1) < steps:
+            self.fetch(step + (self.stages - 1))
+        T.evaluate(call("cp_async_commit", dtype="void"))
+        self.look_up(step + self.stages)
 
     @T.inline
     def fetch(self, step):
         """Starts to copy the rows that were looked up to slot ``step % stages``."""
         for r in T.unroll(self.own):
             key: T.let = r * self.warps + self.warp
-            row: T.let = T.Cast("int64", self.row[r])
-            counts: T.let = T.Cast("int32", row >= T.int64(0) and row < self.s_kv)
+            counts: T.let = self.counts(r)
             if self.lane == 0:
                 self.valid[step % self.stages, key] = counts
-            source: T.let = T.Select(counts == 1, row, T.int64(0))
+            source: T.let = T.Select(counts == 1, T.Cast("int64", self.row[r]), T.int64(0))
             if self.aligned == 1:
                 for i in T.unroll(self.copies):
                     element: T.let = (i * WARP + self.lane) * self.elements

@@ -21,7 +21,6 @@ from .hopper_mla_decisions import (
     DEFAULT,
     HEADS,
     KEYS,
-    PACKED,
     SHARED_LIMIT,
     THREADS,
     WARPGROUP,
@@ -31,12 +30,13 @@ from .hopper_mla_decisions import (
 )
 from .hopper_mla_gather import RowGather
 from .hopper_mla_output import Output
-from .hopper_mla_packed import ROW, PackedGather
+from .hopper_mla_packed import PackedGather
 from .hopper_mla_products import Products
 from .hopper_mla_softmax import RowSoftmax
 from .hopper_mla_turns import BOTH, Turns, free, ready
 from .hopper_mla_votes import Votes
 from .online_softmax import LOG2_E
+from .packed_gather import PACKED, row_bytes
 from .sparse_mla import STATS
 
 __all__ = ["DEFAULT", "SHARED_LIMIT", "Decisions", "choices", "tensor_ir"]
@@ -49,7 +49,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     ----------
     variant : dict
         Element type T of q, kv and out: bfloat16 or float16. With K of float8_e4m3fn, rows of kv are packed as
-        `hopper_mla_packed` says; T is bfloat16 and d_qk 576.
+        `hopper_mla_packed` says; T is bfloat16.
     c : Decisions
     d_qk, d_v : int
         576 or 512, and 512.
@@ -62,7 +62,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     dtype = variant["T"]
     c.check(variant, d_qk, d_v)
     packed = variant.get("K", dtype) == PACKED
-    KEY, WIDTH, Gather = ("uint8", ROW, PackedGather) if packed else ("uint16", d_qk, RowGather)
+    KEY, WIDTH, Gather = ("uint8", row_bytes(d_qk, d_v), PackedGather) if packed else ("uint16", d_qk, RowGather)
     MORE, FEWER = f"more_registers<{c.consumer_registers}>", f"fewer_registers<{c.producer_registers}>"
 
     @T.prim_func(s_tir=True)
@@ -130,8 +130,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
 
         if tx == 0:
             for slot in T.unroll(2):
-                T.evaluate(call("mbarrier_init", ready(bars, slot, 0), Gather.arrivals(0), dtype="void"))
-                T.evaluate(call("mbarrier_init", ready(bars, slot, 1), Gather.arrivals(1), dtype="void"))
+                T.evaluate(call("mbarrier_init", ready(bars, slot, 0), Gather.arrivals(0, d_qk), dtype="void"))
+                T.evaluate(call("mbarrier_init", ready(bars, slot, 1), Gather.arrivals(1, d_qk), dtype="void"))
                 for half in T.unroll(2):
                     T.evaluate(call("mbarrier_init", free(bars, slot, half), WARPGROUP // WARP, dtype="void"))
             T.evaluate(call("mbarrier_fence", dtype="void"))

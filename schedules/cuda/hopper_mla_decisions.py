@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .device import Place, SharedPool
+from .packed_gather import PACKED
 
 #: Heads of a block: the rows of a warpgroup's product.
 HEADS = 64
@@ -17,9 +18,6 @@ ATOM = 64
 
 #: The width of values: two warpgroups have a product of the largest width, 256, each.
 D_V = 512
-
-#: Element type of keys that are packed into 656 bytes.
-PACKED = "float8_e4m3fn"
 
 #: Registers of a thread that multiplies, with packed keys: more would be missing where these are unpacked.
 PACKED_REGISTERS = 208
@@ -85,14 +83,14 @@ class Decisions:
         keys = variant.get("K", dtype)
         if dtype not in ("bfloat16", "float16") or keys not in (dtype, PACKED):
             raise ValueError(f"sparse_mla: no kernel of warpgroups for {variant}")
-        if keys == PACKED and (dtype != "bfloat16" or d_qk != D_V + ATOM):
-            raise ValueError(f"sparse_mla: no kernel of warpgroups for {variant} with d_qk {d_qk}")
+        if keys == PACKED and dtype != "bfloat16":
+            raise ValueError(f"sparse_mla: no kernel of warpgroups for {variant}")
         if keys == PACKED and self.consumer_registers > PACKED_REGISTERS:
             raise ValueError(f"sparse_mla: too few registers for the copies of {variant}: {self}")
         if d_v != D_V or d_qk not in (D_V, D_V + ATOM):
             raise ValueError(f"sparse_mla: no kernel of warpgroups for d_qk {d_qk} and d_v {d_v}")
 
-    def shared_bytes(self, variant: dict[str, str], d_qk: int) -> int:
+    def shared_bytes(self, variant: dict[str, str], d_qk: int, d_v: int) -> int:
         """Shared memory of a launch."""
         places = SharedPool()
         tiles(places, d_qk)

@@ -79,7 +79,7 @@ class RowGather(Gather):
     """Copies rows as they are. An index out of bounds is a row of zeros, not read."""
 
     @staticmethod
-    def arrivals(half: int) -> int:
+    def arrivals(half: int, d_qk: int) -> int:
         """Arrivals that fill a half of a slot: of each thread's copies, and of each warp that told which keys count."""
         return WARPGROUP + (1 - half) * WARPGROUP // WARP
 

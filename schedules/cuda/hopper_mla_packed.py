@@ -1,6 +1,6 @@
 """Rows of e4m3 on their way into tiles of bf16.
 
-A packed row has 656 bytes: 512 e4m3, four f32 that each scale 128 of them, and 64 bf16 that are key only.
+A packed row has 512 e4m3, four f32 that each scale 128 of them, and, where d_qk is 576, 64 bf16 that are key only.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from .hopper_mla_decisions import D_V, WARPGROUP
 from .hopper_mla_gather import AT_A_TIME, OF_A_WARP, Gather
 from .hopper_mla_products import half_atom
 
-#: Bytes of a row, and where its parts begin.
-ROW = 656
+#: Where the parts of a row begin.
 SCALES = 512
 KEY_ONLY = 528
 
@@ -29,13 +28,14 @@ class PackedGather(Gather):
 
     def __init__(self, tx, index, m, rows, s_kv, slots, counts, d_qk: int) -> None:
         super().__init__(tx, index, m, rows, s_kv, slots, counts, d_qk)
+        self.has_key_only = d_qk > D_V
         self.raw = T.alloc_local((TIMES, LOADS, 4), "uint32")
         self.scale = T.alloc_local((LOADS,), "float32")
 
     @staticmethod
-    def arrivals(half: int) -> int:
-        """Arrivals that fill a half of a slot: of each thread, and in half 1 of each thread's copies."""
-        return WARPGROUP * (1 + half)
+    def arrivals(half: int, d_qk: int) -> int:
+        """Arrivals that fill a half of a slot: of each thread, and in half 1 of each thread's copies, if there are."""
+        return WARPGROUP * (1 + half * (d_qk > D_V))
 
     @T.inline
     def fill(self, slot, half, ready, free, parity):
@@ -58,7 +58,7 @@ class PackedGather(Gather):
         T.evaluate(call("mbarrier_wait", free, parity, dtype="void"))
         if half == 0:
             self.tell(slot)
-        else:
+        elif self.has_key_only:
             for i in T.unroll(TIMES):
                 row: T.let = self.row(slot, i)
                 source: T.let = T.Cast("int64", T.max(row, 0))

@@ -22,12 +22,13 @@ from .attention_decisions import (
     Decisions,
     choices,
     default,
+    gather_of,
     tiles_of,
     work_place,
 )
 from .device import SharedPool, call, shared
-from .gather import Gather
 from .online_softmax import LN_2, LOG2_E, OnlineSoftmax, exp2
+from .packed_gather import PackedGather, row_bytes
 
 __all__ = [
     "DEFAULT",
@@ -55,7 +56,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     Parameters
     ----------
     variant : dict
-        Element type T of q, kv and out.
+        Element type T of q, kv and out. With K of float8_e4m3fn, rows of kv are packed as `packed_gather` says; T is
+        bfloat16 then.
     c : Decisions
     d_qk, d_v : int
 
@@ -73,13 +75,14 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     c.check(variant, d_qk, d_v)
     STORE = "float32" if dtype == "float32" else "uint16"
     HEADS, BK, SLOTS, THREADS = c.heads, c.block_keys, c.stages, c.threads
-    Tiles = tiles_of(dtype)
+    Tiles, Gather = tiles_of(dtype), gather_of(variant)
+    KEY, WIDTH = ("uint8", row_bytes(d_qk, d_v)) if Gather is PackedGather else (STORE, d_qk)
     pack = "pack_f16" if dtype == "float16" else "pack_bf16"
 
     @T.prim_func(s_tir=True)
     def sparse_mla(
         q: T.handle(STORE),
-        kv: T.handle(STORE),
+        kv: T.handle(KEY),
         indices: T.handle("int32"),
         attn_sink: T.handle("float32"),
         topk_length: T.handle("int32"),
@@ -102,7 +105,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
         part = T.launch_thread("blockIdx.y", parts)
         tx = T.launch_thread("threadIdx.x", THREADS)
         Q = T.decl_buffer((s_q, h_q, d_qk), STORE, data=q)
-        KV = T.decl_buffer((s_kv, d_qk), STORE, data=kv)
+        KV = T.decl_buffer((s_kv, WIDTH), KEY, data=kv)
         INDEX = T.decl_buffer((s_q, topk), "int32", data=indices)
         SINK = T.decl_buffer((h_q,), "float32", data=attn_sink)
         LENGTH = T.decl_buffer((s_q,), "int32", data=topk_length)
@@ -113,7 +116,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
         STAT = T.decl_buffer((s_q, h_q, parts, STATS), "float32", data=stats)
         pool = T.alloc_buffer((0,), "uint8", scope="shared.dyn")
         places = T.meta_var(SharedPool())
-        tiles = Tiles(pool, places, tx, c, d_qk, d_v, dtype)
+        tiles = Tiles(pool, places, tx, c, d_qk, d_v, dtype, Gather.slots_of(c))
         softmax = OnlineSoftmax(pool, places, tx, c)
         head_blocks: T.let = T.Cast("int32", (h_q + (HEADS - 1)) // HEADS)
         query: T.let = T.truncdiv(T.Cast("int32", block), head_blocks)
@@ -130,7 +133,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
         end = T.Cast("int32", T.min(T.Cast("int64", start) + part_keys, topk))
         if has_length == 1:
             end = T.min(end, T.max(LENGTH[m], 0))
-        gather = Gather(pool, places, tx, c, INDEX, m, KV, s_kv, tiles.keys)
+        gather = Gather(pool, places, tx, c, INDEX, m, KV, s_kv, tiles.keys, d_qk, d_v)
         gather.begin(start, end)
         steps: T.let = (gather.stop - start + (BK - 1)) // BK
         passes = T.local_scalar("int32")
@@ -141,31 +144,24 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
         if steps > 0:
             gather.look_up(0)
             tiles.load_queries(Q, m, first_head, h_q)
-            for s in T.serial(SLOTS - 1):
-                if s < steps:
-                    gather.fetch(s)
-                T.evaluate(call("cp_async_commit", dtype="void"))
-                gather.look_up(s + 1)
-            T.evaluate(call("cp_async_wait", SLOTS - 2, dtype="void"))
+            gather.start(steps)
             T.tvm_storage_sync("shared")
             tiles.score(0)
         for step in T.serial(T.max(steps, 0)):
+            gather.await_next()
             T.tvm_storage_sync("shared")
             softmax.update(tiles, gather.valid, step % SLOTS, scale)
-            T.evaluate(call("cp_async_wait", SLOTS - 3, dtype="void"))
+            gather.settle_next(step, steps)
             if Tiles.ROUNDS:
                 passes = 1 + call("barrier_or", softmax.large)
             else:
                 T.tvm_storage_sync("shared")
             # All have done with the slot before this one.
-            if step + (SLOTS - 1) < steps:
-                gather.fetch(step + (SLOTS - 1))
-            T.evaluate(call("cp_async_commit", dtype="void"))
-            gather.look_up(step + SLOTS)
+            gather.go_on(step, steps)
             tiles.scale(softmax.factor, False)
-            tiles.accumulate(step % SLOTS, passes)
+            tiles.accumulate(gather.slot(step), passes)
             if step + 1 < steps:
-                tiles.score((step + 1) % SLOTS)
+                tiles.score(gather.slot(step + 1))
 
         row: T.let = T.Cast("int64", work[0])
         its_first: T.let = work[1]

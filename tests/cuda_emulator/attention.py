@@ -8,6 +8,7 @@ from dsa_tvm.schedules.cuda import combine, sparse_mla
 from dsa_tvm.schedules.cuda.sparse_mla import Decisions, default
 from samples import attention_inputs
 
+from dsa_tvm import pack_mla_rows, unpack_mla_rows
 from dsa_tvm.ops import OPS
 
 SPEC = OPS["sparse_mla"]
@@ -41,6 +42,12 @@ def symbols():
 def misaligned(array):
     """The elements and one more: what ends where a page does begins between two boundaries of 16 bytes."""
     return np.append(array.ravel(), array.dtype.type(0))
+
+
+def packed(arguments, d_v):
+    """The arguments with their rows packed, and with the numbers that these stand for."""
+    rows = pack_mla_rows(arguments["kv"], d_v)
+    return arguments | {"kv": rows}, arguments | {"kv": unpack_mla_rows(rows, d_v)}
 
 
 def launch(emulator, symbols, c, shared_bytes, out, arguments, sm_scale, parts, order, eager):
@@ -98,7 +105,7 @@ def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, s
     stored = misaligned(out) if shift else out
     if shift:
         arguments = arguments | {"q": misaligned(q), "kv": misaligned(kv), "shapes": (q.shape, len(kv))}
-    how = (c, c.shared_bytes({"T": dtype}, d_qk), (stored, d_v), arguments, sm_scale, parts, order, eager)
+    how = (c, c.shared_bytes({"T": dtype}, d_qk, d_v), (stored, d_v), arguments, sm_scale, parts, order, eager)
     others = launch(emulator, (name, f"{name}_combine"), *how)
     return stored[: out.size].reshape(out.shape) if shift else out, *others
 

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 from dsa_tvm.schedules.cuda import combine, hopper_mla
 from samples import attention_inputs
 
-from cuda_emulator.attention import compare, launch
+from cuda_emulator.attention import compare, launch, packed
 
 DEFAULT = hopper_mla.DEFAULT["sm_90a"]
 D_V = 512
 
-#: Element type and d_qk; "packed" has keys of e4m3.
+#: Element type and d_qk; those of "packed" have keys of e4m3.
 KERNELS = {
     "bf16": ("bfloat16", 576),
     "f16": ("float16", 576),
     "bf16_512": ("bfloat16", 512),
     "packed": ("bfloat16", 576),
+    "packed_512": ("bfloat16", 512),
 }
 
 
 def symbols():
     """Every kernel under its name."""
     for name, (dtype, d_qk) in KERNELS.items():
-        variant = {"T": dtype, "K": "float8_e4m3fn"} if name == "packed" else {"T": dtype}
+        variant = {"T": dtype, "K": "float8_e4m3fn"} if name.startswith("packed") else {"T": dtype}
         yield name, hopper_mla.tensor_ir(variant, DEFAULT, d_qk, D_V)
     for dtype in ("bfloat16", "float16"):
         yield f"combine_{dtype}", combine.tensor_ir({"T": dtype}, D_V)
-
-
-def packed(kv):
-    """Rows of 656 bytes with these values, which `unpacked` gives rounded."""
-    rows = np.zeros((len(kv), 656), np.uint8)
-    values = kv[:, :D_V].astype(np.float32).reshape(-1, 4, 128)
-    scales = np.random.default_rng(0).uniform(0.016, 0.16, (len(kv), 4)).astype(np.float32)
-    rows[:, :D_V] = (values / scales[:, :, None]).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).reshape(-1, D_V)
-    rows[:, D_V:528] = scales.view(np.uint8)
-    rows[:, 528:] = np.ascontiguousarray(kv[:, D_V:]).view(np.uint8)
-    return rows
-
-
-def unpacked(rows):
-    """What the kernel multiplies with."""
-    values = rows[:, :D_V].view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(-1, 4, 128)
-    scaled = values * np.ascontiguousarray(rows[:, D_V:528]).view(np.float32)[:, :, None]
-    key_only = np.ascontiguousarray(rows[:, 528:]).view(ml_dtypes.bfloat16)
-    return np.concatenate((scaled.reshape(-1, D_V).astype(ml_dtypes.bfloat16), key_only), axis=1)
 
 
 def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, shift=False):
@@ -54,7 +35,7 @@ def attend(emulator, name, arguments, sm_scale, parts=1, order=0, eager=False, s
     dtype, d_qk = KERNELS[name]
     s_q, h_q, _ = arguments["q"].shape
     out = np.full(s_q * h_q * D_V + shift, 77, arguments["q"].dtype)
-    shared_bytes, symbols = DEFAULT.shared_bytes({"T": dtype}, d_qk), (name, f"combine_{dtype}")
+    shared_bytes, symbols = DEFAULT.shared_bytes({"T": dtype}, d_qk, D_V), (name, f"combine_{dtype}")
     others = launch(emulator, symbols, DEFAULT, shared_bytes, (out, D_V), arguments, sm_scale, parts, order, eager)
     return out[: s_q * h_q * D_V].reshape(s_q, h_q, D_V), *others
 
@@ -63,9 +44,8 @@ def check(emulator, name, arguments, sm_scale=None, **options):
     dtype, d_qk = KERNELS[name]
     sm_scale = d_qk**-0.5 if sm_scale is None else sm_scale
     given = arguments
-    if name == "packed":
-        given = arguments | {"kv": packed(arguments["kv"])}
-        arguments = arguments | {"kv": unpacked(given["kv"])}
+    if name.startswith("packed"):
+        given, arguments = packed(arguments, D_V)
     return compare(attend(emulator, name, given, sm_scale, **options), arguments, dtype, sm_scale, D_V)
 
 

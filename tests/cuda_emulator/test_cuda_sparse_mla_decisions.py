@@ -22,7 +22,7 @@ def test_defaults_are_choices_that_fit(arch, variant, few_heads):
     limit = sparse_mla.SHARED_LIMIT.get(arch, sparse_mla.SHARED_LIMIT["cuda"])
     for d_qk in (512, 576):
         c.check(variant, d_qk, 512)
-        assert c.shared_bytes(variant, d_qk) <= limit
+        assert c.shared_bytes(variant, d_qk, 512) <= limit
     assert all(getattr(c, name) in values for name, values in sparse_mla.choices(arch).items())
 
 

@@ -12,16 +12,8 @@ pytest.importorskip("tvm")
 from dsa_tvm.schedules.cuda import source
 
 from cuda_emulator.attention import SPEC, compare
-from cuda_emulator.hopper_mla_launch import (
-    D_V,
-    KERNELS,
-    attend,
-    check,
-    inputs,
-    packed,
-    symbols,
-    unpacked,
-)
+from cuda_emulator.hopper_mla_launch import D_V, KERNELS, attend, check, inputs, symbols
+from dsa_tvm import pack_mla_rows, unpack_mla_rows
 
 SCHEDULES = [(0, False), (1, True), (2, False), (3, True), (4, False)]
 
@@ -112,7 +104,7 @@ def test_invalid_indices_are_skipped(emulator, parts):
         assert (out[row] == 0).all() and np.isneginf(max_logits[row]).all() and np.isposinf(lse[row]).all()
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "packed"])
+@pytest.mark.parametrize("name", [name for name in KERNELS if not name.startswith("packed")])
 def test_nan_of_an_unselected_row_never_shows(emulator, name):
     arguments = inputs(name, topk=200)
     arguments["indices"] %= 150
@@ -207,10 +199,10 @@ def test_few_keys(emulator, s_kv, topk):
 def test_nan_of_a_packed_row(emulator, byte):
     """An element, a scale or what is key only: it shows where the row is selected."""
     arguments = inputs("packed", s_q=2, topk=200)
-    rows = packed(arguments["kv"])
+    rows = pack_mla_rows(arguments["kv"])
     rows[200, byte - byte % 4 if byte > 511 else byte :][: 4 if byte > 511 else 1] = 0x7F if byte < 512 else 0xFF
     arguments["indices"][:] = np.arange(200)
     arguments["indices"][0, 77] = 200
     actual = attend(emulator, "packed", arguments | {"kv": rows}, 0.1)
-    compare(actual, arguments | {"kv": unpacked(rows)}, "bfloat16", 0.1, D_V)
+    compare(actual, arguments | {"kv": unpack_mla_rows(rows)}, "bfloat16", 0.1, D_V)
     assert np.isnan(actual[0][0]).any() and np.isfinite(actual[0][1].astype(np.float32)).all()

@@ -141,6 +141,19 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_sparse_mla(const dsa_tvm_tensor *q, const dsa
                                               dsa_tvm_tensor *out, dsa_tvm_tensor *max_logits, dsa_tvm_tensor *lse,
                                               const dsa_tvm_options *options);
 
+/* sparse_mla over rows that are kept in bytes: d_v float8_e4m3fn, d_v / 128 little-endian float32 that scale 128 of them
+ * each, and d_qk - d_v bfloat16 that are key only. What the first ones stand for is rounded to bfloat16.
+ *   q            [s_q, h_q, d_qk]   bfloat16
+ *   kv           [s_kv, d_packed]   uint8, d_packed = d_v + d_v / 32 + 2 * (d_qk - d_v): 656 for 576 and 512
+ *   d_v                             a multiple of 128
+ *   out          [s_q, h_q, d_v]    bfloat16, written
+ * The others as there. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_sparse_mla_fp8(const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,
+                                                  const dsa_tvm_tensor *indices, const dsa_tvm_tensor *attn_sink,
+                                                  const dsa_tvm_tensor *topk_length, double sm_scale, int64_t d_v,
+                                                  dsa_tvm_tensor *out, dsa_tvm_tensor *max_logits,
+                                                  dsa_tvm_tensor *lse, const dsa_tvm_options *options);
+
 /* indexer_topk, then sparse_mla over its indices. Arguments as there. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, const dsa_tvm_tensor *index_k,
                                                  const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,

@@ -230,6 +230,18 @@ DSA_DEVICE void dsa_put_e4m3_as_bf16(void *first, void *second, const unsigned *
   *(DsaFourWords *)second = {words[4], words[5], words[6], words[7]};
 }
 
+/* The same of 16 aligned bytes of shared memory. */
+DSA_DEVICE void dsa_widen_e4m3_16(void *first, void *second, const void *from, float scale, int swapped) {
+  DsaFourWords raw = *(const DsaFourWords *)from;
+  dsa_put_e4m3_as_bf16(first, second, raw.x, scale, swapped);
+}
+
+/* 16 aligned bytes within shared memory; and 4 bytes from any address to it, zeros where `valid` is 0. */
+DSA_DEVICE void dsa_move_16(void *to, const void *from) { *(DsaFourWords *)to = *(const DsaFourWords *)from; }
+DSA_DEVICE void dsa_copy_4_bytes(void *to, const void *from, int valid) {
+  for (int e = 0; e < 4; e++) ((unsigned char *)to)[e] = valid ? ((const unsigned char *)from)[e] : 0;
+}
+
 /* An f32 that nobody writes while the kernel runs, of 4 aligned bytes. */
 DSA_DEVICE float dsa_load_f32(const void *from) { return *(const float *)from; }
 

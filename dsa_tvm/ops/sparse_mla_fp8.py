@@ -1,0 +1,51 @@
+"""Sparse attention over a packed fp8 cache: `sparse_mla` of bfloat16 over rows that are kept in bytes.
+
+A row of kv is d_v e4m3, d_v / 128 float32 that scale 128 of them each, and d_qk - d_v bf16 that are key only. What is
+computed with are bf16: e4m3 times scale, rounded to f32 and then to bf16, to nearest even. All backends multiply the
+same bits, so the tolerances are those of bf16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..packing import unpack_mla_rows
+from ..spec import TensorSpec
+from . import sparse_mla
+
+#: Element types that the kernels are made for: K stands for the packed rows.
+KERNEL = {"T": "bfloat16", "K": "float8_e4m3fn"}
+
+
+def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v):
+    """float64 attention over the unpacked rows.
+
+    Parameters
+    ----------
+    q, indices, attn_sink, topk_length, sm_scale, d_v
+        As in `sparse_mla.reference`.
+    kv : ndarray [s_kv, d_packed], uint8
+
+    Returns
+    -------
+    out [s_q, h_q, d_v], max_logits [s_q, h_q], lse [s_q, h_q] : ndarray, float64
+    """
+    rows = unpack_mla_rows(np.asarray(kv), d_v)
+    return sparse_mla.reference(q, rows, indices, attn_sink, topk_length, sm_scale=sm_scale, d_v=d_v)
+
+
+def _input(tensor: TensorSpec) -> TensorSpec:
+    return TensorSpec("kv", "uint8", ("s_kv", "d_packed"), packs="d_qk") if tensor.name == "kv" else tensor
+
+
+SPEC = replace(
+    sparse_mla.SPEC,
+    name="sparse_mla_fp8",
+    onnx_name="SparseMLAFp8",
+    inputs=tuple(map(_input, sparse_mla.SPEC.inputs)),
+    variants=({"T": "bfloat16"},),
+    tolerance={name: {"bfloat16": of["bfloat16"]} for name, of in sparse_mla.TOLERANCE.items()},
+    reference=reference,
+)

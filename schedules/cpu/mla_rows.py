@@ -1,0 +1,95 @@
+"""How the CPU sparse attention reads rows of the latent cache: as they are, or packed in bytes.
+
+`rows_of` picks the class. Both say what kv is declared as, and ``put`` writes one row as f32.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from .elements import STEP, STORAGE, WIDTH, f32_bits, narrow, u32, widen
+
+#: Element type of packed rows, the bf16 that they stand for, and how many e4m3 have one scale.
+_PACKED, _MEANT, _GROUP = "float8_e4m3fn", "bfloat16", 128
+
+
+def rows_of(variant: dict[str, str]):
+    """The class for element types T and, where rows are packed, K."""
+    return PackedRows if variant.get("K") == _PACKED else PlainRows
+
+
+@T.meta_class
+class PlainRows:
+    """Rows of d_qk elements.
+
+    Parameters
+    ----------
+    kv : Buffer
+    dtype : str
+        Element type.
+    d_qk, d_v : expression
+    """
+
+    @staticmethod
+    def stored(dtype: str) -> tuple[str, int]:
+        """What kv's buffer is declared as, and its alignment."""
+        return STORAGE[dtype], WIDTH[dtype]
+
+    @staticmethod
+    def width(d_qk, d_packed):
+        """Elements of a row."""
+        return d_qk
+
+    def __init__(self, kv, dtype: str, d_qk, d_v) -> None:
+        self.kv, self.dtype, self.d_qk = kv, dtype, d_qk
+
+    @T.inline
+    def put(self, row, keys, at):
+        for d in T.serial(self.d_qk // STEP):
+            for l in T.vectorized(STEP):
+                keys[at, d * STEP + l] = widen(self.kv[row, d * STEP + l], self.dtype)
+
+
+@T.meta_class
+class PackedRows:
+    """Rows of d_v e4m3, an f32 for each 128 of them, and d_qk - d_v bf16, at any address. Parameters as of `PlainRows`.
+
+    What it puts is e4m3 times scale rounded to bf16, as every backend has it.
+    """
+
+    @staticmethod
+    def stored(dtype: str) -> tuple[str, int]:
+        return "uint8", 1
+
+    @staticmethod
+    def width(d_qk, d_packed):
+        return d_packed
+
+    def __init__(self, kv, dtype: str, d_qk, d_v) -> None:
+        self.kv, self.d_qk, self.d_v = kv, d_qk, d_v
+        self.key_only = d_v + d_v // _GROUP * 4
+
+    def scale(self, row, group):
+        """The f32 of one group, from its bytes."""
+        bits = u32(self.kv[row, self.d_v + group * 4])
+        for i in (1, 2, 3):
+            bits = bits | (u32(self.kv[row, self.d_v + group * 4 + i]) << T.uint32(8 * i))
+        return f32_bits(bits)
+
+    def bf16(self, row, i):
+        """Element i of those that are key only, from its bytes."""
+        at = self.key_only + 2 * i
+        bits = u32(self.kv[row, at]) | (u32(self.kv[row, at + 1]) << T.uint32(8))
+        return f32_bits(bits << T.uint32(16))
+
+    @T.inline
+    def put(self, row, keys, at):
+        for g in T.serial(self.d_v // _GROUP):
+            scale: T.let = self.scale(row, g)
+            for d in T.serial(_GROUP // STEP):
+                for l in T.vectorized(STEP):
+                    value: T.let = widen(self.kv[row, g * _GROUP + d * STEP + l], _PACKED) * scale
+                    keys[at, g * _GROUP + d * STEP + l] = widen(narrow(value, _MEANT), _MEANT)
+        for d in T.serial((self.d_qk - self.d_v) // STEP):
+            for l in T.vectorized(STEP):
+                keys[at, self.d_v + d * STEP + l] = self.bf16(row, d * STEP + l)

@@ -1,0 +1,195 @@
+"""Sparse attention over packed rows against float64, and packing itself."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from compare import assert_close
+from devices import run
+from samples import packed_attention_inputs
+
+import dsa_tvm
+from dsa_tvm.ops import OPS
+
+SPEC = OPS["sparse_mla_fp8"]
+
+
+def unpacked(rows):
+    """What packed rows stand for, by ml_dtypes: not the code that the reference has."""
+    elements = rows[:, :512].view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(-1, 4, 128)
+    scales = np.ascontiguousarray(rows[:, 512:528]).view(np.float32)
+    with np.errstate(all="ignore"):
+        values = (elements * scales[:, :, None]).reshape(-1, 512).astype(ml_dtypes.bfloat16)
+    return np.concatenate([values, np.ascontiguousarray(rows[:, 528:]).view(ml_dtypes.bfloat16)], 1)
+
+
+def check(arguments, device, **options):
+    sm_scale = arguments["q"].shape[-1] ** -0.5
+    with np.errstate(all="ignore"):
+        expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=512)
+    actual = run("sparse_mla_fp8", device, **arguments, **options)
+    for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
+        assert_close(x, y, SPEC.tolerance[output.name]["bfloat16"])
+    return actual
+
+
+@pytest.mark.parametrize("d_qk", [512, 576])
+@pytest.mark.parametrize("h_q", [1, 16, 17, 128])
+def test_sizes(d_qk, h_q, device):
+    check(packed_attention_inputs(np.random.default_rng(h_q), d_qk=d_qk, h_q=h_q), device)
+
+
+@pytest.mark.parametrize("topk", [1, 12, 47, 48, 49, 500])
+def test_lengths(topk, device):
+    check(packed_attention_inputs(np.random.default_rng(topk), topk=topk), device)
+
+
+def test_it_is_sparse_mla_over_what_the_rows_stand_for():
+    """On the CPU, bit for bit."""
+    rng = np.random.default_rng(0)
+    arguments = packed_attention_inputs(rng, s_q=4, h_q=17, topk=100)
+    rows = arguments["kv"]
+    rows[:, :512] = rng.integers(0, 256, (300, 512))
+    rows[:, 512:528] = rng.uniform(1e-6, 0.01, (300, 4)).astype(np.float32).view(np.uint8)
+    rows[7, 512:516] = np.float32(1e-41).reshape(1).view(np.uint8)
+    # NaN in some selected rows, in others not.
+    rows[100:, :512] &= np.where((rows[100:, :512] & 0x7F) == 0x7F, 0x80, 0xFF).astype(np.uint8)
+    arguments["indices"][1:] = np.where(arguments["indices"][1:] < 100, 150, arguments["indices"][1:])
+    actual = run("sparse_mla_fp8", "cpu", **arguments)
+    expected = run("sparse_mla", "cpu", **arguments | {"kv": unpacked(rows)})
+    assert np.isnan(actual[2][0]).all() and np.isfinite(actual[2][1:]).all()
+    for x, y in zip(actual, expected, strict=True):
+        assert np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
+
+
+def test_invalid_indices_are_skipped(device):
+    arguments = packed_attention_inputs(np.random.default_rng(0), s_q=4, topk=100)
+    indices = arguments["indices"]
+    indices[0] = -1
+    indices[1, ::2] = 300
+    indices[2, :] = [-(2**31), 2**31 - 1] * 50
+    indices[3, 1:] = -1
+    length = np.array([3, 99, 100, 2**31 - 1], np.int32)
+    sink = np.linspace(-2, 2, 16, dtype=np.float32)
+    out, max_logits, lse = check(arguments | {"topk_length": length, "attn_sink": sink}, device)
+    for row in (0, 2):
+        assert (out[row] == 0).all() and np.isneginf(max_logits[row]).all() and np.isposinf(lse[row]).all()
+
+
+def test_nan_of_an_unselected_row_never_shows(device):
+    arguments = packed_attention_inputs(np.random.default_rng(0))
+    arguments["indices"] %= 150
+    arguments["indices"][:, ::7] = -1
+    arguments["indices"][:, ::11] = 300
+    arguments["kv"][150:] = 0xFF
+    assert np.isfinite(check(arguments, device)[0].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "byte"), [(17, 18, 0x7F), (400, 401, 0xFF), (516, 520, 0xFF), (654, 656, 0xFF)]
+)
+def test_nan_of_a_selected_row_shows(first, last, byte, device):
+    """An element, a scale, and what is key only."""
+    arguments = packed_attention_inputs(np.random.default_rng(0), s_q=2, topk=100)
+    arguments["indices"][:] = np.arange(100)
+    arguments["indices"][0, 60] = 200
+    arguments["kv"][200, first:last] = byte
+    _, _, lse = check(arguments, device)
+    assert np.isnan(lse[0]).all() and np.isfinite(lse[1]).all()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 8, 15])
+def test_any_address(offset):
+    arguments = packed_attention_inputs(np.random.default_rng(0))
+    memory = np.zeros(arguments["kv"].size + 80, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    shifted = memory[start : start + arguments["kv"].size].reshape(arguments["kv"].shape)
+    shifted[...] = arguments["kv"]
+    for x, y in zip(check(arguments | {"kv": shifted}, "cpu"), run("sparse_mla_fp8", "cpu", **arguments), strict=True):
+        assert np.array_equal(x, y)
+
+
+def test_threads_do_not_change_a_bit():
+    arguments = packed_attention_inputs(np.random.default_rng(0), s_q=3, h_q=128, topk=200)
+    one, *others = (dsa_tvm.sparse_mla_fp8(**arguments, num_threads=n) for n in (1, 2, 7))
+    for other in others:
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("s_q", "s_kv"), [(0, 10), (3, 0), (0, 0), (1, 1)])
+def test_empty_and_one(s_q, s_kv, device):
+    check(packed_attention_inputs(np.random.default_rng(0), s_q=s_q, s_kv=s_kv), device)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"kv": np.zeros((9, 640), np.uint8)},
+            r"kv: expected shape \[s_kv=9, d_packed=656 \(d_qk=576, d_v=512\)\], got",
+        ),
+        ({"kv": np.zeros((9, 656), np.int16)}, "kv: expected uint8, got"),
+        ({"q": np.zeros((3, 16, 512), ml_dtypes.bfloat16)}, r"kv: expected shape .*d_packed=528 \(d_qk=512, d_v=512\)"),
+        ({"q": np.zeros((3, 16, 576), np.float16)}, "q: expected bfloat16, got float16"),
+        ({"d_v": 128}, "d_v: expected d_v to be one this library serves"),
+    ],
+)
+def test_refusals(changed, words):
+    arguments = packed_attention_inputs(np.random.default_rng(0)) | changed
+    with pytest.raises(dsa_tvm.ArgumentError, match=f"sparse_mla_fp8: {words}"):
+        dsa_tvm.sparse_mla_fp8(**arguments)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(("d_qk", "d_v"), [(576, 512), (512, 512), (192, 128)])
+def test_packing(power_of_two, d_qk, d_v):
+    values = np.random.default_rng(0).standard_normal((50, d_qk)).astype(np.float32)
+    values[3], values[4, :128] = 0, 448 * 0.25
+    rows = dsa_tvm.pack_mla_rows(values, d_v, power_of_two=power_of_two)
+    assert rows.shape == (50, d_v + d_v // 32 + 2 * (d_qk - d_v)) and rows.dtype == np.uint8
+    scales = np.ascontiguousarray(rows[:, d_v : d_v + d_v // 32]).view(np.float32)
+    amax = np.abs(values[:, :d_v]).reshape(50, -1, 128).max(-1)
+    exact = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
+    if power_of_two:
+        assert (np.frexp(scales)[0] == 0.5).all() and (scales >= exact).all() and (scales < 2 * exact).all()
+    else:
+        np.testing.assert_array_equal(scales, exact)
+    assert scales[4, 0] == 0.25
+    meant = dsa_tvm.unpack_mla_rows(rows, d_v)
+    key_only = values[:, d_v:].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(meant[:, d_v:], key_only)
+    assert (np.abs(meant - values) <= 0.0667 * np.abs(values) + 0.002).all()
+    if (d_qk, d_v) == (576, 512):
+        np.testing.assert_array_equal(meant, unpacked(rows).astype(np.float32))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_torch_packs_alike(power_of_two):
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).standard_normal((50, 576)).astype(np.float32)
+    rows = dsa_tvm.pack_mla_rows(torch.from_numpy(values), power_of_two=power_of_two)
+    np.testing.assert_array_equal(rows.numpy(), dsa_tvm.pack_mla_rows(values, power_of_two=power_of_two))
+    meant = dsa_tvm.unpack_mla_rows(rows)
+    assert meant.dtype is torch.bfloat16
+    np.testing.assert_array_equal(meant.float().numpy(), dsa_tvm.unpack_mla_rows(rows.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: dsa_tvm.pack_mla_rows(np.zeros((3, 576)), 100),
+            "values: expected d_v to be a multiple of 128, got 100",
+        ),
+        (lambda: dsa_tvm.pack_mla_rows(np.zeros(576)), "values: expected a matrix of at least 512 columns"),
+        (
+            lambda: dsa_tvm.unpack_mla_rows(np.zeros((3, 500), np.uint8)),
+            "rows: expected a matrix of at least 528 columns",
+        ),
+        (lambda: dsa_tvm.unpack_mla_rows(np.zeros((3, 657), np.uint8)), "rows: expected an even number of bytes"),
+    ],
+)
+def test_packing_refuses(call, words):
+    with pytest.raises(dsa_tvm.ArgumentError, match=words):
+        call()
