@@ -11,10 +11,13 @@ import pytest
 os.environ["PYTHONSAFEPATH"] = "1"
 # Importing TVM beside torch would otherwise compile an extension for a minute.
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+# Threads that wait by spinning keep the CPUs from the tests of other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-#: The files whose tests take `cuda_sets`.
-CUDA_SETS = {"test_cuda_build.py", "test_cuda_doors.py"}
+#: The files whose tests take `cuda_sets`, and with the others that take minutes.
+CUDA_SETS = ("test_cuda_build.py", "test_cuda_doors.py")
+LONGEST = (*CUDA_SETS, "test_tuning.py", "test_build.py", "test_cuda_tuning.py")
 
 
 @pytest.fixture
@@ -57,6 +60,11 @@ def cuda_built(cuda_sets, tmp_path_factory):
     return build(tmp_path_factory.mktemp("cuda"), cuda_sets)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: of several processes none is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.hookimpl(optionalhook=True)  # a machine with a GPU may be without the plugin
 def pytest_xdist_make_scheduler(config, log):
     """With ``-n``, one process makes the CUDA kernels, and one each file's own fixtures."""
@@ -67,6 +75,7 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.partition("::")[0]
             return "cuda_sets" if Path(file).name in CUDA_SETS else file
 
+    config.option.loadscopereorder = False  # not by the number of tests
     return ByFixtures(config, log)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -221,7 +222,9 @@ def test_interrupted_job(finished, tmp_path):
     """Ctrl-C: exit status 130, one line, and the trials are kept."""
     _, arguments, _ = finished
     output = tmp_path / "interrupted"
-    process = started(*into(output, arguments), "--trials", "200")
+    # Where the tests themselves are a shell's background job, they ignore the signal, and so would what they start.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = started(*into(output, arguments), "--trials", "200", preexec_fn=listening)
     for line in process.stderr:
         if "trial 3/200" in line:
             break
