@@ -35,10 +35,12 @@ class Preset:
         return float(self.d_qk**-0.5)
 
 
-#: The first two follow the published configurations. The deepseek-v4 entries are sizes this package is built to serve
-#: (512-wide rows, top 512 or 1024), not the configuration of a published checkpoint.
+#: Those without deepseek-v4 in their names follow the published configurations; tp8 is the share of the heads that each
+#: of eight GPUs has. The deepseek-v4 entries are sizes this package is built to serve (512-wide rows, top 512 or 1024),
+#: not the configuration of a published checkpoint.
 PRESETS: Mapping[str, Preset] = {
     "deepseek-v3.2": Preset(h_idx=64, d_idx=128, topk=2048, h_q=128, d_qk=576, d_v=512),
+    "deepseek-v3.2-tp8": Preset(h_idx=64, d_idx=128, topk=2048, h_q=16, d_qk=576, d_v=512),
     "glm-5": Preset(h_idx=32, d_idx=128, topk=2048, h_q=64, d_qk=576, d_v=512),
     "deepseek-v4-512": Preset(h_idx=64, d_idx=128, topk=512, h_q=64, d_qk=512, d_v=512),
     "deepseek-v4-1024": Preset(h_idx=64, d_idx=128, topk=1024, h_q=64, d_qk=512, d_v=512),

@@ -31,8 +31,8 @@ dsa-tvm env | tee "$out/env.txt"
 step memcheck sanitize memcheck
 step racecheck sanitize racecheck
 step tests python -m pytest -k "not cpu" tests/test_topk.py tests/test_lightning_indexer.py tests/test_sparse_mla.py \
-  tests/test_element_types.py tests/test_torch_ops.py tests/test_cuda_memory.py tests/test_cuda_device.py \
-  tests/test_gpu_bench.py
+  tests/test_sparse_mla_fp8.py tests/test_element_types.py tests/test_torch_ops.py tests/test_ort.py \
+  tests/test_cuda_memory.py tests/test_cuda_device.py tests/test_gpu_bench.py
 step tune dsa-tvm tune all --target cuda --timeout "${TUNE_SECONDS:-3600}" --output "$out/tuning_logs"
 step bench dsa-tvm bench --suite cuda --json "$out/bench.json"
 echo "== $failed steps failed"

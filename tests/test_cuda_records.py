@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,10 +57,67 @@ def test_the_fastest_that_holds_everywhere():
 def test_sizes():
     for op, sizes in BUCKETS.items():
         for element_types in TIMED[op]:
-            stages = {stage_of(op, *size, "sm_90a", element_types) for size in sizes}
+            tasks = [Task(op, "sm_90a", PRESET, *size, element_types) for size in sizes]
+            stages = {task.stage for task in tasks}
             assert stages == ({"hopper_few", "hopper_many"} if op == "lightning_indexer" else stages) and all(stages)
-            task = Task(op, "sm_90a", PRESET, *sizes[0], element_types)
-            assert task.types == element_types and task.stage in stages
+            assert all(task.types == element_types for task in tasks)
+
+
+@pytest.mark.parametrize("op", ["sparse_mla", "sparse_mla_fp8"])
+def test_few_heads(op):
+    """They have decisions of their own, which hold for any few heads of a model and for no others."""
+    few, dtype = presets.get("deepseek-v3.2-tp8"), ("bfloat16",)
+
+    def stage(h_q, arch="sm_90a", dtype=dtype):
+        return stage_of(op, {"s_q": 1, "s_kv": 65536, "h_q": h_q}, arch, dtype)
+
+    assert (stage(1), stage(16), stage(17), stage(17, "sm_80")) == ("few_heads", "few_heads", "hopper_attend", "attend")
+    assert stage(16, dtype=("float32",)) == "attend", "one kernel serves all heads"
+    assert Task(op, "sm_90a", few, 1, 65536, dtype).stage == "few_heads"
+    finals = [
+        make(op, (1, 65536), (1.5,), kind="final", target="sm_90a", types=dtype, shape=shape)
+        for h_q in (8, 16, 64)
+        for shape in [Task(op, "sm_90a", replace(few, h_q=h_q), 1, 65536, dtype).shape]
+    ]
+
+    def found(stage, preset):
+        return [r.shape["h_q"] for r in gpu.finals_of(finals, op, "sm_90a", dtype, stage, vars(preset))]
+
+    assert found("few_heads", few) == found("few_heads", PRESET) == [8, 16]
+    assert found("few_heads", presets.get("deepseek-v4-512")) == []
+    assert found("hopper_attend", PRESET) == [] and found("hopper_attend", replace(PRESET, h_q=64)) == [64]
+
+
+def test_few_heads_in_a_build():
+    """The decisions of a record are those of the kernel for few heads, and no other kernel has them."""
+    pytest.importorskip("tvm", reason="building needs apache-tvm")
+    from dsa_tvm.schedules.cuda.attention_decisions import FEW_HEADS
+
+    from dsa_tvm.compiler.cuda_kernels import OPERATORS
+    from dsa_tvm.compiler.cuda_plan import Plan
+    from dsa_tvm.compiler.cuda_space import Space
+    from dsa_tvm.spec import DIMS
+
+    assert FEW_HEADS == gpu.FEW_HEADS
+    few = presets.get("deepseek-v3.2-tp8")
+    task = Task("sparse_mla", "sm_90a", few, 1, 65536, ("bfloat16",))
+    space = Space(task.op, task.target, task.stage, task.types, vars(few))
+    decisions = dict(vars(space.DEFAULT["sm_90a"]), split_keys=192)
+    record = make(
+        *(task.op, (1, 65536), (1.5,)),
+        **{"kind": "final", "target": "sm_90a", "types": task.types, "shape": task.shape, "decisions": decisions},
+    )
+    plan = Plan([record], PRESET)
+
+    def chosen(*arguments):
+        return plan("sm_90a", "sparse_mla", *arguments)
+
+    made = [k for k in OPERATORS["sparse_mla"]("sm_90a", DIMS, chosen) if k.stage == "attend"]
+    found = [k for k in made if k.facts["split_keys"] == 192]
+    assert {(k.variant["T"], k.sizes["d_qk"], k.limits["h_q"]) for k in found} == {
+        ("bfloat16", 576, FEW_HEADS),
+        ("float16", 576, FEW_HEADS),
+    }
 
 
 def test_families():

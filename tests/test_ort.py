@@ -84,9 +84,22 @@ def options(**fields):
     return made
 
 
-def make_session(model, session_options=None):
+@pytest.fixture
+def provider(device):
+    """The execution provider of a device."""
+    name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if name not in ort.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {name}: onnxruntime-gpu has")
+    return name
+
+
+def make_session(model, session_options=None, provider="CPUExecutionProvider"):
     data = model if isinstance(model, bytes) else model.SerializeToString()
-    return ort.InferenceSession(data, session_options or options(), providers=["CPUExecutionProvider"])
+    chosen = session_options or options()
+    if provider != "CPUExecutionProvider":
+        # A node that no GPU computes is an error then.
+        chosen.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return ort.InferenceSession(data, chosen, providers=[provider])
 
 
 def widened(model):
@@ -108,29 +121,29 @@ def run(session, inputs):
     return [x.numpy() for x in outputs]
 
 
-def assert_matches(op, variant, outputs, inputs):
+def assert_matches(op, variant, outputs, inputs, device="cpu"):
     spec = OPS[op]
     for tensor, actual, expected in zip(spec.outputs, outputs, spec.reference(**inputs, **attrs_of(op)), strict=True):
-        tolerance = tolerance_of(spec, tensor.name, spec.dtype_of(spec.inputs[0], variant))
+        tolerance = tolerance_of(spec, tensor.name, spec.dtype_of(spec.inputs[0], variant), device)
         assert_close(actual, expected, tolerance)
 
 
 @pytest.mark.parametrize(("op", "variant"), EVERYTHING)
-def test_matches_the_reference(op, variant):
+def test_matches_the_reference(op, variant, device, provider):
     optional = optional_of(op)
     # None, all, and the last one only: in the middle, the input before it is then left empty.
     for chosen in sorted({(), optional, optional[1:]}):
         inputs = make_inputs(op, variant, chosen)
-        session = make_session(widened(make_model(op, variant, chosen)))
-        assert_matches(op, variant, run(session, inputs), inputs)
+        session = make_session(widened(make_model(op, variant, chosen)), provider=provider)
+        assert_matches(op, variant, run(session, inputs), inputs, device)
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("sizes", [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_q": 1, "s_kv": 1}], ids=str)
-def test_empty_and_single_lengths(op, sizes):
+def test_empty_and_single_lengths(op, sizes, device, provider):
     inputs = make_inputs(op, optional=optional_of(op), **sizes)
-    session = make_session(widened(make_model(op, optional=optional_of(op))))
-    assert_matches(op, OPS[op].variants[0], run(session, inputs), inputs)
+    session = make_session(widened(make_model(op, optional=optional_of(op))), provider=provider)
+    assert_matches(op, OPS[op].variants[0], run(session, inputs), inputs, device)
 
 
 def has_shape_inference():

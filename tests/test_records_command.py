@@ -71,7 +71,7 @@ def test_no_such_directory(command, tmp_path):
 def test_best(directory, log, capsys):
     run("best", directory)
     out = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert " ".join(out[0]) == "x86-64-v4 topk: topk 2048 (deepseek-v3.2, glm-5)"
+    assert " ".join(out[0]) == "x86-64-v4 topk: topk 2048 (deepseek-v3.2, deepseek-v3.2-tp8, glm-5)"
     assert " ".join(out[1]) == "size threads x DEFAULT ms of roof decisions"
     # 2.5 ms of DEFAULT with one thread, 1.25 with two; the roofs are 0.1 and 0.05 ms.
     assert " ".join(out[2]) == (
@@ -87,11 +87,25 @@ def test_best(directory, log, capsys):
     assert "2 damaged lines left out" in capsys.readouterr().err
 
 
+def test_best_of_a_gpu(tmp_path, capsys):
+    """Operators that only GPUs are tuned for are among them, and few heads are a search of their own."""
+    log = Log(tmp_path / "sm_90a" / "sparse_mla_fp8.jsonl")
+    for h_q in (128, 16):
+        shape = dict(make("sparse_mla_fp8", (1, 65536)).shape, h_q=h_q)
+        log.append(make("sparse_mla_fp8", (1, 65536), (1.5,), kind="final", target="sm_90a", shape=shape))
+    run("best", tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    headings = [line for line in out if line.startswith("sm_90a")]
+    assert [line.split(", ")[-1] for line in headings] == ["few_heads", "hopper_attend"]
+    assert "(deepseek-v3.2-tp8)" in headings[0] and "(deepseek-v3.2)" in headings[1]
+
+
 def test_show(directory, capsys):
     run("show", directory, "--shape", "1x32768")
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == "x86-64-v4 topk: s_q 1, s_kv 32768, topk 2048 (deepseek-v3.2, glm-5) on Xeon \xae, 2 CPUs"
+    models = "(deepseek-v3.2, deepseek-v3.2-tp8, glm-5)"
+    assert lines[0] == f"x86-64-v4 topk: s_q 1, s_kv 32768, topk 2048 {models} on Xeon \xae, 2 CPUs"
     assert lines[2] == "1 1, 2 0.500, 0.500 5.00, 2.50 2%, 2% scan=64 slack=0"
     assert lines[5] == "4 - - - - scan=64 slack=3: crashed [2Jsignal 11" and "\x1b" not in out
     assert [line.split()[0] for line in lines[6:8]] == ["final", "final"]

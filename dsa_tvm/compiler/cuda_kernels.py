@@ -172,10 +172,9 @@ def _attentions(
         if variant["T"] != "float32" and most > sparse_mla.FEW_HEADS:
             limits.append({"h_q": sparse_mla.FEW_HEADS})
         for limit in limits:
-            c = sparse_mla.default(types, arch, few_heads=bool(limit))
-            if not limit:
-                c = chosen("attend", variant, {"d_qk": d_qk, "d_v": d_v}, c)
-                c.check(types, d_qk, d_v)
+            default = sparse_mla.default(types, arch, few_heads=bool(limit))
+            c = chosen("few_heads" if limit else "attend", variant, {"d_qk": d_qk, "d_v": d_v}, default)
+            c.check(types, d_qk, d_v)
             yield _attention(sparse_mla, variant, types, c, d_qk, d_v, limit)
         if arch == HOPPER and _hopper_attends(types, d_qk, d_v):
             own = chosen("hopper_attend", variant, {"d_qk": d_qk, "d_v": d_v}, hopper_mla.DEFAULT[arch])

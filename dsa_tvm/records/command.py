@@ -86,9 +86,11 @@ def _verify(args: argparse.Namespace) -> None:
 def _best(args: argparse.Namespace) -> None:
     searches: dict[tuple, list[Record]] = {}
     for record in _read(args):
-        if record.kind == "final" and args.target in (None, record.target) and record.op in selection.BUCKETS:
+        is_gpu = gpu.is_gpu(record.target)
+        known = gpu.BUCKETS if is_gpu else selection.BUCKETS
+        if record.kind == "final" and args.target in (None, record.target) and record.op in known:
             lengths = as_key({n: length for n, length in record.shape.items() if n not in ("s_q", "s_kv")})
-            stage = gpu.stage_of_record(record) if gpu.is_gpu(record.target) else ""
+            stage = gpu.stage_of_record(record) if is_gpu else ""
             searches.setdefault((record.target, record.op, stage, record.types, lengths), []).append(record)
     for (target, op, stage, types, lengths), records in sorted(searches.items()):
         print(_heading(target, op, types, dict(lengths)) + (f", {stage}" if stage else ""))

@@ -32,7 +32,9 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 #: The indexer has a kernel for few queries, which is taken up to about so many scores.
 _FEW_SCORES = 2**19
-#: The stage of the operators that have one with decisions.
+#: Attention in 16 bits has a kernel for up to so many heads.
+FEW_HEADS = 16
+#: The stage of the operators that have one with decisions, but for few heads.
 _STAGES = {"topk": "rows", "sparse_mla": "attend", "sparse_mla_fp8": "attend"}
 #: Element types of the kernels of Hopper's own instructions.
 _OF_HOPPER: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -48,15 +50,17 @@ def is_gpu(target: str) -> bool:
     return is_arch(target)
 
 
-def stage_of(op: str, s_q: int, s_kv: int, target: str, types: Sequence[str]) -> str:
-    """The stage whose decisions a size measures, as the build calls it."""
-    stage = _STAGES.get(op) or ("few" if s_q * s_kv <= _FEW_SCORES else "many")
+def stage_of(op: str, lengths: Mapping[str, int], target: str, types: Sequence[str]) -> str:
+    """The stage whose decisions a call of these lengths measures, as the build calls it."""
+    if "h_q" in OPS[op].dims and lengths["h_q"] <= FEW_HEADS and "float32" not in types:
+        return "few_heads"
+    stage = _STAGES.get(op) or ("few" if lengths["s_q"] * lengths["s_kv"] <= _FEW_SCORES else "many")
     return f"hopper_{stage}" if target == HOPPER and tuple(types) in _OF_HOPPER[op] else stage
 
 
 def stage_of_record(record: Record) -> str:
     """The stage that a record of a GPU measured."""
-    return stage_of(record.op, record.shape["s_q"], record.shape["s_kv"], record.target, record.types)
+    return stage_of(record.op, record.shape, record.target, record.types)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,13 @@ def explain(finals: Iterable[Record]) -> list[str]:
 def finals_of(
     records: Iterable[Record], op: str, target: str, types: Sequence[str], stage: str, lengths: Mapping[str, int]
 ) -> list[Record]:
-    """The finals among `records` of one kernel; `lengths` are those of its model beside s_q and s_kv."""
+    """The finals among `records` of one kernel; `lengths` are those of its model beside s_q and s_kv.
+
+    For few heads those of any number of few heads count: a model has as many as its tensor parallelism leaves it.
+    """
     known = completed(lengths)
-    own = {name: known[name] for name in OPS[op].dims if name not in ("s_q", "s_kv")}
+    free = ("s_q", "s_kv", "h_q") if stage == "few_heads" else ("s_q", "s_kv")
+    own = {name: known[name] for name in OPS[op].dims if name not in free}
     return [
         r
         for r in records

@@ -19,7 +19,7 @@ from ..files import sha256, write_atomically
 from ..gpu_archs import is_arch
 from ..ops import OPS
 from ..presets import Preset
-from ..records import as_key, gpu, spec_hash
+from ..records import as_key, spec_hash
 from ..records.record import digest
 from .fleet import Remote
 from .source import Decisions
@@ -144,7 +144,7 @@ def load(directory: Path) -> Contents:
             raise ValueError("its checksum is another")
         del document["format"]
         document["preset"] = Preset(**document["preset"])
-        document["families"] = [_family(f, document["target"]) for f in document["families"]]
+        document["families"] = [_family(f, document["target"], document["preset"]) for f in document["families"]]
         contents = Contents(**document)
         if not is_arch(contents.target):
             raise ValueError(f"no architecture: {contents.target!r}")
@@ -154,7 +154,7 @@ def load(directory: Path) -> Contents:
     return contents
 
 
-def _family(fields: dict[str, Any], target: str) -> Family:
+def _family(fields: dict[str, Any], target: str, preset: Preset) -> Family:
     family = Family(**fields)
     family.baseline = Built(**fields["baseline"])
     family.candidates = [Built(**c) for c in fields["candidates"]]
@@ -164,7 +164,7 @@ def _family(fields: dict[str, Any], target: str) -> Family:
     if tuple(family.types) not in [tuple(v.values()) for v in OPS[family.op].variants]:
         raise ValueError(f"no element types of {family.op}: {family.types}")
     for s_q, s_kv in family.shapes:
-        if gpu.stage_of(family.op, s_q, s_kv, target, family.types) != family.stage:
+        if Task(family.op, target, preset, s_q, s_kv, tuple(family.types)).stage != family.stage:
             raise ValueError(f"{family.op}: {s_q} x {s_kv} is no size of the stage {family.stage}")
     if family.spec != spec_hash(family.op):
         raise ValueError(f"candidates for another version of {family.op}; this is dsa_tvm {__version__}")

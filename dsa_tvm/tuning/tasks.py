@@ -57,7 +57,7 @@ class Task:
     @property
     def stage(self) -> str:
         """Which of the operator's kernels is tuned; "" on CPUs, where there is one."""
-        return gpu.stage_of(self.op, self.s_q, self.s_kv, self.target, self.types) if gpu.is_gpu(self.target) else ""
+        return gpu.stage_of(self.op, self.shape, self.target, self.types) if gpu.is_gpu(self.target) else ""
 
     @property
     def family(self) -> tuple:
