@@ -7,6 +7,7 @@ from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_int64, c_size_t, c_uin
 from typing import ClassVar
 
 import numpy as np
+import pytest
 from gpu_call import ALIGNMENT
 from test_topk import DATA
 
@@ -33,12 +34,12 @@ class CustomOp(ctypes.Structure):
 class Runtime:
     """An ONNX Runtime with one node: `inputs` and `attrs` in order, an int32 output."""
 
-    STREAM = 77
     _all: ClassVar[list] = []
 
-    def __init__(self, inputs, attrs):
+    def __init__(self, inputs, attrs, stream=77):
         self.values = list(inputs)
         self.attrs, self.ops, self.memory, self.freed, self.released, self.errors = attrs, [], [], [], 0, []
+        self.allocators = []
         # The library knows it by its address, for as long as the process lives.
         self._all.append(self)
         self._slots, self._keep = (c_void_p * 415)(), []
@@ -53,7 +54,7 @@ class Runtime:
         self._offer(28, lambda options, domain: None, c_void_p, c_void_p)
         self._offer(51, self._data, c_void_p, POINTER(c_void_p))
         self._offer(72, self._store(1, 0), c_void_p, POINTER(c_int))
-        self._offer(75, self._allocate, c_void_p, c_size_t, POINTER(c_void_p))
+        self._offer(75, self._allocate("any stream"), c_void_p, c_size_t, POINTER(c_void_p))
         self._offer(76, lambda allocator, p: self.freed.append(p), c_void_p, c_void_p)
         self._offer(86, self._integer, c_void_p, c_char_p, POINTER(c_int64))
         self._offer(88, self._store(1, len(inputs)), c_void_p, POINTER(c_size_t))
@@ -61,9 +62,10 @@ class Runtime:
         self._offer(91, self._output, c_void_p, c_size_t, POINTER(c_int64), c_size_t, POINTER(c_void_p))
         self._offer(93, lambda status: None, c_void_p)
         self._offer(132, self._release, c_void_p)
-        self._offer(193, self._store(1, self.STREAM), c_void_p, POINTER(c_void_p))
+        self._offer(193, self._store(1, stream), c_void_p, POINTER(c_void_p))
         self._offer(194, self._store(1, 1), c_void_p, POINTER(c_void_p))
         self._offer(253, self._store(2, 1), c_void_p, c_void_p, POINTER(c_void_p))
+        self._offer(277, self._allocate("the stream"), c_void_p, c_void_p, c_size_t, POINTER(c_void_p))
         self._offer(414, self._shape, c_void_p, POINTER(c_int), POINTER(c_void_p), POINTER(c_size_t))
 
     def _offer(self, slot, function, *types):
@@ -87,10 +89,15 @@ class Runtime:
     def _data(self, value, to):
         to[0] = self.values[value - 1].ctypes.data
 
-    def _allocate(self, allocator, size, to):
-        memory = np.full(size + ALIGNMENT, 0xFF, np.uint8)
-        to[0] = memory.ctypes.data + -memory.ctypes.data % ALIGNMENT
-        self.memory.append((memory, to[0], size))
+    def _allocate(self, which):
+        def function(*args):
+            *_, size, to = args
+            memory = np.full(size + ALIGNMENT, 0xFF, np.uint8)
+            to[0] = memory.ctypes.data + -memory.ctypes.data % ALIGNMENT
+            self.memory.append((memory, to[0], size))
+            self.allocators.append(which)
+
+        return function
 
     def _integer(self, info, name, to):
         to[0] = self.attrs[name.decode()]
@@ -127,16 +134,19 @@ class Runtime:
         return self.values[-1]
 
 
-def test_a_node_on_the_gpu():
+@pytest.mark.parametrize("stream", [77, 0])
+def test_a_node_on_the_gpu(stream):
+    """A workspace is the stream's: another one's kernels may still be at work on what is anybody's."""
     for shape in ((3, 900), (1, 40000)):  # the second takes a workspace
         logits = DATA["ties"](np.random.default_rng(0), shape)
         inputs = [logits, np.zeros(shape[0], np.int32), np.full(shape[0], shape[1], np.int32)]
-        runtime = Runtime(inputs, {"topk": 64})
+        runtime = Runtime(inputs, {"topk": 64}, stream)
         np.testing.assert_array_equal(
             runtime.run(b"TopKIndices", b"CUDAExecutionProvider"), OPS["topk"].reference(*inputs, 64)[0]
         )
         sizes = [size for _, _, size in runtime.memory]
         assert sizes == ([] if shape[0] == 3 else [2 * 4 * 4 * 64])
+        assert runtime.allocators == ["the stream" if stream else "any stream"] * len(sizes)
         assert runtime.freed == [address for _, address, _ in runtime.memory] and runtime.released == len(sizes)
 
 

@@ -72,6 +72,8 @@ typedef union OrtApi {
   ORT_SLOT(272, OrtStatus *(*ReadOpAttr)(const OrtOpAttr *, int kind, void *, size_t, size_t *));
   ORT_SLOT(274, OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *, void (*task)(void *, size_t),
                                                         size_t count, size_t batches, void *));
+  ORT_SLOT(277, OrtStatus *(*KernelContext_GetScratchBuffer)(const OrtKernelContext *, const OrtMemoryInfo *, size_t,
+                                                             void **));
   ORT_SLOT(414, OrtStatus *(*GetTensorElementTypeAndShapeDataReference)(const OrtValue *, int *, const int64_t **,
                                                                         size_t *)); /* since 1.24; borrowed */
 } OrtApi;
