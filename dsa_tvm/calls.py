@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from . import library
@@ -79,7 +80,7 @@ def _empty(like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
     )
 
 
-def _workspace(lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int) -> tuple[Any, int]:
+def _workspace(lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream: int) -> tuple[Any, int]:
     """What a call on a GPU must have, from torch's allocator, and its bytes."""
     size = ctypes.c_uint64()
     status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
@@ -91,7 +92,11 @@ def _workspace(lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int) -> tup
         import torch
     except ImportError as error:
         raise LibraryError(f"workspace: expected torch, whose allocator it comes from, got none ({error})") from error
-    return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
+    # The allocator gives it next to whoever comes on the stream that was current here. That is the call's own, except
+    # that without torch tensors the call is on the default one.
+    elsewhere = torch.cuda.current_stream(device).cuda_stream != stream
+    with torch.cuda.stream(torch.cuda.default_stream(device)) if elsewhere else nullcontext():
+        return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
 
 
 def call(
@@ -166,7 +171,7 @@ def call(
     options = Options(ctypes.sizeof(Options), num_threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
-        workspace, options.workspace_size = _workspace(lib, arguments, device[1])
+        workspace, options.workspace_size = _workspace(lib, arguments, device[1], stream)
         options.stream, options.workspace = stream, workspace.data_ptr() if workspace is not None else None
     status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
     if status:

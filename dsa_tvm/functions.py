@@ -3,7 +3,8 @@
 Inputs are never copied, at any alignment. All are on the CPU or all on one GPU. Outputs come as the first input does:
 torch tensors for torch, NumPy arrays for everything else on the CPU; or are written to `out`. Element types of NumPy
 that NumPy itself lacks (bfloat16, float8_e4m3fn) are those of the package ml_dtypes. On a GPU the work is enqueued on
-torch's current stream, or on the default one where there is no torch tensor, and its workspace is torch's.
+torch's current stream, or on the default one where there is no torch tensor, and its workspace is torch's. Tensors of
+other libraries have to live until it is done, and what uses their contents then has to come behind it on that stream.
 """
 
 from __future__ import annotations

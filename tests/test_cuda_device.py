@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from devices import as_tuple, run, run_torch, same_bits, to_array, to_device
 from operator_tensors import SIZES, arrays, check, tensors
 
 import dsa_tvm
+from dsa_tvm import calls
 from dsa_tvm.ops import OPS
 
 CALLS = [(op, size) for op in OPS for size in SIZES]
@@ -104,6 +107,59 @@ def test_streams_at_a_time(op, gpu):
                 results.append(call(op, x))
         torch.cuda.synchronize()
         assert all(equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+class Foreign:
+    """A tensor of another library, as far as anybody can tell."""
+
+    def __init__(self, tensor):
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tensors_of_another_library(op, gpu):
+    """The call is on the default stream whatever torch's own is, and so is its workspace."""
+    given = tensors(op, "cuda", "long")
+    expected = call(op, given)
+    outputs = [torch.empty_like(x) for x in expected]
+    foreign = {name: Foreign(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)  # on the default stream
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call(op, foreign | {"out": tuple(map(Foreign, outputs))})
+        # As large as any workspace: what torch took back for this stream is written to now.
+        junk = [torch.full((size,), 0x55, dtype=torch.uint8, device="cuda") for size in (2**10, 2**20, 2**26)]
+    torch.cuda.synchronize()
+    assert equal(outputs, expected) and junk
+
+
+def test_stream_of_a_workspace(monkeypatch):
+    """Without a GPU: what torch is asked for."""
+    current = [7]
+
+    @contextmanager
+    def stream(entered):
+        current.append(entered.cuda_stream)
+        yield
+        current.pop()
+
+    def size_of(*arguments):
+        arguments[-1]._obj.value = 1000
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=current[-1]))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: (current[-1], device))
+    library = SimpleNamespace(dsa_tvm_workspace_size=size_of)
+    assert calls._workspace(library, (), 1, stream=7) == ((7, "cuda:1"), 1000)
+    assert calls._workspace(library, (), 1, stream=0) == ((0, "cuda:1"), 1000) and current == [7]
 
 
 @pytest.mark.parametrize("op", OPS)
