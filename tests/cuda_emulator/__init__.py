@@ -6,7 +6,8 @@ import ctypes
 import mmap
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 #: its own.
 EMULATED = ("sm_86", "sm_90a")
 
-_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, \d+)?\) )?(\w+)\(([^)]*)\) \{')
+_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, (\d+))?\) )?(\w+)\(([^)]*)\) \{')
 
 _SCALARS = {
     "int": ctypes.c_int32,
@@ -104,8 +105,8 @@ class Emulator:
 
     def __init__(self, source: str, headers: Path, directory: Path) -> None:
         found = _SIGNATURE.findall(source)
-        self.kernels = {name: (int(threads or 0), _types(parameters)) for threads, name, parameters in found}
-        thunks = [_thunk(name, types) for name, (_, types) in self.kernels.items()]
+        self.kernels = {name: (int(threads or 0), _types(parameters)) for threads, _, name, parameters in found}
+        thunks = [_thunk(name, self.kernels[name][1], int(blocks or 1)) for _, blocks, name, _ in found]
         text = directory / "kernels.cc"
         text.write_text("\n".join((source, *thunks, "#include <driver.h>\n")))
         #: Also a CUDA driver, to whoever finds it by its name.
@@ -120,6 +121,17 @@ class Emulator:
             raise KernelError(done.stderr)
         self.library = ctypes.CDLL(str(self.path))
         self.library.emulator_launch.restype = ctypes.c_char_p
+        self._sum_bits = 0
+
+    @contextmanager
+    def narrow_sums(self, bits: int) -> Iterator[None]:
+        """Launches whose tensor cores cut off their sums so many binary places behind the leading one.
+
+        Otherwise these are sums of float32, rounded to the nearest.
+        """
+        self._sum_bits = bits
+        yield
+        self._sum_bits = 0
 
     def launch(
         self,
@@ -129,7 +141,6 @@ class Emulator:
         shared_bytes: int = 0,
         order: int = 0,
         eager: bool = False,
-        sum_bits: int = 0,
     ) -> None:
         """Run a kernel to its end.
 
@@ -145,9 +156,6 @@ class Emulator:
             In which threads run: 0 ascending, 1 descending, otherwise the seed of a random one.
         eager : bool
             Whether asynchronous copies land at once, instead of when they are waited for.
-        sum_bits : int
-            How many binary places behind the leading one tensor cores keep of sums of e4m3 products; 0 for those of
-            float32.
 
         Raises
         ------
@@ -179,7 +187,7 @@ class Emulator:
                 ctypes.c_size_t(shared_bytes),
                 ctypes.c_uint(order),
                 ctypes.c_int(eager),
-                ctypes.c_int(sum_bits),
+                ctypes.c_int(self._sum_bits),
             )
         finally:
             for memory in guarded:
@@ -215,6 +223,6 @@ def _types(parameters: str) -> list[str]:
     return ["".join(words.sub("", p).split()[:-1]) for p in parameters.split(",")]
 
 
-def _thunk(name: str, types: Sequence[str]) -> str:
+def _thunk(name: str, types: Sequence[str], resident: int) -> str:
     args = ", ".join(f"*({kind}*)args[{i}]" for i, kind in enumerate(types))
-    return f'extern "C" void thunk_{name}(void** args) {{ {name}({args}); }}'
+    return f'extern "C" void thunk_{name}(void** args) {{ emulator::m.resident = {resident}; {name}({args}); }}'

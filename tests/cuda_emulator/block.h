@@ -75,13 +75,13 @@ struct Mbarrier {
 struct Options {
   unsigned order; /* 0 ascending, 1 descending, else the seed of a shuffle */
   int eager;      /* cp.async lands at once */
-  int sum_bits;   /* binary places that sums of e4m3 keep behind the leading one; 0: those of f32 */
+  int sum_bits;   /* binary places that tensor cores' sums keep behind the leading one; 0: sums of f32, rounded */
 };
 
 struct Machine {
   dim3 grid, block, at;
   Options options;
-  int threads, alive;
+  int threads, alive, resident; /* blocks of a multiprocessor, by the launch bounds */
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   struct { int expected, arrived; } barriers[16];

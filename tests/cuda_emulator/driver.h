@@ -7,6 +7,7 @@
 #include <string.h>
 #include <time.h>
 
+#include <map>
 #include <mutex>
 #include <string>
 
@@ -101,12 +102,18 @@ int cuTensorMapEncodeTiled(CUtensorMap *map, int type, unsigned rank, void *base
                            int swizzle, int, int oob_fill) {
   return encode_tensor_map(map, type, rank, base, lengths, strides, box, element_strides, interleave, swizzle, oob_fill);
 }
-int cuKernelSetAttribute(int, int, void *, int) { return 0; }
+/* Without it a block has 48 KiB at most. */
+static std::map<void *, unsigned> shared_limits;
+int cuKernelSetAttribute(int attribute, int value, void *kernel, int) {
+  if (attribute == 8) shared_limits[kernel] = (unsigned)value;
+  return 0;
+}
 int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared_bytes, void *, void **args, void **) {
   unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
   if (!current_context) return 201;
   if (function == (void *)cuInit) return 500;
+  if (shared_bytes > (48 << 10) && shared_bytes > shared_limits[function]) return 1;
   const char *order = getenv("CUDA_EMULATOR_ORDER");
   unsigned seed = order ? (unsigned)atoi(order) : 0;
   static std::mutex one_at_a_time;

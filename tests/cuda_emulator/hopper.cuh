@@ -107,7 +107,7 @@ DSA_DEVICE void multiply(float *sums, int n, const emulator::Operand &b, Rows ro
   static float columns[K][256];
   for (unsigned j = 0; j < (unsigned)n; j++)
     for (unsigned k = 0; k < K; k++) columns[k][j] = b.get<Element>(j, k);
-  if (std::is_same_v<Element, Byte> && emulator::m.options.sum_bits) {
+  if (emulator::m.options.sum_bits) {
     for (unsigned r = 0; r < 16; r++)
       for (int j = 0; j < n; j++) {
         float products[K];
@@ -211,8 +211,9 @@ template <int SWIZZLE> DSA_DEVICE uint64_t dsa_descriptor(const void *p, int lea
          (address & 0x3FFFF) >> 4;
 }
 
-template <int N> DSA_DEVICE void dsa_more_registers() {
+template <int N, bool MORE> DSA_DEVICE void set_registers() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "no such number of registers");
-  emulator::meet("setmaxnreg", nullptr, nullptr, [](const void **, void **) { emulator::set_registers(N); });
+  emulator::meet("setmaxnreg", nullptr, nullptr, [](const void **, void **) { emulator::set_registers(N, MORE); });
 }
-template <int N> DSA_DEVICE void dsa_fewer_registers() { dsa_more_registers<N>(); }
+template <int N> DSA_DEVICE void dsa_more_registers() { set_registers<N, true>(); }
+template <int N> DSA_DEVICE void dsa_fewer_registers() { set_registers<N, false>(); }

@@ -1,4 +1,4 @@
-/* The model of products of a warp's tensor cores, and of how precise sums of e4m3 may be. */
+/* The model of products of a warp's tensor cores, and of how precise their sums may be. */
 #pragma once
 
 #include <array>
@@ -62,7 +62,7 @@ struct E4m3 {
 };
 
 /* A sum and `count` products with the precision that the launch asks for: all addends are cut to so many binary places
-   behind the leading one of the largest, and their sum behind its own. NaN if any is; infinities there are none. */
+   behind the leading one of the largest, and their sum behind its own. */
 inline float narrow_sum(float sum, const float *products, int count) {
   auto cut = [](double x, double largest) {
     double unit = ldexp(1, ilogb(largest) - emulator::m.options.sum_bits);
@@ -70,10 +70,11 @@ inline float narrow_sum(float sum, const float *products, int count) {
   };
   double largest = std::fabs(sum), total = 0;
   for (int i = 0; i < count; i++) {
-    if (products[i] != products[i]) return NAN;
+    total += products[i];
     largest = max(largest, (double)std::fabs(products[i]));
   }
-  if (sum != sum || largest == 0) return sum;
+  total += sum;
+  if (!std::isfinite(total) || largest == 0) return total;
   total = cut(sum, largest);
   for (int i = 0; i < count; i++) total += cut(products[i], largest);
   return total == 0 ? 0 : (float)cut(total, total);
@@ -99,7 +100,7 @@ template <typename Type, typename C> inline void mma(const char *operation, C *c
       for (int i = 0; i < 2; i++)
         for (int e = 0; e < E; e++) B[t * E + e + i * HALF][g] = Type::get(f.b[i], e);
     }
-    if (std::is_same_v<Type, E4m3> && emulator::m.options.sum_bits) {
+    if (!std::is_same_v<C, int> && emulator::m.options.sum_bits) {
       for (int r = 0; r < 16; r++)
         for (int n = 0; n < 8; n++) {
           float products[2 * HALF];

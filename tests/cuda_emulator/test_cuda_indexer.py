@@ -65,9 +65,8 @@ def _unaligned(x):
     return np.append(x.ravel(), x.ravel()[:1])
 
 
-def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=1, schedule=(0, False), **options):
+def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=1, schedule=(0, False), misalign=False):
     """Logits of `a`, written to rows of `out` where that is given."""
-    misalign, sum_bits = options.get("misalign"), options.get("sum_bits", 0)
     variant, product, c, d_idx = KERNELS[name]
     s_q, h_idx, _ = a["q"].shape
     s_kv = len(a["k"])
@@ -92,7 +91,6 @@ def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=
         shared_bytes=c.shared_bytes(variant, product, d_idx, h_idx),
         order=schedule[0],
         eager=schedule[1],
-        sum_bits=sum_bits,
     )
     return out
 
@@ -184,8 +182,9 @@ def test_every_element_of_a_query_is_read_exactly(emulator, name):
     np.testing.assert_array_equal(logits, np.maximum(a["q"][:, 0].astype(np.float32), 0))
 
 
-def test_sums_of_tensor_cores_that_multiply_e4m3(emulator):
-    indexer.check_narrow_sums(partial(launch, emulator, "fp8-many"))
+@pytest.mark.parametrize("name", ["fp8-many", "bf16-many"])
+def test_sums_of_tensor_cores(emulator, name):
+    indexer.check_narrow_sums(emulator, partial(launch, emulator, name), KERNELS[name][0]["T"])
 
 
 def test_unseen_keys_do_not_matter(emulator):

@@ -32,6 +32,15 @@ def test_full_size(emulator, name):
     check(emulator, name, inputs(name, s_q=1, h_q=3, topk=70), parts=3, order=1, eager=True)
 
 
+@pytest.mark.parametrize("name", ["bf16_full", "f16_full"])
+def test_sums_of_tensor_cores(emulator, name):
+    """Cut off as they are by the first tensor cores, whose sums kept the least, also where it all adds up."""
+    arguments = inputs(name, s_q=1, s_kv=700, h_q=20, topk=600)
+    with emulator.narrow_sums(23):
+        check(emulator, name, arguments)
+        check(emulator, name, arguments | {x: np.abs(arguments[x]) for x in ("q", "kv")}, parts=3)
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("topk", [1, 31, 32, 33, 47, 64, 97, 300])
 def test_lengths(emulator, name, topk):

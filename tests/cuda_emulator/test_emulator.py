@@ -129,7 +129,8 @@ def test_narrow_sums(emulator):
         found = []
         for sum_bits in (0, 4):
             c = np.zeros((16, 8), np.float32)
-            emulator.launch("product_e4m3", (1,), a, b, c, shared_bytes=24 * 32, sum_bits=sum_bits)
+            with emulator.narrow_sums(sum_bits):
+                emulator.launch("product_e4m3", (1,), a, b, c, shared_bytes=24 * 32)
             assert not c[1:].any()
             found.append(float(c[0, 0]))
         return found

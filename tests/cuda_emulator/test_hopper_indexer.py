@@ -58,7 +58,7 @@ def _symbol(name):
     return "indexer_" + name.replace("-", "_")
 
 
-def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=1, schedule=(0, False), sum_bits=0):
+def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=1, schedule=(0, False)):
     """Logits of `a`, written to rows of `out` where that is given."""
     variant, c, d_idx, heads = KERNELS[name]
     s_q, h_idx, _ = a["q"].shape
@@ -87,7 +87,6 @@ def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=
         shared_bytes=c.shared_bytes(variant, d_idx),
         order=schedule[0],
         eager=schedule[1],
-        sum_bits=sum_bits,
     )
     return out
 
@@ -157,8 +156,9 @@ def test_every_code_of_a_key_is_read_exactly(emulator, name):
     indexer.check_codes(partial(launch, emulator, name), inputs(name, s_q=2, s_kv=len(codes), h_idx=1), codes)
 
 
-def test_sums_of_tensor_cores_that_multiply_e4m3(emulator):
-    indexer.check_narrow_sums(partial(launch, emulator, "fp8"))
+@pytest.mark.parametrize("name", ["fp8", "bf16"])
+def test_sums_of_tensor_cores(emulator, name):
+    indexer.check_narrow_sums(emulator, partial(launch, emulator, name), KERNELS[name][0]["T"])
 
 
 def test_unseen_keys_do_not_matter(emulator):

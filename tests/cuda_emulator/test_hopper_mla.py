@@ -35,6 +35,15 @@ def test_lengths(emulator, name, topk):
     check(emulator, name, inputs(name, topk, topk=topk), order=order, eager=eager)
 
 
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_sums_of_tensor_cores(emulator, name):
+    """Cut off as they are by the first tensor cores, whose sums kept the least, also where it all adds up."""
+    arguments = inputs(name, s_kv=700, h_q=20, topk=600)
+    with emulator.narrow_sums(23):
+        check(emulator, name, arguments)
+        check(emulator, name, arguments | {x: np.abs(arguments[x]) for x in ("q", "kv")}, parts=3)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("valid", [1, 2, 3, 5, 12, 20, 40, 80, 130, 200])
 def test_few_valid_keys_among_many(emulator, name, valid):

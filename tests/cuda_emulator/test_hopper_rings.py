@@ -102,15 +102,18 @@ extern "C" __global__ void __launch_bounds__(128) misuse(float* c, int wrong) {
   for (int i = 0; i < 16; i++) c[i * 128 + threadIdx.x] = sums[i];
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) share_registers(int* y, int wrong) {
+DSA_DEVICE void share(int* y, int wrong) {
   if (threadIdx.x < 128) {
     dsa_fewer_registers<24>();
-    if (wrong) dsa_more_registers<40>();
+    if (wrong == 1) dsa_more_registers<40>();
+    if (wrong == 2) dsa_fewer_registers<32>();
   } else {
     dsa_more_registers<240>();
   }
   y[threadIdx.x] = 1;
 }
+extern "C" __global__ void __launch_bounds__(384, 1) share_registers(int* y, int wrong) { share(y, wrong); }
+extern "C" __global__ void __launch_bounds__(384, 2) share_with_another_block(int* y) { share(y, 0); }
 """
 
 #: Orders of threads and whether asynchronous work is done at once.
@@ -206,3 +209,7 @@ def test_registers_of_warpgroups(emulator):
     emulator.launch("share_registers", (1,), np.zeros(384, np.int32), 0)
     with pytest.raises(KernelError, match="setmaxnreg: 66560 registers, of 64512"):
         emulator.launch("share_registers", (1,), np.zeros(384, np.int32), 1)
+    with pytest.raises(KernelError, match="setmaxnreg: dec, but from 24 to 32 registers"):
+        emulator.launch("share_registers", (1,), np.zeros(384, np.int32), 2)
+    with pytest.raises(KernelError, match=r"setmaxnreg: .* registers, of 30720"):
+        emulator.launch("share_with_another_block", (1,), np.zeros(384, np.int32))

@@ -151,12 +151,16 @@ inline void wgmma_wait(size_t pending) {
   warp.groups.erase(warp.groups.begin(), warp.groups.begin() + done);
 }
 
-/* `setmaxnreg`: the warpgroups share what the block was given at its launch, which is all that it could have. A group
-   that asks waits for others to give, so only what they end with is wrong; those that have not said may give most. */
-inline void set_registers(int n) {
-  wgmma.registers[this_warp() / 4] = n;
-  int sum = 0, given = std::min(255, 65536 / m.threads) / 8 * 8 * (int)wgmma.registers.size();
+/* `setmaxnreg`: the warpgroups share what the block was given at its launch, which is what it could have beside as many
+   others as its launch bounds say. A group that asks waits for others to give, so only what they end with is wrong; those
+   that have not said may give most. */
+inline void set_registers(int n, bool more) {
+  int &own = wgmma.registers[this_warp() / 4], given = std::min(255, 65536 / (m.threads * m.resident)) / 8 * 8;
+  int before = own ? own : given, sum = 0;
+  if (more ? n < before : n > before) fail("setmaxnreg: %s, but from %d to %d registers", more ? "inc" : "dec", before, n);
+  own = n;
   for (int r : wgmma.registers) sum += r ? r : 24;
+  given *= (int)wgmma.registers.size();
   if (sum > given) fail("setmaxnreg: %d registers, of %d", sum * 128, given * 128);
 }
 

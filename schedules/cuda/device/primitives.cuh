@@ -164,7 +164,7 @@ DSA_DEVICE unsigned dsa_cvt_e4m3x2(unsigned x) {
 #endif
 
 /* The block's own barrier, which also tells whether any thread's `predicate` is not 0. */
-DSA_DEVICE int dsa_barrier_or(int predicate) { return __syncthreads_or(predicate); }
+DSA_DEVICE int dsa_barrier_or(int predicate) { return __syncthreads_or(predicate) != 0; }
 
 /* 1 / x to 1 unit in the last place, subnormals as zero. Unlike a division it needs no call, which costs registers. */
 DSA_DEVICE float dsa_reciprocal(float x) {
