@@ -111,6 +111,10 @@ def test_gpus_with_kernels(built, recorder, capability):
             {"FAKE_FAILURE": "cuDevicePrimaryCtxRetain"},
             "3: topk: the kernels do not load on CUDA device 0: the failure",
         ),
+        (
+            {"FAKE_FAILURE": "cuLibraryLoadData", "FAKE_VERSION": "11080"},
+            "the failure that was asked for (the driver is for CUDA 11.8, and nvcc 1",
+        ),
         ({"FAKE_FAILURE": "cuLaunchKernel"}, "4: topk: dsa_topk__rows: the failure that was asked for"),
     ],
 )

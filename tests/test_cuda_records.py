@@ -166,11 +166,12 @@ def test_roof():
 
 
 def test_architectures():
-    assert [runs_on("sm_86", n) for n in (80, 86, 87, 89, 90)] == [False, True, True, True, False]
+    assert [runs_on("sm_86", n) for n in (80, 86, 87, 89, 90)] == [False, True, False, True, False]
+    assert runs_on("sm_87", 87) and not runs_on("sm_100", 101), "Tegra"
     assert [runs_on("sm_90a", n) for n in (90, 91, 100)] == [True, False, False]
     archs = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
     found = {n: best_for(n, archs) for n in (75, 80, 87, 89, 90, 103, 110, 121)}
-    assert list(found.values()) == [None, "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", None, "sm_120"]
+    assert list(found.values()) == [None, "sm_80", None, "sm_89", "sm_90a", "sm_100", None, "sm_120"]
     assert is_arch("sm_120") and not is_arch("sm_9") and not is_arch("x86-64-v4") and not is_arch("compute_90")
     assert shared_bytes("sm_90a") == 227 << 10 and shared_bytes("sm_86") == shared_bytes("sm_999") == 99 << 10
     assert tensor_flops(80, 8) == tensor_flops(80, 16) and tensor_flops(89, 8) == 2 * tensor_flops(89, 16)

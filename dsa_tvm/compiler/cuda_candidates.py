@@ -118,7 +118,8 @@ def make(kernel: TunedKernel, foundation: Foundation, decisions: Mapping[str, in
     with tempfile.TemporaryDirectory(prefix="dsa-tvm-") as name:
         work = Path(name)
         fatbin, _ = cuda.compile_unit(unit, (kernel.arch,), work / f"{unit.op}.fatbin", foundation.nvcc)
-        table = cuda_table.source([KernelSet((kernel.arch,), None, (unit,))], {(0, unit.op): fatbin})
+        sets = [KernelSet((kernel.arch,), None, (unit,))]
+        table = cuda_table.source(sets, {(0, unit.op): fatbin}, linking.nvcc_version(foundation.nvcc))
         (work / "cuda_table.c").write_text(table)
         library = work / "candidate.so"
         objects = sorted(map(str, foundation.directory.glob("*.o")))

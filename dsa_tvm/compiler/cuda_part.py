@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec import Dim
-from . import cuda, cuda_table, resources
+from . import cuda, cuda_table, linking, resources
 from .cuda_kernels import Kernel
 from .cuda_plan import Plan
 
@@ -31,8 +31,10 @@ def add(
     sets = cuda.generate(archs, dims, plan)
     fatbins, said = cuda.compile_sets(sets, work, nvcc, progress)
     (work / "cuda_launch.h").write_text(cuda_table.header(sets))
-    (work / "cuda_table.c").write_text(cuda_table.source(sets, fatbins))
+    toolkit = linking.nvcc_version(nvcc)
+    (work / "cuda_table.c").write_text(cuda_table.source(sets, fatbins, toolkit))
     return {
+        "toolkit": "{}.{}".format(*toolkit),
         "archs": list(archs),
         "ptx": next(kernels.ptx for kernels in sets if kernels.ptx),
         "chosen": plan.made(),

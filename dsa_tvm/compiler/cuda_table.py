@@ -76,7 +76,7 @@ def _image(name: str, path: Path) -> str:
     )
 
 
-def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path]) -> str:
+def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path], toolkit: tuple[int, int]) -> str:
     """``cuda_table.c``.
 
     Parameters
@@ -84,6 +84,8 @@ def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path]) -
     sets : sequence of KernelSet
     fatbins : mapping
         Number of the set and operator to the file that becomes part of the library.
+    toolkit : tuple of int
+        Version of the nvcc that made them.
     """
     stages = _stages(sets)
     tables, heads = [], []
@@ -108,5 +110,6 @@ def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path]) -
             "};\nconst struct cuda_set dsa_cuda_sets[] = {\n",
             *heads,
             f"}};\nconst int dsa_num_cuda_kernels = {len(rows)}, dsa_num_cuda_sets = {len(sets)};\n",
+            f"const int dsa_cuda_toolkit = {1000 * toolkit[0] + 10 * toolkit[1]};\n",
         ]
     )

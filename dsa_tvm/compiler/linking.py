@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -40,6 +42,16 @@ def expect_nvcc(nvcc: str) -> None:
             f"nvcc: expected NVIDIA's CUDA compiler, got {nvcc}, which is not on PATH; install the CUDA toolkit (12.8 "
             "or later has all architectures; no GPU is needed), or name its nvcc with --nvcc"
         )
+
+
+@functools.cache
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    """Of the CUDA toolkit that it is of: (13, 0). Raises `BuildError` where it says none."""
+    said = run([nvcc, "--version"])
+    found = re.search(r"\brelease (\d+)\.(\d+)", said)
+    if not found:
+        raise BuildError(f"nvcc: expected {nvcc} --version to tell its release, got {said!r}")
+    return int(found[1]), int(found[2])
 
 
 def run(command: Sequence[str], text: str | None = None, directory: Path | None = None) -> str:

@@ -18,12 +18,14 @@ static struct device {
 } devices[MAX_DEVICES];
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* By the driver's own rule: machine code runs on its architecture and on later ones of the same generation, unless it is
+ * for that architecture alone. GPUs of Tegra (8.7, 10.1) run no other architecture's. */
 static int runs_on(const struct cuda_arch *arch, int capability) {
-  return arch->exact ? arch->number == capability : arch->number / 10 == capability / 10 && arch->number <= capability;
+  if (arch->exact || capability == 87 || capability == 101) return arch->number == capability;
+  return arch->number / 10 == capability / 10 && arch->number <= capability;
 }
 
-/* By the driver's own rule: machine code runs on its architecture and on later ones of the same generation, unless it
- * is for that architecture alone. What is made for a GPU alone is preferred. */
+/* What is made for a GPU alone is preferred; where no machine code runs, what the driver compiles. */
 static const struct cuda_set *set_for(int capability) {
   const struct cuda_set *found = NULL;
   int best = 0;
@@ -48,7 +50,6 @@ static cu_result find_properties(struct device *d, int ordinal) {
   if (!error) error = dsa_cu.cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, d->handle);
   if (!error)
     error = dsa_cu.cuDeviceGetAttribute(&p->shared_bytes, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, d->handle);
-  if (!error && !d->primary) error = dsa_cu.cuDevicePrimaryCtxRetain(&d->primary, d->handle);
   p->capability = 10 * major + minor;
   p->set = set_for(p->capability);
   return error;
@@ -87,6 +88,17 @@ static cu_result load_kernels(const struct device *d, cu_kernel *kernels) {
   return error;
 }
 
+/* A driver runs what nvcc of its own major version made, and of earlier ones. */
+static void refuse(struct device *d, int ordinal, cu_result error) {
+  int driver = 0, size = (int)sizeof d->refusal;
+  int used = snprintf(d->refusal, sizeof d->refusal, "the kernels do not load on CUDA device %d: %s", ordinal,
+                      dsa_cuda_error(error));
+  if (used < size && !dsa_cu.cuDriverGetVersion(&driver) && driver / 1000 < dsa_cuda_toolkit / 1000)
+    snprintf(d->refusal + used, sizeof d->refusal - (size_t)used,
+             " (the driver is for CUDA %d.%d, and nvcc %d.%d made them: they need a newer driver)", driver / 1000,
+             driver % 1000 / 10, dsa_cuda_toolkit / 1000, dsa_cuda_toolkit % 1000 / 10);
+}
+
 /* What the first call for a device does. The caller may be capturing already: this is no part of its graph. */
 static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
   if (d->refusal[0]) return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
@@ -99,12 +111,14 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
     return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
   }
   int pushed = 0;
-  if (!error) error = enter(d, &pushed);
   if (!error) {
     int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     cu_kernel *kernels = calloc((size_t)dsa_num_cuda_kernels, sizeof *kernels);
     dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
-    error = kernels ? load_kernels(d, kernels) : CU_OUT_OF_MEMORY;
+    if (!kernels) error = CU_OUT_OF_MEMORY;
+    if (!error && !d->primary) error = dsa_cu.cuDevicePrimaryCtxRetain(&d->primary, d->handle);
+    if (!error) error = enter(d, &pushed);
+    if (!error) error = load_kernels(d, kernels);
     dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
     if (error)
       free(kernels);
@@ -114,10 +128,10 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
   cu_context context;
   if (pushed) dsa_cu.cuCtxPopCurrent_v2(&context);
   if (!error) return DSA_TVM_OK;
-  const char *words = dsa_cuda_error(error);
   if (error == CU_OUT_OF_MEMORY)
-    return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the kernels on CUDA device %d: %s", op, ordinal, words);
-  snprintf(d->refusal, sizeof d->refusal, "the kernels do not load on CUDA device %d: %s", ordinal, words);
+    return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the kernels on CUDA device %d: %s", op, ordinal,
+                    dsa_cuda_error(error));
+  refuse(d, ordinal, error);
   return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
 }
 

@@ -36,6 +36,7 @@ enum {
 /* Every entry point with its parameters; _v2 where the plain name is an older interface. */
 #define DSA_CUDA_DRIVER(X)                                                                                          \
   X(cuInit, (unsigned flags))                                                                                       \
+  X(cuDriverGetVersion, (int *version))                                                                             \
   X(cuGetErrorString, (cu_result error, const char **text))                                                         \
   X(cuDeviceGetCount, (int *count))                                                                                 \
   X(cuDeviceGet, (cu_device * device, int ordinal))                                                                 \

@@ -1,5 +1,5 @@
 /* A CUDA driver that computes nothing and writes down what it is asked for. The environment says what it finds:
- * FAKE_GPUS, FAKE_CAPABILITY, FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE (the function
+ * FAKE_VERSION, FAKE_GPUS, FAKE_CAPABILITY, FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE (the function
  * that fails). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +23,11 @@ int cuInit(unsigned flags) {
   int own = number("FAKE_CONTEXT", -1);
   (void)flags;
   if (own >= 0) current = &contexts[own];
+  return OUTCOME;
+}
+
+int cuDriverGetVersion(int *version) {
+  *version = number("FAKE_VERSION", 13000);
   return OUTCOME;
 }
 

@@ -67,7 +67,7 @@ typedef struct dsa_tvm_tensor {
 /* How a call runs. A NULL pointer to it means the defaults. The fields behind num_threads are for calls on a GPU. Such
  * a call is enqueued on the stream and returns. It runs in the calling thread's context, if that is one of the GPU,
  * else in the GPU's primary one. Only the first call for a GPU allocates, for it loads the kernels: all others, and the
- * first one too, can be captured in a CUDA graph. */
+ * first one too, can be captured in a CUDA graph, except the first one in a second context of that GPU. */
 typedef struct dsa_tvm_options {
   uint32_t size;           /* sizeof(dsa_tvm_options), so that fields can be added */
   int32_t num_threads;     /* 0: the process default, see dsa_tvm_set_num_threads */
