@@ -15,7 +15,7 @@ mkdir -p "$out"
 step() { # NAME COMMAND...
   local name=$1
   shift
-  [[ " ${STEPS:-memcheck racecheck tests tune bench} " == *" $name "* ]] || return 0
+  [[ " ${STEPS:-memcheck racecheck tests tune tune_sparse_mla tune_sparse_mla_fp8 bench} " == *" $name "* ]] || return 0
   echo "== $name: $*"
   "$@" 2>&1 | tee "$out/$name.log" || { failed=$((failed + 1)) && echo "== $name failed: see $out/$name.log"; }
 }
@@ -34,6 +34,10 @@ step tests python -m pytest -k "not cpu" tests/test_topk.py tests/test_lightning
   tests/test_sparse_mla_fp8.py tests/test_element_types.py tests/test_torch_ops.py tests/test_ort.py \
   tests/test_cuda_memory.py tests/test_cuda_device.py tests/test_gpu_bench.py
 step tune dsa-tvm tune all --target cuda --timeout "${TUNE_SECONDS:-3600}" --output "$out/tuning_logs"
+for op in sparse_mla sparse_mla_fp8; do # for few heads, what tensor parallelism leaves
+  step "tune_$op" dsa-tvm tune "$op" --target cuda --preset deepseek-v3.2-tp8 --output "$out/tuning_logs" \
+    --timeout "$((${TUNE_SECONDS:-3600} / 6))"
+done
 step bench dsa-tvm bench --suite cuda --json "$out/bench.json"
 echo "== $failed steps failed"
 exit "$failed"
