@@ -111,7 +111,8 @@ class Worker:
             self.stop()
             self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by `stop`
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dsa_tvm.tuning.worker", self._role],
+                # Not the package of a checkout that the job was started in.
+                [sys.executable, "-P", "-m", "dsa_tvm.tuning.worker", self._role],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._words,
