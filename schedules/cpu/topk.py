@@ -144,7 +144,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                     if phase[0] == SAMPLE:
                         # The keys of a sample that are expected among the topk, and three standard deviations more.
                         share: T.let = T.Cast("float32", topk) * T.float32(c.sample) / T.Cast("float32", stop - start)
-                        wanted[0] = T.Cast("int64", share + T.float32(3) * T.sqrt(share)) + T.int64(8)
+                        expected: T.let = T.Cast("int64", share + T.float32(3) * T.sqrt(share)) + T.int64(8)
+                        wanted[0] = T.min(expected, T.int64(c.sample))
                         for j in T.serial(c.sample):
                             x: T.let = X[row0 + i, start + j * ((stop - start) // c.sample)]
                             value[j] = T.Select(is_nan(x), -T.infinity("float32"), x)
@@ -237,8 +238,9 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                     ties[0] = ties[0] - tie
                         guessed[0] = T.Select(phase[0] == SAMPLE, T.int32(1), T.int32(0))
                         used[0] = kept[0]
-                        # A guess is the value just below the sample's: keys that equal it must be found too.
-                        cut[0] = cut[0] - guessed[0]
+                        # A guess is the value just below the sample's: keys that equal it must be found too. Below
+                        # zeros that is not -0, which equals them.
+                        cut[0] = cut[0] - guessed[0] * T.Select(cut[0] == 0, T.int32(2), T.int32(1))
                         bound[0] = T.reinterpret("float32", cut[0] ^ ((cut[0] >> 31) & T.int32(0x7FFFFFFF)))
                         phase[0] = SCAN
                     if at[0] >= stop and guessed[0] == 1 and used[0] < topk:
