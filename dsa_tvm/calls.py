@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from . import library
+from . import forks, library
+from .dlpack import CPU, CUDA
 from .errors import ArgumentError, KernelError, LibraryError
 from .spec import AttrSpec, OpSpec
-from .tensors import CPU, CUDA, Pack, as_tensor, cuda_stream, is_torch
+from .tensors import Pack, as_tensor, cuda_stream, is_torch, note_written
 
 _MAX_NDIM = 3
 _STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
@@ -168,7 +169,7 @@ def call(
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    options = Options(ctypes.sizeof(Options), num_threads)
+    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() else num_threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
         workspace, options.workspace_size = _workspace(lib, arguments, device[1], stream)
@@ -176,4 +177,6 @@ def call(
     status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
     if status:
         _raise(lib, status)
+    if out is not None:
+        note_written(outputs)
     return outputs

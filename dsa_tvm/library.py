@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from .errors import LibraryError
+from .errors import ArgumentError, LibraryError
 from .files import sha256
 from .ops import OPS
 
@@ -143,7 +143,17 @@ def active_target() -> str:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of every later call in this process; 0 for as many as OpenMP gives."""
+    """Threads of every later call in this process; 0 for as many as OpenMP gives.
+
+    Raises
+    ------
+    ArgumentError
+        A number that is negative or has more than 32 bits.
+    LibraryError
+        As `load`.
+    """
+    if not 0 <= num_threads < 2**31:
+        raise ArgumentError(f"set_num_threads: num_threads: expected 0..{2**31 - 1}, got {num_threads}")
     load().dsa_tvm_set_num_threads(num_threads)
 
 

@@ -6,6 +6,7 @@ bfloat16: 656 bytes for 576 and 512. FlashMLA and vLLM lay out theirs in the sam
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,9 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
     if is_torch(rows):
         import torch
 
-        parts = (rows[:, a:b].contiguous() for a, b in ((0, d_v), (d_v, scales), (scales, rows.shape[1])))
+        # A copy also of what is contiguous already: the part of a single row may lie at any address.
+        ends = (0, d_v, scales, rows.shape[1])
+        parts = (rows[:, a:b].clone(memory_format=torch.contiguous_format) for a, b in pairwise(ends))
         codes, scale, key_only = (x.view(t) for x, t in zip(parts, _torch_types(), strict=True))
         groups = codes.float().view(len(rows), d_v // GROUP, GROUP) * scale[..., None]
         return torch.cat([groups.view(len(rows), d_v).bfloat16(), key_only], 1)

@@ -9,9 +9,9 @@ import numpy as np
 from doors import Door, Refused
 
 from dsa_tvm import library
+from dsa_tvm.dlpack import Tensor
 from dsa_tvm.hostile import Argument, Call
 from dsa_tvm.spec import DLPACK_TYPES
-from dsa_tvm.tensors import Tensor
 
 
 class CDoor(Door):

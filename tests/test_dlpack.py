@@ -39,6 +39,45 @@ def test_output_is_written_in_place():
     assert out.tolist() == [[1, 3, 5]]
 
 
+class Copying(Foreign):
+    """Exports a copy; whether it says so when it is asked not to, or in the capsule."""
+
+    def __dlpack__(self, *, copy=None, **kwargs):
+        if copy is False and not self.versioned:
+            raise BufferError("there is only a copy")
+        return self.array.__dlpack__(copy=True, **kwargs)
+
+
+@pytest.mark.parametrize("says_it_later", [True, False])
+def test_an_output_that_would_be_a_copy_is_refused(says_it_later):
+    out = np.zeros((1, 3), np.int32)
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: indices: expected .* without a copy, got .*copy"):
+        dsa_tvm.topk(LOGITS, N * 0, N, 3, out=Copying(out, says_it_later))
+    arguments = [Copying(x, says_it_later) for x in (LOGITS, N * 0, N)]
+    assert dsa_tvm.topk(*arguments, 3, out=Foreign(out)) and out.tolist() == [[1, 3, 5]]
+
+
+def test_a_producer_from_before_copies_could_be_refused():
+    class Older(Foreign):
+        def __dlpack__(self, *, max_version=None):
+            return self.array.__dlpack__(max_version=max_version)
+
+    out = np.zeros((1, 3), np.int32)
+    dsa_tvm.topk(LOGITS, N * 0, N, 3, out=Older(out))
+    assert out.tolist() == [[1, 3, 5]]
+
+
+def test_a_producer_that_exports_nothing():
+    class Refusing(Foreign):
+        def __dlpack__(self, **kwargs):
+            if kwargs:
+                raise TypeError("from before DLPack 1.0")
+            raise BufferError("not today")
+
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected a tensor .*not today"):
+        dsa_tvm.topk(Refusing(LOGITS), N * 0, N, 3)
+
+
 def test_read_only_output_is_refused():
     out = np.zeros((1, 3), np.int32)
     out.flags.writeable = False

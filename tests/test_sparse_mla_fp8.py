@@ -193,3 +193,9 @@ def test_torch_packs_alike(power_of_two):
 def test_packing_refuses(call, words):
     with pytest.raises(dsa_tvm.ArgumentError, match=words):
         call()
+
+
+def test_torch_unpacks_a_row_at_any_address():
+    torch = pytest.importorskip("torch")
+    rows = torch.zeros(657, dtype=torch.uint8)[1:].view(1, 656)
+    assert not dsa_tvm.unpack_mla_rows(rows).any()

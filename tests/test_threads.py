@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,6 +61,18 @@ def test_many_callers_at_once():
             assert all(map(same, actual, expected))
 
 
+def test_many_threads_hold_no_more_logits():
+    """Of a million keys 256 MiB are the logits of 64 queries: less than so many threads would take at a time."""
+    s_q, s_kv, seen, first = 150, 2**20, 3000, 2**19
+    index = indexer_inputs(np.random.default_rng(0), VARIANT, s_q=s_q, s_kv=seen, h_idx=2, d_idx=32)
+    expected = dsa_tvm.indexer_topk(**index, topk=9, num_threads=1)
+    k = np.zeros((s_kv, 32), np.float32)
+    k[first : first + seen] = index["k"]
+    moved = index | {"k": k, "ks": index["ks"] + np.int32(first), "ke": index["ke"] + np.int32(first)}
+    indices = dsa_tvm.indexer_topk(**moved, topk=9, num_threads=64)
+    assert np.array_equal(np.where(indices < 0, indices, indices - first), expected)
+
+
 def test_process_default():
     before = dsa_tvm.get_num_threads()
     try:
@@ -69,6 +83,32 @@ def test_process_default():
     assert dsa_tvm.get_num_threads() == before
 
 
+@pytest.mark.parametrize("number", [-1, 2**31, 2**32 + 1])
+def test_no_such_number_of_threads(number):
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"set_num_threads: num_threads: expected 0\.\.2147483647, got"):
+        dsa_tvm.set_num_threads(number)
+
+
+def test_a_forked_child_of_somebody_elses_pool(tmp_path):
+    """The parent has not loaded the library, but something else that has used the same OpenMP."""
+    source, pool = tmp_path / "pool.c", tmp_path / "pool.so"
+    source.write_text("void work(void) {\n#pragma omp parallel num_threads(2)\n;\n}\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(pool)], check=True)
+    code = f"""
+import ctypes, os
+import numpy as np
+import dsa_tvm
+ctypes.CDLL({str(pool)!r}).work()
+child = os.fork()
+if child == 0:
+    n = np.full(9, 50, np.int32)
+    dsa_tvm.topk(np.ones((9, 50), np.float32), n * 0, n, 4, num_threads=2)
+    os._exit(7)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 7
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_computes():
     """The parent's pool has run; the child has none of its threads and must not wait for them."""
@@ -76,5 +116,5 @@ def test_a_forked_child_computes():
     expected = everything(*inputs, 2)
     child = os.fork()
     if child == 0:
-        os._exit(0 if same(everything(*inputs, 2), expected) else 1)
+        os._exit(0 if dsa_tvm.get_num_threads() == 1 and same(everything(*inputs, 2), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -140,6 +140,39 @@ def test_gradients_are_refused(name, device):
         getattr(dsa_tvm, name)(first, *rest, **KWARGS[name])
 
 
+class Subclass(torch.Tensor):
+    """Of a module that is not torch's."""
+
+
+def test_subclasses_are_torch_tensors(device):
+    q, kv, indices, _ = arguments("sparse_mla", device, dtype=torch.bfloat16)
+    expected = dsa_tvm.sparse_mla(q, kv, indices)
+    found = dsa_tvm.sparse_mla(*(x.as_subclass(Subclass) for x in (q, kv, indices)))
+    assert all(isinstance(x, torch.Tensor) and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_backward_sees_that_an_output_was_written_to(device):
+    logits, ks, ke = arguments("topk", device)
+    q, k, weights, *_ = arguments("lightning_indexer", device)
+    out, w = torch.zeros_like(logits), torch.ones((), device=device, requires_grad=True)
+    product = (w * out).sum()
+    with torch.no_grad():
+        dsa_tvm.lightning_indexer(q, k, weights, ks, ke, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        dsa_tvm.lightning_indexer(q, k, weights, ks, ke, out=torch.empty_like(logits))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int7"])
+def test_types_of_fewer_bits_than_their_storage_are_refused(dtype):
+    if not hasattr(torch, dtype):
+        pytest.skip(f"torch has no {dtype}")
+    x = torch.zeros(1, 2, 32, dtype=torch.uint8).view(getattr(torch, dtype))
+    with pytest.raises(dsa_tvm.ArgumentError, match="lightning_indexer: q: expected"):
+        dsa_tvm.lightning_indexer(x, x[0], *arguments("lightning_indexer", "cpu", 1, 2)[2:])
+
+
 def test_inference_mode(device):
     with torch.inference_mode():
         assert OPERATORS.topk(*arguments("topk", device), topk=3).shape == (3, 3)

@@ -13,10 +13,11 @@ import numpy as np
 from .. import gate
 from ..calls import Attribute, Options
 from ..cuda_driver import Memory, Stream
+from ..dlpack import CUDA, View
 from ..element_types import STORAGE, decode, encode
 from ..errors import BuildError, KernelError
 from ..spec import DLPACK_TYPES
-from ..tensors import CUDA, Pack, View
+from ..tensors import Pack
 from ..workload import Workload
 
 #: What outputs and workspaces are filled with: NaN as any floating-point type, and no index.

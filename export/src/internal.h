@@ -114,6 +114,7 @@ dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 /* threads.c: OpenMP. */
 struct dsa_executor dsa_openmp_executor(int32_t num_threads);
 int dsa_default_threads(void);
+int dsa_process_cpus(void); /* that this process may use */
 
 /* TVM's calling convention: packed arguments. */
 enum { TVM_NONE = 0, TVM_INT = 1, TVM_FLOAT = 3, TVM_TENSOR_POINTER = 7, TVM_TENSOR_OBJECT = 70 };

@@ -88,11 +88,19 @@ static dsa_tvm_status no_memory(const struct dsa_call *call, const char *what) {
   return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the %s of a group of queries", call->op->name, what);
 }
 
+/* Queries are scored and selected in groups, whose logits are held: enough for every thread, but no more than 256 MiB of
+ * them on a machine of many CPUs, as long as the indexer's kernel gets as many queries as it works on at a time. */
+static int64_t group_size(const struct dsa_call *call, const struct kernel_set *kernels, int threads) {
+  int64_t least = kernels->indexer->rows, held = (64 << 20) / (call->dim[DIM_S_KV] + 1) / least * least;
+  int64_t group = minimum(least * threads, held > least ? held : least);
+  return minimum(call->dim[DIM_S_Q], group);
+}
+
 /* The caller frees scoring.logits.data. */
 static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *call, int k_scale,
                                      const struct kernel_set *kernels, const struct dsa_executor *executor,
                                      struct dsa_outcome *outcome) {
-  x->group = minimum(call->dim[DIM_S_Q], kernels->indexer->rows * executor->threads);
+  x->group = group_size(call, kernels, executor->threads);
   x->scoring = scoring_of(call, k_scale, kernels, outcome);
   x->scoring.only_visible = 1;
   x->logits_shape[0] = x->group;

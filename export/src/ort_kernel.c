@@ -1,5 +1,4 @@
 /* A node of ONNX Runtime: its attributes, its inputs and outputs as our tensors, the session's pool as an executor. */
-#include <omp.h>
 #include <stdlib.h>
 
 #include "ort.h"
@@ -120,7 +119,7 @@ static void session_for(void *state, int64_t count, dsa_task task, void *arg) {
 static struct dsa_executor session_executor(struct session_pool *pool) {
   /* How work is cut must suit a pool whose size cannot be asked. No pool gains from more threads than this process has
    * CPUs, and too many tasks cost little; OMP_NUM_THREADS, often 1 beside another pool, would give too few. */
-  struct dsa_executor executor = {omp_get_num_procs(), session_for, pool};
+  struct dsa_executor executor = {dsa_process_cpus(), session_for, pool};
   return executor;
 }
 

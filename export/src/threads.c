@@ -1,7 +1,10 @@
 /* The library's own executor: OpenMP, so that there is one pool in the process and OMP_NUM_THREADS is heeded. */
+#define _GNU_SOURCE
 #include <omp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
+#include <unistd.h>
 
 #include "internal.h"
 
@@ -24,7 +27,16 @@ int32_t dsa_tvm_get_num_threads(void) { return dsa_default_threads(); }
 
 int dsa_default_threads(void) {
   int chosen = process_threads;
+  if (in_forked_child) return 1;
   return chosen ? chosen : omp_get_max_threads();
+}
+
+int dsa_process_cpus(void) {
+  /* A pool may have bound the calling thread to one of them. */
+  cpu_set_t allowed;
+  int here = omp_get_num_procs(), all = 0;
+  if (!sched_getaffinity(getpid(), sizeof allowed, &allowed)) all = CPU_COUNT(&allowed);
+  return all > here ? all : here;
 }
 
 static void openmp_for(void *state, int64_t count, dsa_task task, void *arg) {

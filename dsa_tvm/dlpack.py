@@ -1,0 +1,112 @@
+"""DLPack: its structures, and the tensors of any package that speaks it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+CPU, CUDA = 1, 2
+
+#: What makes a library take the tensor of a GPU, for one that does not.
+HINT = "; dsa-tvm build --target cuda makes a library that takes it"
+
+_READ_ONLY, _COPIED = 1, 2
+
+_capsule_name = ctypes.pythonapi.PyCapsule_GetName
+_capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+Fail = Callable[[str, str], Any]
+
+
+class Tensor(ctypes.Structure):
+    """``dsa_tvm_tensor`` of the C header, which is DLPack's ``DLTensor``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Versioned(ctypes.Structure):
+    """DLPack's ``DLManagedTensorVersioned``."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", Tensor),
+    )
+
+
+class View(NamedTuple):
+    """The fields of a `Tensor`; strides None where the tensor is contiguous."""
+
+    data: int
+    device: tuple[int, int]
+    dtype: tuple[int, int]
+    shape: Sequence[int]
+    strides: Sequence[int] | None
+
+
+def _export(x: Any, *keywords: Mapping[str, Any]) -> Any:
+    """The capsule of a producer that may be from before some of the keywords; the last ones every producer knows."""
+    *choices, always = keywords
+    for chosen in choices[:-1]:
+        with contextlib.suppress(TypeError):
+            return x.__dlpack__(**chosen, **always)
+    return x.__dlpack__(**choices[-1], **always)
+
+
+def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: bool, stream: int) -> View:
+    """A view of anything with ``__dlpack__``; the other parameters are those of `tensors.as_tensor`.
+
+    `fail` takes what was expected and what was got, and raises.
+    """
+    kind, number = (int(v) for v in x.__dlpack_device__())
+    if kind != CPU and not (cuda and kind == CUDA):
+        hint = HINT if kind == CUDA else ""
+        fail("a tensor on the CPU (DLPack device 1)" + " or on a CUDA GPU (2)" * cuda, f"DLPack device {kind}{hint}")
+    # The producer makes that stream wait for the tensor; its number for the default one is 1.
+    ready = {"stream": stream or 1} if kind == CUDA else {}
+    in_place = {"copy": False} if writable else {}
+    try:
+        capsule = _export(x, {"max_version": (1, 0), **in_place}, {"max_version": (1, 0)}, {}, ready)
+    except BufferError as error:
+        fail("a tensor that can be exported" + " without a copy" * writable, str(error))
+    name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None
+    if name not in (b"dltensor", b"dltensor_versioned"):  # used_dltensor: another consumer has taken the tensor
+        fail("a DLPack capsule that has not been used", f"one named {name!r}" if name else type(capsule).__name__)
+    keep.append(capsule)
+    pointer = _capsule_pointer(capsule, name)
+    if name == b"dltensor_versioned":
+        managed = _Versioned.from_address(pointer)
+        if managed.major != 1:
+            fail("DLPack version 1", f"version {managed.major}")
+        if writable and managed.flags & _READ_ONLY:
+            fail("a writable tensor", "a read-only one")
+        if writable and managed.flags & _COPIED:
+            fail("a tensor that can be exported without a copy", "a copy")
+        tensor = managed.tensor
+    else:  # the unversioned DLManagedTensor starts with its DLTensor
+        tensor = Tensor.from_address(pointer)
+    if tensor.lanes != 1:
+        fail("one lane", f"{tensor.lanes}")
+    n = tensor.ndim
+    strides = tensor.strides[:n] if tensor.strides else None
+    return View(
+        (tensor.data or 0) + tensor.byte_offset, (kind, number), (tensor.code, tensor.bits), tensor.shape[:n], strides
+    )
