@@ -62,13 +62,13 @@ class View(NamedTuple):
     strides: Sequence[int] | None
 
 
-def _export(x: Any, *keywords: Mapping[str, Any]) -> Any:
-    """The capsule of a producer that may be from before some of the keywords; the last ones every producer knows."""
-    *choices, always = keywords
-    for chosen in choices[:-1]:
+def _export(x: Any, writable: bool, ready: Mapping[str, int]) -> Any:
+    """The capsule of a producer that may be from before DLPack 1.0, or from before it could be asked not to copy."""
+    versioned: dict[str, Any] = {"max_version": (1, 0)}
+    for asked in [{**versioned, "copy": False}, versioned] if writable else [versioned]:
         with contextlib.suppress(TypeError):
-            return x.__dlpack__(**chosen, **always)
-    return x.__dlpack__(**choices[-1], **always)
+            return x.__dlpack__(**asked, **ready)
+    return x.__dlpack__(**ready)
 
 
 def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: bool, stream: int) -> View:
@@ -82,9 +82,8 @@ def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: boo
         fail("a tensor on the CPU (DLPack device 1)" + " or on a CUDA GPU (2)" * cuda, f"DLPack device {kind}{hint}")
     # The producer makes that stream wait for the tensor; its number for the default one is 1.
     ready = {"stream": stream or 1} if kind == CUDA else {}
-    in_place = {"copy": False} if writable else {}
     try:
-        capsule = _export(x, {"max_version": (1, 0), **in_place}, {"max_version": (1, 0)}, {}, ready)
+        capsule = _export(x, writable, ready)
     except BufferError as error:
         fail("a tensor that can be exported" + " without a copy" * writable, str(error))
     name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None

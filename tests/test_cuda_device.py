@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,11 @@ pytest.importorskip("torch")
 import torch
 from devices import as_tuple, run, run_torch, same_bits, to_array, to_device
 from operator_tensors import SIZES, arrays, check, tensors
+from test_dlpack import Foreign
 
 import dsa_tvm
 from dsa_tvm import calls
+from dsa_tvm.dlpack import CUDA
 from dsa_tvm.ops import OPS
 
 CALLS = [(op, size) for op in OPS for size in SIZES]
@@ -112,30 +115,18 @@ def test_streams_at_a_time(op, gpu):
         assert all(equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
-class Foreign:
-    """A tensor of another library, as far as anybody can tell."""
-
-    def __init__(self, tensor):
-        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
-
-    def __dlpack__(self, **options):
-        return self.tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.tensor.__dlpack_device__()
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_of_another_library(op, gpu):
     """The call is on the default stream whatever torch's own is, and so is its workspace."""
     given = tensors(op, "cuda", "long")
     expected = call(op, given)
     outputs = [torch.empty_like(x) for x in expected]
-    foreign = {name: Foreign(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    foreign = partial(Foreign, device=(CUDA, torch.cuda.current_device()))
+    theirs = {name: foreign(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     torch.cuda.synchronize()
     torch.cuda._sleep(100_000_000)  # on the default stream
     with torch.cuda.stream(torch.cuda.Stream()):
-        call(op, foreign | {"out": tuple(map(Foreign, outputs))})
+        call(op, theirs | {"out": tuple(map(foreign, outputs))})
         # As large as any workspace: what torch took back for this stream is written to now.
         junk = [torch.full((size,), 0x55, dtype=torch.uint8, device="cuda") for size in (2**10, 2**20, 2**26)]
     torch.cuda.synchronize()

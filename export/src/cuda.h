@@ -61,7 +61,7 @@ struct cuda_set {
 extern const struct cuda_kernel dsa_cuda_kernels[];
 extern const struct cuda_set dsa_cuda_sets[];
 extern const int dsa_num_cuda_kernels, dsa_num_cuda_sets;
-extern const int dsa_cuda_toolkit; /* whose nvcc made them, 13000 for 13.0; 0: unknown */
+extern const int dsa_cuda_toolkit; /* whose nvcc made them, 13000 for 13.0 */
 
 struct cuda_device {
   int multiprocessors, capability; /* 90 for 9.0 */

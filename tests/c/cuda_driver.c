@@ -1,6 +1,6 @@
 /* A CUDA driver that computes nothing and writes down what it is asked for. The environment says what it finds:
- * FAKE_VERSION, FAKE_GPUS, FAKE_CAPABILITY, FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE (the function
- * that fails). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
+ * FAKE_VERSION, FAKE_GPUS, FAKE_CAPABILITY, FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE
+ * (the function that fails). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -130,8 +130,10 @@ class Emulator:
         Otherwise these are sums of float32, rounded to the nearest.
         """
         self._sum_bits = bits
-        yield
-        self._sum_bits = 0
+        try:
+            yield
+        finally:
+            self._sum_bits = 0
 
     def launch(
         self,
