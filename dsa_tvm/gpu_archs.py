@@ -11,6 +11,13 @@ HOPPER = "sm_90a"
 #: Shared memory that a block can have, in KiB, by compute capability; others are taken to have the least of it.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 101: 227, 103: 227, 110: 227}
 _LEAST_SHARED_KIB = 99
+#: What a multiprocessor has beside: a KiB that the system takes for every block, registers, which warps get by 256,
+#: and places for threads.
+_SYSTEM_KIB = 1
+_REGISTERS, _REGISTER_UNIT = 65536, 256
+_THREADS = {80: 2048, 90: 2048, 100: 2048, 103: 2048}
+_LEAST_THREADS = 1536
+_WARP = 32
 #: Floating-point operations of a multiprocessor's tensor cores in a clock cycle, on elements of 16 bits.
 _TENSOR_FLOPS = {
     80: 2048,
@@ -63,6 +70,29 @@ def best_for(capability: int, archs: Iterable[str]) -> str | None:
 def shared_bytes(arch: str) -> int:
     """Shared memory that a block can have on every GPU that runs code for `arch`."""
     return _SHARED_KIB.get(number_of(arch), _LEAST_SHARED_KIB) << 10
+
+
+def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
+    """How many blocks of a kernel a multiprocessor has at a time.
+
+    Parameters
+    ----------
+    arch : str
+    threads : int
+        Of a block.
+    registers : int
+        Of a thread, at the launch.
+    shared : int
+        Bytes of shared memory of a block.
+    """
+    number, warps = number_of(arch), -(-threads // _WARP)
+    of_a_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
+    system = _SYSTEM_KIB << 10
+    return min(
+        _REGISTERS // of_a_warp // warps,
+        (shared_bytes(arch) + system) // (shared + system),
+        _THREADS.get(number, _LEAST_THREADS) // threads,
+    )
 
 
 def tensor_flops(capability: int, bits: int) -> int:

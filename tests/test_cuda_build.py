@@ -13,7 +13,7 @@ import pytest
 from test_build import cli
 
 import dsa_tvm.build
-from dsa_tvm import library
+from dsa_tvm import gpu_archs, library
 from dsa_tvm.errors import BuildError
 from dsa_tvm.spec import DIMS
 
@@ -36,11 +36,17 @@ def sets(cuda_sets):
 
 
 @pytest.fixture(scope="module")
-def entries(cuda_built):
-    """What the assembler says of every kernel, for every architecture."""
+def compiled(cuda_built):
+    """What the manifest says of the CUDA kernels."""
     if not NVCC:
         pytest.skip("nvcc is not installed")
-    return library.verify(cuda_built)["cuda"]["resources"]
+    return library.verify(cuda_built)["cuda"]
+
+
+@pytest.fixture(scope="module")
+def entries(compiled):
+    """What the assembler says of every kernel, for every architecture."""
+    return compiled["resources"]
 
 
 def test_every_kernel_compiles_for_every_architecture(entries, sets):
@@ -60,26 +66,53 @@ def test_registers_and_shared_memory(entries):
         assert entry["static_shared"] == 0 and entry["dynamic_shared"] <= SHARED[entry["arch"]] << 10, entry
 
 
-#: Instructions of some kernels: products by tensor cores and by warpgroups, of 16 and of 8 bits, loads for them, copies
-#: that are asynchronous and of bulk, and barriers in shared memory.
+def test_the_assembler_did_what_was_meant(compiled):
+    """No products of warpgroups one after the other, no waits that it put in, and registers change hands."""
+    assert compiled["remarks"] == []
+
+
+def test_blocks_of_a_multiprocessor(entries):
+    """Hopper's indexer for many queries hides one block's sums behind the other's products."""
+    blocks = {(e["kernel"], e["arch"]): e["blocks"] for e in entries}
+    assert min(blocks.values()) >= 1
+    many = {count for (kernel, _), count in blocks.items() if "hopper_many" in kernel}
+    assert many == {2}
+
+
+#: Loads for tensor cores and asynchronous copies; and in kernels of warpgroups bulk or gathered copies, barriers in
+#: shared memory, and registers that change hands.
+WARPS = ("LDSM", "LDGSTS")
+BULK = ("UTMALDG", "SYNCS", "USETMAXREG")
+GATHERED = ("LDGSTS", "SYNCS", "USETMAXREG")
+
+#: Instructions of some kernels: products by tensor cores and by warpgroups, of 16 and of 8 bits, and what goes with
+#: them.
 MEANT = {
-    ("sm_80", "lightning_indexer__many__bfloat16__bfloat16__128"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
-    ("sm_80", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
-    ("sm_80", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    ("sm_80", "lightning_indexer__many__bfloat16__bfloat16__128"): ("HMMA.16816.F32.BF16", *WARPS),
+    ("sm_80", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", *WARPS),
+    ("sm_80", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", *WARPS),
     ("sm_89", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("QMMA.16832.F32.E4M3.E4M3", "LDSM"),
     ("sm_120", "lightning_indexer__few__float8_e4m3fn__float8_e4m3fn__64"): ("QMMA.16832.F32.E4M3.E4M3", "LDSM"),
-    ("sm_90a", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    ("sm_90a", "lightning_indexer__many__float8_e4m3fn__float8_e4m3fn__128"): ("HMMA.16816.F32", *WARPS),
     **{
-        (arch, "lightning_indexer__many__int8__int8__128"): ("IMMA.16832.S8.S8", "LDSM", "LDGSTS")
+        (arch, "lightning_indexer__many__int8__int8__128"): ("IMMA.16832.S8.S8", *WARPS)
         for arch in ("sm_80", "sm_90a", "sm_100", "sm_120")
     },
-    ("sm_120", "sparse_mla__attend__float16__576__512"): ("HMMA.16816.F32", "LDSM", "LDGSTS"),
-    ("sm_90a", "lightning_indexer__hopper_many__bfloat16__bfloat16__128__64"): ("HGMMA", "UTMALDG", "SYNCS"),
-    ("sm_90a", "lightning_indexer__hopper_many__float8_e4m3fn__float8_e4m3fn__128__64"): ("QGMMA", "UTMALDG", "SYNCS"),
-    ("sm_90a", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
-    ("sm_90a", "sparse_mla__attend__hopper__bfloat16__576__512"): ("HGMMA", "LDGSTS", "SYNCS"),
-    ("sm_86", "sparse_mla_fp8__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", "LDSM", "LDGSTS"),
-    ("sm_90a", "sparse_mla_fp8__attend__hopper__bfloat16__576__512"): ("HGMMA", "LDGSTS", "SYNCS"),
+    ("sm_120", "sparse_mla__attend__float16__576__512"): ("HMMA.16816.F32", *WARPS),
+    **{
+        ("sm_90a", f"lightning_indexer__{stage}__{name}__{name}__128__64"): (product, *BULK)
+        for stage in ("hopper_many", "hopper_few")
+        for name, product in (("bfloat16", "HGMMA"), ("float8_e4m3fn", "QGMMA"))
+    },
+    ("sm_90a", "lightning_indexer__hopper_many__float16__float16__64__32"): ("HGMMA", *BULK),
+    **{
+        (arch, "sparse_mla__attend__bfloat16__576__512__16"): ("HMMA.16816.F32.BF16", *WARPS)
+        for arch in ("sm_80", "sm_89", "sm_100")
+    },
+    ("sm_90a", "sparse_mla__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", *WARPS),
+    ("sm_90a", "sparse_mla__attend__hopper__bfloat16__576__512"): ("HGMMA", *GATHERED),
+    ("sm_86", "sparse_mla_fp8__attend__bfloat16__576__512"): ("HMMA.16816.F32.BF16", *WARPS),
+    ("sm_90a", "sparse_mla_fp8__attend__hopper__bfloat16__576__512"): ("HGMMA", *GATHERED),
 }
 
 
@@ -99,6 +132,7 @@ def test_instructions(arch, kernel, sets, tmp_path):
     code = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
     command = [NVCC, *flags, "-Xptxas", "-v", "-gencode", code, "-cubin", "-o", str(cubin), str(source)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "(C75" not in said, said
     # A kernel has no variables: where there is one, an operand of inline assembly is the address of something else.
     assert " 0 bytes gmem" in said, said
     machine_code = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -172,12 +206,32 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes smem, 440 bytes cme
     (entry,) = resources.parse([said], sets)
     assert entry.pop("dynamic_shared") > 80 << 10
     assert entry == {
-        **{"kernel": "dsa_topk__rows", "arch": "sm_90a", "registers": 64, "stack": 8},
-        **{"spill_stores": 4, "spill_loads": 12, "static_shared": 16},
+        **{"kernel": "dsa_topk__rows", "arch": "sm_90a", "threads": 512, "registers": 64, "stack": 8},
+        **{"spill_stores": 4, "spill_loads": 12, "static_shared": 16, "blocks": 2},
     }
-    words = ["dsa_topk__rows", "sm_90a", "64", "8", "4", "12", "16", "90000"]
-    manifest = {"kernels": {}, "cuda": {"resources": [entry | {"dynamic_shared": 90000}]}}
-    assert [line.split() for line in resources.lines(manifest)][1] == words
+    words = ["dsa_topk__rows", "sm_90a", "512", "64", "8", "4", "12", "16", "90000", "2"]
+    serialized = "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized in the function 'f'"
+    remarks = resources.remarks([f"ptxas info    : {serialized}\n{said}", said, f"ptxas info    : {serialized}\n"])
+    assert remarks == [serialized]
+    manifest = {"kernels": {}, "cuda": {"resources": [entry | {"dynamic_shared": 90000}], "remarks": remarks}}
+    lines = list(resources.lines(manifest))
+    assert lines[1].split() == words and lines[2:] == remarks
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "blocks"),
+    [
+        ("sm_90a", 256, 128, 114744, 2),
+        ("sm_90a", 256, 128, 116 << 10, 1),
+        ("sm_90a", 384, 168, 0, 1),
+        ("sm_80", 256, 33, 0, 6),
+        ("sm_86", 256, 32, 0, 6),
+        ("sm_86", 128, 32, 49 << 10, 2),
+    ],
+)
+def test_resident_blocks(arch, threads, registers, shared, blocks):
+    """As NVIDIA's tables of compute capabilities have it."""
+    assert gpu_archs.resident_blocks(arch, threads, registers, shared) == blocks
 
 
 @pytest.mark.parametrize(

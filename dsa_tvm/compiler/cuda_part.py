@@ -46,6 +46,7 @@ def add(
             for kernels in sets
         ],
         "resources": resources.parse(said, sets),
+        "remarks": resources.remarks(said),
     }
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..gpu_archs import resident_blocks
+
 if TYPE_CHECKING:
     from .cuda import KernelSet
 
@@ -16,11 +18,14 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 _STATIC = re.compile(r"(\d+) bytes smem")
-_COLUMNS = ("registers", "stack", "spill_stores", "spill_loads", "static_shared", "dynamic_shared")
+#: Of its numbered remarks those on warpgroups: products that it serializes or waits for, registers that do not change
+#: hands.
+_REMARK = re.compile(r"\(C75\d\d\) [^\n]*")
+_COLUMNS = ("threads", "registers", "stack", "spill_stores", "spill_loads", "static_shared", "dynamic_shared", "blocks")
 
 
 def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]]:
-    """One entry for each kernel and architecture.
+    """One entry for each kernel and architecture; ``blocks`` is how many of them a multiprocessor has at a time.
 
     Parameters
     ----------
@@ -29,8 +34,8 @@ def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]
     sets : sequence of KernelSet
         What was compiled.
     """
-    dynamic = {
-        (f.symbol, arch): f.kernel.shared_bytes
+    launches = {
+        (f.symbol, arch): (f.threads, f.kernel.shared_bytes)
         for kernels in sets
         for arch in kernels.archs
         for unit in kernels.units
@@ -41,11 +46,20 @@ def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]
         found = match.groupdict()
         static = _STATIC.search(found.pop("rest"))
         kernel, arch = found.pop("kernel"), found.pop("arch")
+        taken = {name: int(value) for name, value in found.items()}
+        threads, dynamic_shared = launches[kernel, arch]
+        static_shared = int(static[1]) if static else 0
         entries.append(
-            {"kernel": kernel, "arch": arch, **{name: int(value) for name, value in found.items()}}
-            | {"static_shared": int(static[1]) if static else 0, "dynamic_shared": dynamic[kernel, arch]}
+            {"kernel": kernel, "arch": arch, "threads": threads, **taken}
+            | {"static_shared": static_shared, "dynamic_shared": dynamic_shared}
+            | {"blocks": resident_blocks(arch, threads, taken["registers"], static_shared + dynamic_shared)}
         )
     return entries
+
+
+def remarks(said: Iterable[str]) -> list[str]:
+    """What the assembler could not do as it was meant, each once."""
+    return list(dict.fromkeys(remark for text in said for remark in _REMARK.findall(text)))
 
 
 def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -63,3 +77,4 @@ def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     for entry in entries:
         cells = "  ".join(f"{entry[name]:{len(name)}}" for name in _COLUMNS)
         yield f"{entry['kernel']:{width}}  {entry['arch']:7} {cells}"
+    yield from manifest["cuda"]["remarks"]
