@@ -121,6 +121,9 @@ class Emulator:
             raise KernelError(done.stderr)
         self.library = ctypes.CDLL(str(self.path))
         self.library.emulator_launch.restype = ctypes.c_char_p
+        self.library.emulator_conflicts.restype = ctypes.c_ulong
+        #: Of the last launch's loads for tensor cores.
+        self.bank_conflicts = 0
         self._sum_bits = 0
 
     @contextmanager
@@ -194,6 +197,7 @@ class Emulator:
         finally:
             for memory in guarded:
                 memory.take_back()
+        self.bank_conflicts = self.library.emulator_conflicts()
         if message is not None:
             raise KernelError(f"{name}: {message.decode()}")
 

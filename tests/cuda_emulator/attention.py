@@ -82,6 +82,7 @@ def launch(emulator, symbols, c, shared_bytes, out, arguments, sm_scale, parts, 
     tensors = (q, kv, indices, sink, length, *results, sums, stats)
     options = {"order": order, "eager": eager}
     emulator.launch(symbols[0], (c.blocks(s_q, h_q), parts), *tensors, *scalars, shared_bytes=shared_bytes, **options)
+    assert emulator.bank_conflicts == 0
     if parts > 1:
         scalars = (s_q * h_q, h_q, parts, sink is not None)
         tensors = (sums, stats, sink, stored, max_logits, lse)

@@ -96,6 +96,7 @@ struct Machine {
   void (*kernel)(void **);
   void **args;
   uint64_t random;
+  unsigned long conflicts; /* bank conflicts of ldmatrix: passes beside the first of 8 rows */
   sigjmp_buf escape;
   char message[512];
 };

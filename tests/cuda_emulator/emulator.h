@@ -46,6 +46,7 @@ extern "C" const char *emulator_launch(void (*kernel)(void **), void **args, con
   m.block = {block[0], block[1], block[2]};
   m.options = {order, eager, sum_bits};
   m.random = order;
+  m.conflicts = 0;
   m.threads = (int)(block[0] * block[1] * block[2]);
   m.message[0] = 0;
   m.current = nullptr;
@@ -71,6 +72,9 @@ extern "C" const char *emulator_launch(void (*kernel)(void **), void **args, con
   release();
   return m.message[0] ? m.message : nullptr;
 }
+
+/* Of the last launch. */
+extern "C" unsigned long emulator_conflicts() { return emulator::m.conflicts; }
 
 #define __global__
 #define __device__

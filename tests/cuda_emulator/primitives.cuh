@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <set>
 
 #include "mma.h"
 
@@ -93,6 +94,15 @@ DSA_DEVICE void dsa_cp_async_wait(int pending) {
   groups.erase(groups.begin(), groups.begin() + landing);
 }
 
+/* 8 rows of 16 bytes are loaded at once, but those that have the same banks and are not the same one after the other. */
+DSA_DEVICE void count_conflicts(const void *const *rows) {
+  std::set<uintptr_t> of[8];
+  size_t passes = 1;
+  for (int i = 0; i < 8; i++) of[(uintptr_t)rows[i] / 16 % 8].insert((uintptr_t)rows[i]);
+  for (const auto &same : of) passes = max(passes, same.size());
+  emulator::m.conflicts += passes - 1;
+}
+
 DSA_DEVICE void ldmatrix(const char *operation, unsigned *r, const void *row, int transposed) {
   DSA_EXPECT_ALIGNED(row, 16);
   struct {
@@ -102,6 +112,9 @@ DSA_DEVICE void ldmatrix(const char *operation, unsigned *r, const void *row, in
   using In = decltype(in);
   emulator::meet(operation, &in, r, [](const void **in, void **out) {
     unsigned got[32][4];
+    const void *rows[32];
+    for (int l = 0; l < 32; l++) rows[l] = own<In>(in[l])->row;
+    for (int i = 0; i < 4; i++) count_conflicts(rows + 8 * i);
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 4; i++) {
         auto element = [&](int r, int c) { return (unsigned)own<In>(in[8 * i + r])->row[c]; };

@@ -92,6 +92,7 @@ def launch(emulator, name, a, *, out=None, m0=0, m1=None, row0=0, tiles=2, fill=
         order=schedule[0],
         eager=schedule[1],
     )
+    assert emulator.bank_conflicts == 0
     return out
 
 

@@ -151,6 +151,15 @@ def test_transposed_load(emulator):
     np.testing.assert_array_equal(pairs, x.transpose(0, 2, 1))
 
 
+def test_bank_conflicts(emulator):
+    """Rows of 16 bytes that are 32 apart: two of 8 have the same banks. Side by side none have."""
+    a, b = np.zeros((16, 16), np.float16), np.zeros((8, 16), np.float16)
+    emulator.launch("product_f16", (3,), a, b, np.zeros((16, 8), np.float32), shared_bytes=768)
+    assert emulator.bank_conflicts == 3 * 2 * 4
+    emulator.launch("transpose", (1,), np.zeros((4, 8, 8), np.uint16), np.zeros((32, 4), np.uint32), shared_bytes=512)
+    assert emulator.bank_conflicts == 0
+
+
 def test_e4m3(emulator):
     y = np.zeros(256, np.uint32)
     emulator.launch("widen", (1,), y)
