@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from gpu_call import ALIGNMENT
 from test_topk import DATA
 
 from dsa_tvm import library
@@ -38,8 +37,7 @@ class Runtime:
 
     def __init__(self, inputs, attrs, stream=77):
         self.values = list(inputs)
-        self.attrs, self.ops, self.memory, self.freed, self.released, self.errors = attrs, [], [], [], 0, []
-        self.allocators = []
+        self.attrs, self.ops, self.errors = attrs, [], []
         # The library knows it by its address, for as long as the process lives.
         self._all.append(self)
         self._slots, self._keep = (c_void_p * 415)(), []
@@ -54,18 +52,13 @@ class Runtime:
         self._offer(28, lambda options, domain: None, c_void_p, c_void_p)
         self._offer(51, self._data, c_void_p, POINTER(c_void_p))
         self._offer(72, self._store(1, 0), c_void_p, POINTER(c_int))
-        self._offer(75, self._allocate("any stream"), c_void_p, c_size_t, POINTER(c_void_p))
-        self._offer(76, lambda allocator, p: self.freed.append(p), c_void_p, c_void_p)
         self._offer(86, self._integer, c_void_p, c_char_p, POINTER(c_int64))
         self._offer(88, self._store(1, len(inputs)), c_void_p, POINTER(c_size_t))
         self._offer(90, self._value, c_void_p, c_size_t, POINTER(c_void_p))
         self._offer(91, self._output, c_void_p, c_size_t, POINTER(c_int64), c_size_t, POINTER(c_void_p))
         self._offer(93, lambda status: None, c_void_p)
-        self._offer(132, self._release, c_void_p)
         self._offer(193, self._store(1, stream), c_void_p, POINTER(c_void_p))
         self._offer(194, self._store(1, 1), c_void_p, POINTER(c_void_p))
-        self._offer(253, self._store(2, 1), c_void_p, c_void_p, POINTER(c_void_p))
-        self._offer(277, self._allocate("the stream"), c_void_p, c_void_p, c_size_t, POINTER(c_void_p))
         self._offer(414, self._shape, c_void_p, POINTER(c_int), POINTER(c_void_p), POINTER(c_size_t))
 
     def _offer(self, slot, function, *types):
@@ -89,16 +82,6 @@ class Runtime:
     def _data(self, value, to):
         to[0] = self.values[value - 1].ctypes.data
 
-    def _allocate(self, which):
-        def function(*args):
-            *_, size, to = args
-            memory = np.full(size + ALIGNMENT, 0xFF, np.uint8)
-            to[0] = memory.ctypes.data + -memory.ctypes.data % ALIGNMENT
-            self.memory.append((memory, to[0], size))
-            self.allocators.append(which)
-
-        return function
-
     def _integer(self, info, name, to):
         to[0] = self.attrs[name.decode()]
 
@@ -108,9 +91,6 @@ class Runtime:
     def _output(self, context, i, shape, rank, to):
         self.values.append(np.full(shape[:rank], -7, np.int32))
         to[0] = len(self.values)
-
-    def _release(self, allocator):
-        self.released += 1
 
     def _shape(self, value, kind, shape, rank):
         array = self.values[value - 1]
@@ -123,31 +103,59 @@ class Runtime:
         return function(ctypes.addressof(op))
 
     def run(self, name, provider):
-        """The output of the operator that is registered for that provider."""
+        """The output of the operator that is registered for that provider, or its error."""
         lib = ctypes.CDLL(library.get_library_path())
         lib.RegisterCustomOps.restype = c_void_p
         assert not lib.RegisterCustomOps(c_void_p(1), self.base)
         (op,) = [x for x in self.ops if (self._text(x.name, x), self._text(x.provider, x)) == (name, provider)]
         kernel = c_void_p()
         assert not op.create_kernel_v2(ctypes.addressof(op), None, None, ctypes.byref(kernel)), self.errors
-        assert not op.compute_v2(kernel, None), self.errors
-        return self.values[-1]
+        return self.errors[-1] if op.compute_v2(kernel, None) else self.values[-1]
+
+
+class Pool(ctypes.Structure):
+    """What the driver's memory pools were asked for."""
+
+    _fields_ = (("taken", c_size_t), ("given_back", c_size_t), ("bytes", c_size_t), ("stream", c_size_t))
+
+
+def node(shape, stream=77):
+    """A node that selects 64 of each row, and its inputs."""
+    logits = DATA["ties"](np.random.default_rng(0), shape)
+    inputs = [logits, np.zeros(shape[0], np.int32), np.full(shape[0], shape[1], np.int32)]
+    return Runtime(inputs, {"topk": 64}, stream), inputs
+
+
+#: What a row of these takes of a workspace.
+SHAPE, BYTES = (1, 40000), 2 * 4 * 4 * 64
 
 
 @pytest.mark.parametrize("stream", [77, 0])
 def test_a_node_on_the_gpu(stream):
-    """A workspace is the stream's: another one's kernels may still be at work on what is anybody's."""
-    for shape in ((3, 900), (1, 40000)):  # the second takes a workspace
-        logits = DATA["ties"](np.random.default_rng(0), shape)
-        inputs = [logits, np.zeros(shape[0], np.int32), np.full(shape[0], shape[1], np.int32)]
-        runtime = Runtime(inputs, {"topk": 64}, stream)
+    """A workspace is the stream's, from before the kernels until behind them."""
+    pool = Pool.in_dll(ctypes.CDLL("libcuda.so.1"), "emulated_pool")
+    for shape in ((3, 900), SHAPE):
+        before = pool.taken
+        runtime, inputs = node(shape, stream)
         np.testing.assert_array_equal(
             runtime.run(b"TopKIndices", b"CUDAExecutionProvider"), OPS["topk"].reference(*inputs, 64)[0]
         )
-        sizes = [size for _, _, size in runtime.memory]
-        assert sizes == ([] if shape[0] == 3 else [2 * 4 * 4 * 64])
-        assert runtime.allocators == ["the stream" if stream else "any stream"] * len(sizes)
-        assert runtime.freed == [address for _, address, _ in runtime.memory] and runtime.released == len(sizes)
+        assert pool.taken - before == (shape == SHAPE) and pool.given_back == pool.taken
+    assert (pool.bytes, pool.stream) == (BYTES, stream)
+
+
+def test_no_memory_for_a_workspace(monkeypatch):
+    """An error of that node, and the next call is as any other."""
+    runtime, inputs = node(SHAPE)
+    monkeypatch.setenv("CUDA_EMULATOR_POOL_BYTES", str(BYTES - 1))
+    expected = f"1: topk: workspace: expected {BYTES} bytes of memory on CUDA device 0, got none: "
+    assert runtime.run(b"TopKIndices", b"CUDAExecutionProvider").startswith(expected)
+    assert (runtime.values[-1] == -7).all()
+    monkeypatch.setenv("CUDA_EMULATOR_POOL_BYTES", str(BYTES))
+    runtime, _ = node(SHAPE)
+    np.testing.assert_array_equal(
+        runtime.run(b"TopKIndices", b"CUDAExecutionProvider"), OPS["topk"].reference(*inputs, 64)[0]
+    )
 
 
 def test_what_is_registered():

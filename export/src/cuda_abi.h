@@ -2,6 +2,7 @@
 #ifndef DSA_TVM_CUDA_ABI_H_
 #define DSA_TVM_CUDA_ABI_H_
 
+#include <stddef.h>
 #include <stdint.h>
 
 typedef int cu_result; /* 0: success */
@@ -11,19 +12,34 @@ typedef struct CUlib_st *cu_library;
 typedef struct CUkern_st *cu_kernel;
 typedef struct CUfunc_st *cu_function;
 typedef struct CUstream_st *cu_stream;
+typedef struct CUmemPoolHandle_st *cu_memory_pool;
 
 /* CUtensorMap: what a bulk copy reads. */
 struct cuda_tensor_map {
   _Alignas(64) uint64_t opaque[16];
 };
 
+/* CUmemPoolProps. */
+struct cuda_pool_properties {
+  int allocation, handles;
+  int location, ordinal;
+  void *security;
+  size_t most_bytes; /* 0: as much as there is */
+  uint8_t reserved[56];
+};
+
 enum {
   CU_OUT_OF_MEMORY = 2,
+  CU_NOT_SUPPORTED = 801,
   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
   CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
+  CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED = 115,
+  CU_MEM_ALLOCATION_TYPE_PINNED = 1,
+  CU_MEM_LOCATION_TYPE_DEVICE = 1,
+  CU_MEMPOOL_ATTR_RELEASE_THRESHOLD = 4,
   CU_STREAM_CAPTURE_MODE_RELAXED = 2,
   CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
   CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1,
@@ -52,6 +68,10 @@ enum {
   X(cuLibraryGetKernel, (cu_kernel * kernel, cu_library library, const char *name))                                 \
   X(cuKernelGetFunction, (cu_function * function, cu_kernel kernel))                                                \
   X(cuKernelSetAttribute, (int attribute, int value, cu_kernel kernel, cu_device device))                           \
+  X(cuMemPoolCreate, (cu_memory_pool * pool, const struct cuda_pool_properties *properties))                        \
+  X(cuMemPoolSetAttribute, (cu_memory_pool pool, int attribute, void *value))                                       \
+  X(cuMemAllocFromPoolAsync, (uint64_t *address, size_t bytes, cu_memory_pool pool, cu_stream stream))              \
+  X(cuMemFreeAsync, (uint64_t address, cu_stream stream))                                                           \
   X(cuTensorMapEncodeTiled, (struct cuda_tensor_map * map, int type, unsigned rank, void *base,                     \
                              const uint64_t *lengths, const uint64_t *strides, const unsigned *box,                 \
                              const unsigned *element_strides, int interleave, int swizzle, int l2_promotion,        \

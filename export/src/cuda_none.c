@@ -18,6 +18,11 @@ dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) 
   return refuse();
 }
 
+dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream) {
+  (void)call, (void)stream;
+  return refuse();
+}
+
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options) {
   (void)call, (void)options;
   return refuse();

@@ -1,6 +1,7 @@
 /* The operators on a GPU: what of a checked call each stage gets. */
 #include <stdio.h>
 
+#include "cuda_pool.h"
 #include "cuda_stages.h"
 #include "stages.h"
 
@@ -186,16 +187,30 @@ dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) 
   return DSA_TVM_OK;
 }
 
+static dsa_tvm_status enqueue(struct cuda_call *c) {
+  c->measuring = 0;
+  c->used = 0;
+  return run[c->call->op - dsa_ops](c);
+}
+
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options) {
   struct cuda_call c = {
       .call = call, .stream = options->stream, .workspace = options->workspace, .aligned = is_aligned(call)};
   dsa_tvm_status status = measure(&c);
   if (status == DSA_TVM_OK) status = dsa_check_workspace(call, options, c.peak);
-  if (status == DSA_TVM_OK) {
-    c.measuring = 0;
-    c.used = 0;
-    status = run[call->op - dsa_ops](&c);
-  }
+  if (status == DSA_TVM_OK) status = enqueue(&c);
+  dsa_cuda_end(&c);
+  return status;
+}
+
+dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream) {
+  struct cuda_call c = {.call = call, .stream = stream, .aligned = is_aligned(call)};
+  uint64_t workspace = 0;
+  dsa_tvm_status status = measure(&c);
+  if (status == DSA_TVM_OK && c.peak) status = dsa_cuda_pool_take(&c, c.peak, &workspace);
+  c.workspace = (char *)(uintptr_t)workspace;
+  if (status == DSA_TVM_OK) status = enqueue(&c);
+  if (workspace) dsa_cuda_pool_give_back(&c, workspace);
   dsa_cuda_end(&c);
   return status;
 }

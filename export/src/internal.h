@@ -106,9 +106,10 @@ dsa_tvm_status dsa_check_workspace(const struct dsa_call *call, const dsa_tvm_op
 dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *executor);
 
 /* cuda_operators.c, or cuda_none.c in a library without CUDA kernels: enqueues a checked call whose tensors are on a
- * GPU, and tells the bytes of workspace that it takes. The options are whole. */
+ * GPU, with the options' workspace (they are whole) or with one from the driver, and tells the bytes that it takes. */
 extern const int dsa_has_cuda;
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options);
+dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream);
 dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 
 /* threads.c: OpenMP. */

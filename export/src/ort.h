@@ -34,10 +34,8 @@ OrtStatus *dsa_ort_status(const OrtApi *api, dsa_tvm_status status);
 OrtStatus *dsa_ort_create_kernel(const OrtCustomOp *self, const OrtApi *passed, const OrtKernelInfo *info, void **out);
 OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context);
 
-/* ort_cuda.c: the number of the GPU that a value is on; and a checked call with the session's stream and allocator,
- * which is found by where `value` is. */
+/* ort_cuda.c: the number of the GPU that a value is on; and a checked call on the session's stream. */
 OrtStatus *dsa_ort_gpu_of(const OrtApi *api, const OrtValue *value, int32_t *device_id);
-OrtStatus *dsa_ort_run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const OrtValue *value,
-                              const struct dsa_call *call);
+OrtStatus *dsa_ort_run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const struct dsa_call *call);
 
 #endif

@@ -17,7 +17,6 @@ typedef struct OrtShapeInferContext OrtShapeInferContext;
 typedef struct OrtOpAttr OrtOpAttr;
 typedef struct OrtCustomOp OrtCustomOp;
 typedef struct OrtMemoryInfo OrtMemoryInfo;
-typedef struct OrtAllocator OrtAllocator;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum { ORT_ARGUMENT_REQUIRED = 0, ORT_ARGUMENT_OPTIONAL = 1 };
@@ -46,8 +45,6 @@ typedef union OrtApi {
   ORT_SLOT(63, OrtStatus *(*GetSymbolicDimensions)(const OrtTensorTypeAndShapeInfo *, const char **, size_t));
   ORT_SLOT(65, OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *, OrtTensorTypeAndShapeInfo **));
   ORT_SLOT(72, OrtStatus *(*MemoryInfoGetId)(const OrtMemoryInfo *, int *));
-  ORT_SLOT(75, OrtStatus *(*AllocatorAlloc)(OrtAllocator *, size_t, void **));
-  ORT_SLOT(76, OrtStatus *(*AllocatorFree)(OrtAllocator *, void *));
   ORT_SLOT(85, OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *, const char *name, float *));
   ORT_SLOT(86, OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *, const char *name, int64_t *));
   ORT_SLOT(88, OrtStatus *(*KernelContext_GetInputCount)(const OrtKernelContext *, size_t *));
@@ -56,11 +53,8 @@ typedef union OrtApi {
   ORT_SLOT(93, void (*ReleaseStatus)(OrtStatus *));
   ORT_SLOT(99, void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo *));
   ORT_SLOT(101, void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *));
-  ORT_SLOT(132, void (*ReleaseAllocator)(OrtAllocator *));
   ORT_SLOT(193, OrtStatus *(*KernelContext_GetGPUComputeStream)(const OrtKernelContext *, void **));
   ORT_SLOT(194, OrtStatus *(*GetTensorMemoryInfo)(const OrtValue *, const OrtMemoryInfo **)); /* borrowed */
-  ORT_SLOT(253, OrtStatus *(*KernelContext_GetAllocator)(const OrtKernelContext *, const OrtMemoryInfo *,
-                                                         OrtAllocator **));
   ORT_SLOT(267, OrtStatus *(*ShapeInferContext_GetInputCount)(const OrtShapeInferContext *, size_t *));
   ORT_SLOT(268, OrtStatus *(*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext *, size_t,
                                                                   OrtTensorTypeAndShapeInfo **)); /* borrowed */
@@ -72,8 +66,6 @@ typedef union OrtApi {
   ORT_SLOT(272, OrtStatus *(*ReadOpAttr)(const OrtOpAttr *, int kind, void *, size_t, size_t *));
   ORT_SLOT(274, OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *, void (*task)(void *, size_t),
                                                         size_t count, size_t batches, void *));
-  ORT_SLOT(277, OrtStatus *(*KernelContext_GetScratchBuffer)(const OrtKernelContext *, const OrtMemoryInfo *, size_t,
-                                                             void **));
   ORT_SLOT(414, OrtStatus *(*GetTensorElementTypeAndShapeDataReference)(const OrtValue *, int *, const int64_t **,
                                                                         size_t *)); /* since 1.24; borrowed */
 } OrtApi;

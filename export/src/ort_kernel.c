@@ -128,8 +128,7 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
   const OrtApi *api = kernel->runtime->api;
   const struct op_spec *op = kernel->spec;
   struct dsa_call call = {.op = op, .takes_cuda = kernel->on_gpu};
-  const OrtValue *first = NULL;
-  int32_t gpu = 0;
+  int32_t gpu = -1;
   dsa_tvm_tensor tensors[MAX_INPUTS > MAX_OUTPUTS ? MAX_INPUTS : MAX_OUTPUTS];
   const dsa_tvm_tensor *inputs[MAX_INPUTS] = {0};
   dsa_tvm_tensor *outputs[MAX_OUTPUTS] = {0};
@@ -147,8 +146,7 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
     if ((status = read_shape(kernel->runtime, value, &type, shapes[i], &shape, &rank))) return status;
     tensors[i] = tensor_of(type, shape, rank);
     if (kernel->on_gpu) {
-      if (!first && (status = dsa_ort_gpu_of(api, value, &gpu))) return status;
-      first = value;
+      if (gpu < 0 && (status = dsa_ort_gpu_of(api, value, &gpu))) return status;
       tensors[i].device.device_type = CUDA_DEVICE;
       tensors[i].device.device_id = gpu;
     }
@@ -172,7 +170,7 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
     outputs[i] = &tensors[i];
   }
   if ((status = dsa_ort_status(api, dsa_check_outputs(&call, outputs)))) return status;
-  if (kernel->on_gpu) return dsa_ort_run_on_gpu(api, context, first, &call);
+  if (kernel->on_gpu) return dsa_ort_run_on_gpu(api, context, &call);
   struct session_pool pool = {api, context};
   struct dsa_executor executor = session_executor(&pool);
   return dsa_ort_status(api, dsa_run(&call, &executor));

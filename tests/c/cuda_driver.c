@@ -49,7 +49,9 @@ int cuDeviceGet(int *device, int ordinal) {
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   int capability = number("FAKE_CAPABILITY", 90);
   (void)device;
-  *value = attribute == 16 ? 132 : attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 99 << 10;
+  *value = attribute == 16 ? 132 : attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10
+           : attribute == 115 ? number("FAKE_POOLS", 1)
+                              : (capability == 90 || capability == 100 ? 227 : 99) << 10;
   return OUTCOME;
 }
 
@@ -116,6 +118,31 @@ int cuKernelGetFunction(void **function, void *kernel) {
 int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   (void)attribute, (void)kernel, (void)device;
   fprintf(stderr, "at most %d\n", value);
+  return OUTCOME;
+}
+
+int cuMemPoolCreate(void **pool, const void *properties) {
+  (void)properties;
+  *pool = (void *)1;
+  fprintf(stderr, "pool\n");
+  return OUTCOME;
+}
+
+int cuMemPoolSetAttribute(void *pool, int attribute, void *value) {
+  (void)pool, (void)attribute, (void)value;
+  return OUTCOME;
+}
+
+int cuMemAllocFromPoolAsync(unsigned long long *address, size_t bytes, void *pool, void *stream) {
+  (void)pool;
+  *address = 4096;
+  fprintf(stderr, "take %zu stream %zu\n", bytes, (size_t)stream);
+  return OUTCOME;
+}
+
+int cuMemFreeAsync(unsigned long long address, void *stream) {
+  (void)address;
+  fprintf(stderr, "give back stream %zu\n", (size_t)stream);
   return OUTCOME;
 }
 

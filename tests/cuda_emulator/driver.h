@@ -34,6 +34,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
            : attribute == 75 ? capability / 10
            : attribute == 76 ? capability % 10
            : attribute == 97 ? shared_bytes
+           : attribute == 115 ? 1
                              : 0;
   /* 1 GHz, memory of 1 GHz and 64 bits, a cache of 1 MiB. */
   if (attribute == 13 || attribute == 36) *value = 1000000;
@@ -62,6 +63,27 @@ int cuMemcpyDtoH_v2(void *to, unsigned long long from, size_t bytes) {
 int cuMemsetD8Async(unsigned long long to, unsigned char byte, size_t bytes, void *) {
   memset((void *)to, byte, bytes);
   return emulated_status();
+}
+/* What was taken of memory pools, and on which stream last. CUDA_EMULATOR_POOL_BYTES is the most that one has. */
+struct {
+  size_t taken, given_back, bytes;
+  void *stream;
+} emulated_pool;
+int cuMemPoolCreate(void **pool, const void *) { return *pool = malloc(1), 0; }
+int cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? 0 : 1; }
+int cuMemAllocFromPoolAsync(unsigned long long *address, size_t bytes, void *, void *stream) {
+  const char *most = getenv("CUDA_EMULATOR_POOL_BYTES");
+  if (most && bytes > (size_t)atoll(most)) return 2;
+  if (int error = cuMemAlloc_v2(address, bytes)) return error;
+  memset((void *)*address, 0xFF, bytes);
+  emulated_pool.taken++;
+  emulated_pool.bytes = bytes;
+  emulated_pool.stream = stream;
+  return 0;
+}
+int cuMemFreeAsync(unsigned long long address, void *stream) {
+  emulated_pool.given_back += stream == emulated_pool.stream;
+  return cuMemFree_v2(address);
 }
 int cuStreamCreate(void **stream, unsigned) { return *stream = malloc(1), 0; }
 int cuStreamDestroy_v2(void *stream) { return free(stream), 0; }
