@@ -87,6 +87,64 @@ def test_the_callers_context_is_used_if_it_is_one_of_the_device(built, recorder,
     assert ("push 0" in done.stderr) is pushed and "context 0" in done.stderr
 
 
+#: As in `CALL`, one of the indexer in fp8: 64 heads of 128. The driver writes down the launches and computes nothing.
+INDEXER = """
+import ctypes, ml_dtypes, numpy as np
+from gpu_call import Call, Options
+q = np.zeros(({s_q}, 64, 128), ml_dtypes.float8_e4m3fn)
+k = np.zeros(({s_kv}, 128), ml_dtypes.float8_e4m3fn)
+n, weights, out = np.zeros({s_q}, "i4"), np.zeros(({s_q}, 64), "f"), np.zeros(({s_q}, {s_kv}), "f")
+inputs = dict(q=q, k=k, weights=weights, ks=n, ke=n, k_scale=None)
+Call("lightning_indexer", inputs, {{}}, [out]).run(Options(ctypes.sizeof(Options), 0, 4096))
+"""
+
+
+@pytest.mark.parametrize(
+    ("s_q", "s_kv", "stage", "grid"),
+    [
+        # 132 multiprocessors: one block of 256 keys' tiles on each.
+        (1, 65536, "hopper_few", "1 128"),
+        (4, 65536, "hopper_few", "4 32"),
+        (8, 32768, "hopper_few", "8 16"),
+        # Too few queries for a block that takes 4 at a time.
+        (1, 131072, "hopper_few", "1 128"),
+        (3, 131072, "hopper_few", "3 43"),
+        (4, 131072, "hopper_many", "1 512"),
+        (4096, 2048, "hopper_many", "1024 2"),
+    ],
+)
+def test_how_the_indexer_is_cut(built, recorder, s_q, s_kv, stage, grid):
+    pytest.importorskip("ml_dtypes")
+    done = python(INDEXER.format(s_q=s_q, s_kv=s_kv), environment(built, recorder))
+    assert done.returncode == 0, done.stderr
+    (launch,) = [line.split() for line in done.stderr.splitlines() if line.startswith("launch")]
+    assert f"__{stage}__" in launch[1] and " ".join(launch[3:5]) == grid, launch
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"FAKE_FAILURE": "cuMemPoolCreate"},
+            "1: topk: workspace: expected 12800 bytes of memory on CUDA device 0, got",
+        ),
+        ({"FAKE_FAILURE": "cuMemAllocFromPoolAsync"}, "1: topk: workspace: expected 12800 bytes of memory on CUDA dev"),
+        ({"FAKE_POOLS": "0"}, "9: topk: workspace: expected 12800 bytes of memory on CUDA device 0, got none: "),
+        ({"FAKE_FAILURE": "cuLaunchKernel"}, "1: topk: dsa_topk__parts: the failure that was asked for"),
+    ],
+)
+def test_failures_in_onnx_runtime(built, recorder, variables, words):
+    """What was taken for a workspace is given back."""
+    code = """
+from cuda_ort_cases import SHAPE, node
+print(node(SHAPE)[0].run(b"TopKIndices", b"CUDAExecutionProvider"))
+"""
+    done = python(code, environment(built, recorder, **variables))
+    assert done.returncode == 0 and done.stdout.startswith(words), done.stdout + done.stderr
+    taken = variables.get("FAKE_FAILURE") == "cuLaunchKernel"
+    assert done.stderr.count("give back stream 77") == taken
+
+
 @pytest.mark.parametrize("capability", ["80", "87", "90", "103", "110", "121"])
 def test_gpus_with_kernels(built, recorder, capability):
     done = python(CALL, environment(built, recorder, FAKE_CAPABILITY=capability))

@@ -63,9 +63,12 @@ extern const struct cuda_set dsa_cuda_sets[];
 extern const int dsa_num_cuda_kernels, dsa_num_cuda_sets;
 extern const int dsa_cuda_toolkit; /* whose nvcc made them, 13000 for 13.0 */
 
+enum { MAX_DEVICES = 64 };
+/* What the system takes of a multiprocessor's shared memory for every block. */
+enum { SYSTEM_SHARED = 1 << 10 };
 struct cuda_device {
   int multiprocessors, capability; /* 90 for 9.0 */
-  int shared_bytes;                /* the most that a block may have */
+  int shared_bytes;                /* the most that a block may have; a multiprocessor has SYSTEM_SHARED more */
   const struct cuda_set *set;
 };
 

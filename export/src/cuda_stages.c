@@ -4,28 +4,40 @@
 #include "cuda_launch.h"
 #include "stages.h"
 
-/* Blocks for each multiprocessor that a launch is cut for: those that see fewer keys leave room for others. */
+/* Blocks for each multiprocessor that a launch for many queries is cut for: those that see fewer keys leave room for
+ * others. One for few queries is cut for as many as there is room for: each has its keys on their way all the time. */
 enum { BLOCKS_PER_MULTIPROCESSOR = 8, FEWEST_TILES = 4 };
 
 /* How rows of queries and tiles of keys are cut into blocks. */
 struct cut {
   int64_t blocks, runs, run_tiles;
 };
-static struct cut cut_of(const struct cuda_scoring *s, const struct cuda_lightning_indexer *kernel, int64_t processors,
+static struct cut cut_of(const struct cuda_scoring *s, const struct cuda_lightning_indexer *kernel, int64_t most_blocks,
                          int64_t fewest_tiles) {
   struct cut cut = {.blocks = divide_up(s->m1 - s->m0, kernel->queries)};
   int64_t tiles = divide_up(s->s_kv, kernel->block_keys);
-  cut.run_tiles = divide_up(tiles, divide_up(BLOCKS_PER_MULTIPROCESSOR * processors, cut.blocks));
+  cut.run_tiles = divide_up(tiles, divide_up(most_blocks, cut.blocks));
   /* A block loads its queries before its first tile. */
   if (cut.run_tiles < fewest_tiles) cut.run_tiles = fewest_tiles;
   cut.runs = divide_up(tiles, cut.run_tiles);
   return cut;
 }
+static struct cut cut_for_many(const struct cuda_scoring *s, const struct cuda_lightning_indexer *kernel,
+                               const struct cuda_device *device) {
+  return cut_of(s, kernel, BLOCKS_PER_MULTIPROCESSOR * device->multiprocessors, FEWEST_TILES);
+}
+static struct cut cut_for_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *kernel,
+                              const struct cuda_device *device, int64_t shared_bytes) {
+  int64_t resident = (device->shared_bytes + SYSTEM_SHARED) / (shared_bytes + SYSTEM_SHARED);
+  if (resident > BLOCKS_PER_MULTIPROCESSOR) resident = BLOCKS_PER_MULTIPROCESSOR;
+  return cut_of(s, kernel, (resident ? resident : 1) * device->multiprocessors, 1);
+}
 
-/* Blocks with many queries read the keys fewer times, but there must be enough of them. */
+/* Blocks with many queries read the keys fewer times, but there must be enough of them, and of queries. */
 static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *many, int64_t processors) {
-  int64_t tiles = divide_up(s->s_kv, many->block_keys);
-  return divide_up(s->m1 - s->m0, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
+  int64_t queries = s->m1 - s->m0, tiles = divide_up(s->s_kv, many->block_keys);
+  return queries < many->queries ||
+         divide_up(queries, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
 }
 
 /* A launch of a stage of the indexer, all of which take the same but for queries and keys. */
@@ -37,7 +49,8 @@ static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_ind
 
 #ifdef DSA_HAS_LIGHTNING_INDEXER_HOPPER_MANY
 static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_scoring *s,
-                                      const struct cuda_lightning_indexer *kernel, int few, int64_t processors) {
+                                      const struct cuda_shape *shape, int few) {
+  const struct cuda_lightning_indexer *kernel = &shape->of.lightning_indexer;
   int width = c->call->in[0].dtype.bits / 8, d_idx = (int)c->call->dim[DIM_D_IDX], box = kernel->span / width;
   struct cuda_tensor_map q_map, k_map;
   struct cuda_boxes q = {s->q, width, 3, {d_idx, s->h_idx, s->m1}, {box, kernel->heads, kernel->box_queries}};
@@ -45,7 +58,7 @@ static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_sco
   dsa_tvm_status status = dsa_cuda_tensor_map(c, &q, &q_map);
   if (status == DSA_TVM_OK) status = dsa_cuda_tensor_map(c, &k, &k_map);
   if (status != DSA_TVM_OK) return status;
-  struct cut cut = cut_of(s, kernel, processors, few ? 1 : FEWEST_TILES);
+  struct cut cut = few ? cut_for_few(s, kernel, c->device, shape->shared_bytes) : cut_for_many(s, kernel, c->device);
   return few ? SCORE(hopper_few, MOST_SHARED, &q_map, &k_map) : SCORE(hopper_many, MOST_SHARED, &q_map, &k_map);
 }
 #endif
@@ -60,13 +73,13 @@ dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s)
   const struct cuda_shape *h_few = dsa_shape_lightning_indexer_hopper_few(c);
   if (h_many && h_few) {
     int use_few = are_few(s, &h_many->of.lightning_indexer, processors);
-    return score_on_hopper(c, s, &(use_few ? h_few : h_many)->of.lightning_indexer, use_few, processors);
+    return score_on_hopper(c, s, use_few ? h_few : h_many, use_few);
   }
 #endif
   int use_few = are_few(s, &many->of.lightning_indexer, processors);
   const struct cuda_lightning_indexer *kernel = &(use_few ? few : many)->of.lightning_indexer;
-  struct cut cut = cut_of(s, kernel, processors, use_few ? 1 : FEWEST_TILES);
   int64_t shared_bytes = kernel->key_bytes + divide_up(s->h_idx, kernel->group) * kernel->group_bytes;
+  struct cut cut = use_few ? cut_for_few(s, kernel, c->device, shared_bytes) : cut_for_many(s, kernel, c->device);
   return use_few ? SCORE(few, shared_bytes, s->q, s->k) : SCORE(many, shared_bytes, s->q, s->k);
 }
 #undef SCORE
