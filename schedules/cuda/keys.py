@@ -28,12 +28,17 @@ def value_of(key):
 
 @T.meta_class
 class ListKeys:
-    """The first `used` keys of a list in shared memory, which the user sets."""
+    """The first `used` keys of a list in shared memory, which the user sets.
+
+    The list is at a boundary of 16 bytes and as long as whole quads are: four loads of 4 bytes would take turns at the
+    same banks.
+    """
 
     def __init__(self, selector, keys) -> None:
         self.selector = selector
         self.keys = keys
         self.used = T.local_scalar("int32")
+        self.quad = T.alloc_local((4,), "uint32")
 
     @T.inline
     def fetch(self, t):
@@ -42,11 +47,13 @@ class ListKeys:
     @T.inline
     def take(self, t, key):
         for u in T.unroll(self.selector.quads):
+            at: T.let = t * self.selector.tile + (u * self.selector.threads + self.selector.tx) * 4
             for e in T.unroll(4):
-                at: T.let = t * self.selector.tile + (u * self.selector.threads + self.selector.tx) * 4 + e
-                key[u * 4 + e] = T.uint32(0)
-                if at < self.used:
-                    key[u * 4 + e] = self.keys[at]
+                self.quad[e] = T.uint32(0)
+            if at < self.used:
+                T.evaluate(call("get_4x32", T.address_of(self.quad[0]), T.address_of(self.keys[at]), dtype="void"))
+            for e in T.unroll(4):
+                key[u * 4 + e] = T.Select(at + e < self.used, self.quad[e], T.uint32(0))
 
 
 @T.meta_class

@@ -187,7 +187,9 @@ def tensor_ir(variant: dict[str, str], c: Decisions, stage: str = "rows") -> tir
                 if group < GROUPS:
                     of_row.load(0, T.Cast("int64", group) * quads // GROUPS * 4)
                     for e in T.unroll(4):
-                        list_key[group * 4 + e] = key_of(of_row.quad[0, e])
+                        of_list.quad[e] = key_of(of_row.quad[0, e])
+                    to: T.let = T.address_of(list_key[group * 4])
+                    T.evaluate(call("put_4x32", to, T.address_of(of_list.quad[0]), dtype="void"))
             T.tvm_storage_sync("shared")
             of_list.used = c.sample
             # The keys of the sample that are expected among the topk, and three standard deviations more.

@@ -143,6 +143,14 @@ DSA_DEVICE void dsa_put_even_odd(void *even, void *odd, const unsigned *words) {
   *(DsaFourWords *)odd = {words[1], words[3], words[5], words[7]};
 }
 
+/* Four words between registers and 16 aligned bytes of shared memory. */
+DSA_DEVICE void dsa_get_4x32(unsigned *to, const void *from) {
+  DsaFourWords four = *(const DsaFourWords *)from;
+#pragma unroll
+  for (int e = 0; e < 4; e++) to[e] = four.x[e];
+}
+DSA_DEVICE void dsa_put_4x32(void *to, const unsigned *x) { *(DsaFourWords *)to = {x[0], x[1], x[2], x[3]}; }
+
 DSA_DEVICE int dsa_aligned_16(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
 DSA_DEVICE int dsa_clamp(int x, int low, int high) { return min(max(x, low), high); }
@@ -210,7 +218,7 @@ DSA_DEVICE void dsa_transpose_quad(unsigned *x) {
 /* 16 bytes to where 2 are all that `to` is surely aligned to. */
 DSA_DEVICE void dsa_put_8x16(void *to, const unsigned *x) {
   if (((uintptr_t)to & 15) == 0) {
-    *(DsaFourWords *)to = {x[0], x[1], x[2], x[3]};
+    dsa_put_4x32(to, x);
     return;
   }
 #pragma unroll
