@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from . import forks, library
 from .dlpack import CPU, CUDA
 from .errors import ArgumentError, KernelError, LibraryError
+from .integers import as_integer
 from .spec import AttrSpec, OpSpec
 from .tensors import Pack, as_tensor, cuda_stream, is_torch, note_written
 
@@ -37,10 +37,7 @@ class Options(ctypes.Structure):
 
 
 def _integer(op: str, name: str, value: Any, bits: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:  # an array of several elements has an __index__ that raises
-        raise ArgumentError(f"{op}: {name}: expected int, got {type(value).__name__}") from error
+    number = as_integer(op, name, value)
     if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
         raise ArgumentError(f"{op}: {name}: expected a {bits}-bit integer, got {number}")
     return number
@@ -137,7 +134,8 @@ def call(
     num_threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
     cuda = library.has_cuda(lib)
-    stream = cuda_stream(inputs.values()) if cuda else 0
+    given_out = () if out is None else out if isinstance(out, tuple) else (out,)
+    stream = cuda_stream((*inputs.values(), *given_out)) if cuda else 0
     views = [
         None
         if inputs[t.name] is None and t.optional
@@ -160,7 +158,7 @@ def call(
             for t, shape in zip(spec.outputs, shapes, strict=True)
         )
     else:
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = given_out
         if len(outputs) != len(spec.outputs):
             raise ArgumentError(f"{spec.name}: out: expected {len(spec.outputs)} tensors, got {len(outputs)}")
     taken = Pack(
@@ -169,7 +167,8 @@ def call(
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() else num_threads)
+    # What is no number of threads is refused in a child, too.
+    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() and num_threads >= 0 else num_threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
         workspace, options.workspace_size = _workspace(lib, arguments, device[1], stream)

@@ -84,7 +84,7 @@ def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: boo
     ready = {"stream": stream or 1} if kind == CUDA else {}
     try:
         capsule = _export(x, writable, ready)
-    except BufferError as error:
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:  # the standard names the first alone
         fail("a tensor that can be exported" + " without a copy" * writable, str(error))
     name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None
     if name not in (b"dltensor", b"dltensor_versioned"):  # used_dltensor: another consumer has taken the tensor

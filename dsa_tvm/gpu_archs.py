@@ -32,7 +32,7 @@ _TENSOR_FLOPS = {
     121: 1024,
 }
 _MOST_TENSOR_FLOPS = 8192
-#: GPUs of Tegra: they run machine code of their own architecture only.
+#: GPUs of Tegra: they run machine code of their own architecture only, and no others run theirs.
 _TEGRA = (87, 101)
 #: From this capability on, elements of 8 bits are twice as fast.
 _HAS_FP8 = 89
@@ -56,7 +56,7 @@ def is_exact(arch: str) -> bool:
 def runs_on(arch: str, capability: int) -> bool:
     """Whether a GPU of that compute capability, 90 for 9.0, runs machine code for `arch`: the driver's own rule."""
     number = number_of(arch)
-    if is_exact(arch) or capability in _TEGRA:
+    if is_exact(arch) or capability in _TEGRA or number in _TEGRA:
         return number == capability
     return number // 10 == capability // 10 and number <= capability
 

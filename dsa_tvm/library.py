@@ -8,8 +8,10 @@ import json
 import os
 from pathlib import Path
 
+from . import forks
 from .errors import ArgumentError, LibraryError
 from .files import sha256
+from .integers import as_integer
 from .ops import OPS
 
 #: DSA_TVM_ABI_VERSION of the header this Python code was written for.
@@ -145,18 +147,22 @@ def active_target() -> str:
 def set_num_threads(num_threads: int) -> None:
     """Threads of every later call in this process; 0 for as many as OpenMP gives.
 
+    A process forked from one that had imported this package computes on the calling thread alone, whatever is set.
+
     Raises
     ------
     ArgumentError
-        A number that is negative or has more than 32 bits.
+        No integer, or one that is negative or has more than 32 bits.
     LibraryError
         As `load`.
     """
-    if not 0 <= num_threads < 2**31:
-        raise ArgumentError(f"set_num_threads: num_threads: expected 0..{2**31 - 1}, got {num_threads}")
-    load().dsa_tvm_set_num_threads(num_threads)
+    number = as_integer("set_num_threads", "num_threads", num_threads)
+    if not 0 <= number < 2**31:
+        raise ArgumentError(f"set_num_threads: num_threads: expected 0..{2**31 - 1}, got {number}")
+    load().dsa_tvm_set_num_threads(number)
 
 
 def get_num_threads() -> int:
     """Threads a call uses now."""
-    return load().dsa_tvm_get_num_threads()
+    library = load()
+    return 1 if forks.in_child() else library.dsa_tvm_get_num_threads()

@@ -20,8 +20,13 @@ step() { # NAME[:DETAIL] COMMAND...
   shift
   [[ " ${STEPS:-memcheck tests tune bench racecheck} " == *" $name "* ]] || return 0
   echo "== $*"
-  timeout -k 10 "${STEP_SECONDS:-1800}" "$@" 2>&1 | tee "$log" || { failed=$((failed + 1)) && echo "== failed: see $log"; }
+  timeout -k 10 "${STEP_SECONDS:-1800}" "$@" > >(tee "$log") 2>&1 &
+  running=$!
+  wait "$running" || { failed=$((failed + 1)) && echo "== failed: see $log"; }
 }
+# A step has a process group of its own, which Ctrl-C on the terminal does not reach.
+running=
+trap '[[ -z $running ]] || kill "$running"; exit 130' INT TERM
 
 # Each tensor in an allocation of its own, so that an access behind its end is seen. Looking for what a driver has makes
 # calls that fail.

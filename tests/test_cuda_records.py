@@ -88,6 +88,21 @@ def test_few_heads(op):
     assert found("hopper_attend", PRESET) == [] and found("hopper_attend", replace(PRESET, h_q=64)) == [64]
 
 
+def test_few_heads_of_several_models():
+    """What is chosen holds for all numbers of few heads that were measured: none hides another."""
+    few = presets.get("deepseek-v3.2-tp8")
+
+    def final(h_q, ratio, list_size):
+        task = Task("sparse_mla", "sm_90a", replace(few, h_q=h_q), 1, 65536, ("bfloat16",))
+        decisions = {"split_keys": list_size}
+        what = {"kind": "final", "target": "sm_90a", "types": task.types, "shape": task.shape, "decisions": decisions}
+        return make("sparse_mla", (1, 65536), (ratio,), **what)
+
+    assert gpu.choose([final(16, 1.2, 64), final(8, 1.5, 64)]).decisions == {"split_keys": 64}
+    assert gpu.choose([final(16, 0.6, 64), final(8, 1.5, 64)]).decisions is None
+    assert gpu.choose([final(16, 1.2, 64), final(8, 1.5, 128)]).decisions is None
+
+
 def test_few_heads_in_a_build():
     """The decisions of a record are those of the kernel for few heads, and no other kernel has them."""
     pytest.importorskip("tvm", reason="building needs apache-tvm")
@@ -168,6 +183,7 @@ def test_roof():
 def test_architectures():
     assert [runs_on("sm_86", n) for n in (80, 86, 87, 89, 90)] == [False, True, False, True, False]
     assert runs_on("sm_87", 87) and not runs_on("sm_100", 101), "Tegra"
+    assert not runs_on("sm_87", 89) and not runs_on("sm_101", 103), "nor its code elsewhere"
     assert [runs_on("sm_90a", n) for n in (90, 91, 100)] == [True, False, False]
     archs = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
     found = {n: best_for(n, archs) for n in (75, 80, 87, 89, 90, 103, 110, 121)}

@@ -78,6 +78,16 @@ def test_a_producer_that_exports_nothing():
         dsa_tvm.topk(Refusing(LOGITS), N * 0, N, 3)
 
 
+@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError])
+def test_a_producer_that_refuses_in_its_own_way(kind):
+    class Refusing(Foreign):
+        def __dlpack__(self, **kwargs):
+            raise kind("not this type")
+
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected a tensor .*not this type"):
+        dsa_tvm.topk(Refusing(LOGITS), N * 0, N, 3)
+
+
 def test_read_only_output_is_refused():
     out = np.zeros((1, 3), np.int32)
     out.flags.writeable = False

@@ -61,8 +61,8 @@ def test_many_callers_at_once():
             assert all(map(same, actual, expected))
 
 
-def test_many_threads_hold_no_more_logits():
-    """Of a million keys 256 MiB are the logits of 64 queries: less than so many threads would take at a time."""
+def test_fewer_queries_at_a_time_than_threads_take():
+    """Of a million keys 256 MiB are the logits of 56 queries: less than 64 threads would take at a time."""
     s_q, s_kv, seen, first = 150, 2**20, 3000, 2**19
     index = indexer_inputs(np.random.default_rng(0), VARIANT, s_q=s_q, s_kv=seen, h_idx=2, d_idx=32)
     expected = dsa_tvm.indexer_topk(**index, topk=9, num_threads=1)
@@ -76,7 +76,7 @@ def test_many_threads_hold_no_more_logits():
 def test_process_default():
     before = dsa_tvm.get_num_threads()
     try:
-        dsa_tvm.set_num_threads(3)
+        dsa_tvm.set_num_threads(np.int64(3))
         assert dsa_tvm.get_num_threads() == 3
     finally:
         dsa_tvm.set_num_threads(0)
@@ -86,6 +86,12 @@ def test_process_default():
 @pytest.mark.parametrize("number", [-1, 2**31, 2**32 + 1])
 def test_no_such_number_of_threads(number):
     with pytest.raises(dsa_tvm.ArgumentError, match=r"set_num_threads: num_threads: expected 0\.\.2147483647, got"):
+        dsa_tvm.set_num_threads(number)
+
+
+@pytest.mark.parametrize("number", ["4", None, 1.5, np.ones(2)])
+def test_no_number_of_threads(number):
+    with pytest.raises(dsa_tvm.ArgumentError, match="set_num_threads: num_threads: expected int, got"):
         dsa_tvm.set_num_threads(number)
 
 
@@ -102,6 +108,13 @@ ctypes.CDLL({str(pool)!r}).work()
 child = os.fork()
 if child == 0:
     n = np.full(9, 50, np.int32)
+    dsa_tvm.set_num_threads(4)
+    assert dsa_tvm.get_num_threads() == 1
+    try:
+        dsa_tvm.topk(np.ones((9, 50), np.float32), n * 0, n, 4, num_threads=-1)
+        os._exit(1)
+    except dsa_tvm.ArgumentError:
+        pass
     dsa_tvm.topk(np.ones((9, 50), np.float32), n * 0, n, 4, num_threads=2)
     os._exit(7)
 os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -96,7 +96,7 @@ def _best(args: argparse.Namespace) -> None:
         print(_heading(target, op, types, dict(lengths)) + (f", {stage}" if stage else ""))
         by_size = gpu.by_size(records) if stage else selection.finals(op, records, dict(lengths))
         rows = []
-        for (s_q, s_kv), finals in by_size.items():
+        for (s_q, s_kv, *_), finals in by_size.items():
             if finals:
                 best = max(finals, key=lambda record: record.speedup)
                 slower = "" if selection.keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"

@@ -111,12 +111,15 @@ def choose(finals: Iterable[Record]) -> Choice:
     return Choice((), f"none of {len(found)} finalists was measured at all {len(sizes)} sizes and is faster")
 
 
-def by_size(finals: Iterable[Record]) -> dict[tuple[int, int], list[Record]]:
-    """The finals of one kernel by s_q and s_kv, those with times, of each decisions the latest."""
-    latest: dict[tuple[int, int], dict[tuple, Record]] = {}
+def by_size(finals: Iterable[Record]) -> dict[tuple[int, int, int], list[Record]]:
+    """The finals of one kernel by s_q, s_kv and h_q (0 where there is none): with times, of each decisions the latest.
+
+    A kernel for few heads was perhaps measured for several numbers of them.
+    """
+    latest: dict[tuple[int, int, int], dict[tuple, Record]] = {}
     for record in finals:
         if record.kind == "final" and record.error is None:
-            of = latest.setdefault((record.shape["s_q"], record.shape["s_kv"]), {})
+            of = latest.setdefault((record.shape["s_q"], record.shape["s_kv"], record.shape.get("h_q", 0)), {})
             known = of.get(as_key(record.decisions))
             if known is None or known.date <= record.date:
                 of[as_key(record.decisions)] = record

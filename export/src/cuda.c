@@ -6,8 +6,6 @@
 #include "cuda.h"
 #include "cuda_driver.h"
 
-enum { MAX_DEVICES = 64 };
-
 /* A device, and its set's kernels: handles that are valid in every context. */
 static struct device {
   struct cuda_device properties;
@@ -19,9 +17,10 @@ static struct device {
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* By the driver's own rule: machine code runs on its architecture and on later ones of the same generation, unless it is
- * for that architecture alone. GPUs of Tegra (8.7, 10.1) run no other architecture's. */
+ * for that architecture alone. GPUs of Tegra (8.7, 10.1) run no other architecture's, and no others run theirs. */
+static int is_tegra(int number) { return number == 87 || number == 101; }
 static int runs_on(const struct cuda_arch *arch, int capability) {
-  if (arch->exact || capability == 87 || capability == 101) return arch->number == capability;
+  if (arch->exact || is_tegra(capability) || is_tegra(arch->number)) return arch->number == capability;
   return arch->number / 10 == capability / 10 && arch->number <= capability;
 }
 
