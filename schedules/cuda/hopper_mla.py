@@ -171,6 +171,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
                 fill(0, 0, 1 - j % 2)
                 if second:
                     fill(1, 0, 1 - j % 2)
+                # By now it is known which rows come next.
+                gather.expect()
                 fill(0, 1, 1 - j % 2)
                 if second:
                     fill(1, 1, 1 - j % 2)

@@ -78,6 +78,11 @@ class Gather:
 class RowGather(Gather):
     """Copies rows as they are. An index out of bounds is a row of zeros, not read."""
 
+    @T.inline
+    def expect(self):
+        """Nothing need be asked for: copies run ahead by themselves."""
+        pass
+
     @staticmethod
     def arrivals(half: int, d_qk: int) -> int:
         """Arrivals that fill a half of a slot: of each thread's copies, and of each warp that told which keys count."""

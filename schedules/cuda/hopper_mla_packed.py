@@ -11,6 +11,7 @@ from .device import call
 from .hopper_mla_decisions import D_V, WARPGROUP
 from .hopper_mla_gather import AT_A_TIME, OF_A_WARP, Gather
 from .hopper_mla_products import half_atom
+from .packed_gather import row_bytes
 
 #: Where the parts of a row begin.
 SCALES = 512
@@ -21,6 +22,9 @@ TIMES = OF_A_WARP // AT_A_TIME
 #: Loads of 16 bytes with which eight threads have half a row.
 LOADS = D_V // 2 // 16 // 8
 
+#: Bytes that are fetched together from memory.
+LINE = 128
+
 
 @T.meta_class
 class PackedGather(Gather):
@@ -29,6 +33,8 @@ class PackedGather(Gather):
     def __init__(self, tx, index, m, rows, s_kv, slots, counts, d_qk: int) -> None:
         super().__init__(tx, index, m, rows, s_kv, slots, counts, d_qk)
         self.has_key_only = d_qk > D_V
+        self.width = row_bytes(d_qk, D_V)
+        self.line_pairs = -(-self.width // (2 * LINE))
         self.raw = T.alloc_local((TIMES, LOADS, 4), "uint32")
         self.scale = T.alloc_local((LOADS,), "float32")
 
@@ -36,6 +42,21 @@ class PackedGather(Gather):
     def arrivals(half: int, d_qk: int) -> int:
         """Arrivals that fill a half of a slot: of each thread, and in half 1 of each thread's copies, if there are."""
         return WARPGROUP * (1 + half * (d_qk > D_V))
+
+    @T.inline
+    def expect(self):
+        """Asks for the rows of the pair after this one: what a half waits for is then no more than the cache.
+
+        Loads to registers, which there are too few of, cannot run ahead as asynchronous copies do.
+        """
+        for s in T.unroll(2):
+            if self.ahead[s] >= 0 and T.Cast("int64", self.ahead[s]) < self.s_kv:
+                for n in T.unroll(self.line_pairs):
+                    # Two lanes know the same row.
+                    line: T.let = n * 2 + self.lane // OF_A_WARP
+                    at: T.let = T.min(line * LINE, self.width - 1)
+                    row: T.let = T.address_of(self.rows[T.Cast("int64", self.ahead[s]), at])
+                    T.evaluate(call("prefetch", row, dtype="void"))
 
     @T.inline
     def fill(self, slot, half, ready, free, parity):

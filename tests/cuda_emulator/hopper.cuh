@@ -19,6 +19,9 @@ DSA_DEVICE void dsa_mbarrier_expect(void *barrier, int bytes) {
 }
 DSA_DEVICE void dsa_mbarrier_wait(void *barrier, int parity) { emulator::mbarrier_wait(barrier, parity); }
 DSA_DEVICE void dsa_fence_async() { emulator::publish(); }
+/* An address where there is nothing faults here, and is ignored by a GPU. */
+DSA_DEVICE void dsa_prefetch(const void *from) { (void)*(const volatile char *)from; }
+
 DSA_DEVICE void dsa_barrier_arrive(int id, int threads) {
   if (emulator::barrier_arrive(id, threads)) emulator::pause();
 }
