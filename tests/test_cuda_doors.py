@@ -14,6 +14,7 @@ from cuda_operator_cases import D_IDX, D_QK, D_V
 
 import dsa_tvm
 from dsa_tvm import library
+from dsa_tvm.records.gpu import BUCKETS, stage_of
 
 pytest.importorskip("tvm", reason="building needs apache-tvm")
 
@@ -114,11 +115,23 @@ Call("lightning_indexer", inputs, {{}}, [out]).run(Options(ctypes.sizeof(Options
     ],
 )
 def test_how_the_indexer_is_cut(built, recorder, s_q, s_kv, stage, grid):
+    assert launch_of_the_indexer(built, recorder, s_q, s_kv) == (stage, grid)
+
+
+def launch_of_the_indexer(built, recorder, s_q, s_kv):
+    """The stage of its kernel, and the grid."""
     pytest.importorskip("ml_dtypes")
     done = python(INDEXER.format(s_q=s_q, s_kv=s_kv), environment(built, recorder))
     assert done.returncode == 0, done.stderr
     (launch,) = [line.split() for line in done.stderr.splitlines() if line.startswith("launch")]
-    assert f"__{stage}__" in launch[1] and " ".join(launch[3:5]) == grid, launch
+    return launch[1].split("__")[1], " ".join(launch[3:5])
+
+
+@pytest.mark.parametrize(("s_q", "s_kv"), BUCKETS["lightning_indexer"])
+def test_what_is_tuned_is_what_is_launched(built, recorder, s_q, s_kv):
+    types = ("float8_e4m3fn", "float8_e4m3fn")
+    stage, _ = launch_of_the_indexer(built, recorder, s_q, s_kv)
+    assert stage == stage_of("lightning_indexer", {"s_q": s_q, "s_kv": s_kv}, "sm_90a", types)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .selection import in_words, keeps_up
 
 #: The sizes that are measured: s_q and s_kv.
 BUCKETS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "lightning_indexer": ((1, 8192), (1, 65536), (64, 8192), (64, 65536), (4096, 8192), (4096, 65536)),
+    "lightning_indexer": ((1, 8192), (1, 65536), (8, 16384), (64, 65536), (4096, 8192), (4096, 65536)),
     "topk": ((1, 8192), (1, 65536), (64, 65536), (4096, 8192), (4096, 65536)),
     "sparse_mla": ((1, 65536), (64, 65536), (4096, 65536)),
     "sparse_mla_fp8": ((1, 65536), (64, 65536), (256, 65536)),
@@ -30,8 +30,9 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sparse_mla": (("bfloat16",),),
     "sparse_mla_fp8": (("bfloat16",),),
 }
-#: The indexer has a kernel for few queries, which is taken up to about so many scores.
-_FEW_SCORES = 2**19
+#: The indexer has a kernel for few queries. Up to how many scores depends on the GPU and on the decisions for many:
+#: from a quarter of a million for bf16 on sm_90a to some two million. The sizes that are measured are clear of that.
+_FEW_SCORES = 2**18
 #: Attention in 16 bits has a kernel for up to so many heads.
 FEW_HEADS = 16
 #: The stage of the operators that have one with decisions, but for few heads.
