@@ -23,6 +23,7 @@ step() { # NAME[:DETAIL] COMMAND...
   timeout -k 10 "${STEP_SECONDS:-1800}" "$@" > >(tee "$log") 2>&1 &
   running=$!
   wait "$running" || { failed=$((failed + 1)) && echo "== failed: see $log"; }
+  running=
 }
 # A step has a process group of its own, which Ctrl-C on the terminal does not reach.
 running=
