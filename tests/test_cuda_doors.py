@@ -107,10 +107,10 @@ Call("lightning_indexer", inputs, {{}}, [out]).run(Options(ctypes.sizeof(Options
         (1, 65536, "hopper_few", "1 128"),
         (4, 65536, "hopper_few", "4 32"),
         (8, 32768, "hopper_few", "8 16"),
-        # Too few queries for a block that takes 4 at a time.
+        # Of a block that takes 4 queries at a time, half would have none.
         (1, 131072, "hopper_few", "1 128"),
-        (3, 131072, "hopper_few", "3 43"),
-        (4, 131072, "hopper_many", "1 512"),
+        (2, 131072, "hopper_few", "2 64"),
+        (3, 131072, "hopper_many", "1 512"),
         (4096, 2048, "hopper_many", "1024 2"),
     ],
 )

@@ -33,10 +33,10 @@ static struct cut cut_for_few(const struct cuda_scoring *s, const struct cuda_li
   return cut_of(s, kernel, (resident ? resident : 1) * device->multiprocessors, 1);
 }
 
-/* Blocks with many queries read the keys fewer times, but there must be enough of them, and of queries. */
+/* Blocks with many queries read the keys fewer times, but there must be enough of them, and queries for half of one. */
 static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *many, int64_t processors) {
   int64_t queries = s->m1 - s->m0, tiles = divide_up(s->s_kv, many->block_keys);
-  return queries < many->queries ||
+  return 2 * queries <= many->queries ||
          divide_up(queries, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
 }
 
