@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 #: The one that some kernels use the own instructions of.
 HOPPER = "sm_90a"
 
+#: Rows of a product of a warp's tensor cores. For at most so many heads the attention in 16 bits has a kernel of its own.
+FEW_HEADS = 16
+
 #: Shared memory that a block can have, in KiB, by compute capability; others are taken to have the least of it.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 101: 227, 103: 227, 110: 227}
 _LEAST_SHARED_KIB = 99
-#: What a multiprocessor has beside: a KiB that the system takes for every block, registers, which warps get by 256,
+#: What a multiprocessor has beside: bytes that the system takes for every block, registers, which warps get by 256,
 #: and places for threads.
-_SYSTEM_KIB = 1
+SYSTEM_SHARED = 1 << 10
 _REGISTERS, _REGISTER_UNIT = 65536, 256
 _THREADS = {80: 2048, 90: 2048, 100: 2048, 103: 2048}
 _LEAST_THREADS = 1536
@@ -33,7 +36,7 @@ _TENSOR_FLOPS = {
 }
 _MOST_TENSOR_FLOPS = 8192
 #: GPUs of Tegra: they run machine code of their own architecture only, and no others run theirs.
-_TEGRA = (87, 101)
+TEGRA = (87, 101)
 #: From this capability on, elements of 8 bits are twice as fast.
 _HAS_FP8 = 89
 
@@ -56,7 +59,7 @@ def is_exact(arch: str) -> bool:
 def runs_on(arch: str, capability: int) -> bool:
     """Whether a GPU of that compute capability, 90 for 9.0, runs machine code for `arch`: the driver's own rule."""
     number = number_of(arch)
-    if is_exact(arch) or capability in _TEGRA or number in _TEGRA:
+    if is_exact(arch) or capability in TEGRA or number in TEGRA:
         return number == capability
     return number // 10 == capability // 10 and number <= capability
 
@@ -68,8 +71,14 @@ def best_for(capability: int, archs: Iterable[str]) -> str | None:
 
 
 def shared_bytes(arch: str) -> int:
-    """Shared memory that a block can have on every GPU that runs code for `arch`."""
-    return _SHARED_KIB.get(number_of(arch), _LEAST_SHARED_KIB) << 10
+    """Shared memory that a block can have on every GPU that runs code for `arch`; ``"cuda"`` stands for any GPU."""
+    number = number_of(arch) if is_arch(arch) else 0
+    return _SHARED_KIB.get(number, _LEAST_SHARED_KIB) << 10
+
+
+def shared_bytes_of_each(arch: str, blocks: int) -> int:
+    """Shared memory that a block can have where a multiprocessor is to have so many of them at a time."""
+    return (shared_bytes(arch) + SYSTEM_SHARED) // blocks - SYSTEM_SHARED
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
@@ -87,10 +96,9 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
     """
     number, warps = number_of(arch), -(-threads // _WARP)
     of_a_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
-    system = _SYSTEM_KIB << 10
     return min(
         _REGISTERS // of_a_warp // warps,
-        (shared_bytes(arch) + system) // (shared + system),
+        (shared_bytes(arch) + SYSTEM_SHARED) // (shared + SYSTEM_SHARED),
         _THREADS.get(number, _LEAST_THREADS) // threads,
     )
 

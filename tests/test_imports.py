@@ -19,7 +19,7 @@ ALLOWED = {
     "files": set(),
     "spec": {"errors"},
     "ops": {"packing", "spec"},
-    "schedules": {"ops", "spec"},
+    "schedules": {"gpu_archs", "ops", "spec"},
     "dlpack": set(),
     "tensors": {"dlpack", "errors", "spec"},
     "packing": {"element_types", "errors", "tensors"},

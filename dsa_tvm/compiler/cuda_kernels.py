@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from ..gpu_archs import HOPPER
+from ..gpu_archs import FEW_HEADS, HOPPER
 from ..ops import OPS, sparse_mla_fp8
 from ..schedules.cuda import combine, hopper_indexer, hopper_mla, lightning_indexer, packed_gather, sparse_mla, topk
 from ..spec import Dim
@@ -169,8 +169,8 @@ def _attentions(
     most = dims["h_q"].maximum
     for d_qk, d_v in served:
         limits: list[dict[str, int]] = [{}]
-        if variant["T"] != "float32" and most > sparse_mla.FEW_HEADS:
-            limits.append({"h_q": sparse_mla.FEW_HEADS})
+        if variant["T"] != "float32" and most > FEW_HEADS:
+            limits.append({"h_q": FEW_HEADS})
         for limit in limits:
             default = sparse_mla.default(types, arch, few_heads=bool(limit))
             c = chosen("few_heads" if limit else "attend", variant, {"d_qk": d_qk, "d_v": d_v}, default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..gpu_archs import is_exact, number_of
+from ..gpu_archs import SYSTEM_SHARED, TEGRA, is_exact, number_of
 from .cuda import TENSOR_MAP, Function, KernelSet
 
 # As in internal.h and cuda.h.
@@ -111,5 +111,7 @@ def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path], t
             *heads,
             f"}};\nconst int dsa_num_cuda_kernels = {len(rows)}, dsa_num_cuda_sets = {len(sets)};\n",
             f"const int dsa_cuda_toolkit = {1000 * toolkit[0] + 10 * toolkit[1]};\n",
+            f"const int dsa_cuda_tegra[] = {{{', '.join(map(str, (*TEGRA, 0)))}}};\n",
+            f"const int dsa_cuda_system_shared = {SYSTEM_SHARED};\n",
         ]
     )

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..gpu_archs import HOPPER, is_arch
+from ..gpu_archs import FEW_HEADS, HOPPER, is_arch
 from ..ops import OPS
 from ..spec import completed
 from .record import Record, as_key
@@ -30,11 +30,10 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sparse_mla": (("bfloat16",),),
     "sparse_mla_fp8": (("bfloat16",),),
 }
-#: The indexer has a kernel for few queries. Up to how many scores depends on the GPU and on the decisions for many:
-#: from a quarter of a million for bf16 on sm_90a to some two million. The sizes that are measured are clear of that.
+#: The indexer has a kernel for few queries. Its decisions are tuned at up to so many scores, the others' at more. (When
+#: a library launches it depends on the GPU's multiprocessors as well: cuda_stages.c. One that is made for tuning always
+#: launches the stage that is tuned.)
 _FEW_SCORES = 2**18
-#: Attention in 16 bits has a kernel for up to so many heads.
-FEW_HEADS = 16
 #: The stage of the operators that have one with decisions, but for few heads.
 _STAGES = {"topk": "rows", "sparse_mla": "attend", "sparse_mla_fp8": "attend"}
 #: Element types of the kernels of Hopper's own instructions.

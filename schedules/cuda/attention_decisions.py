@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...gpu_archs import FEW_HEADS, shared_bytes
 from .attention_fma import FmaTiles
 from .attention_mma import MmaTiles
 from .device import WARP, Place, SharedPool
@@ -24,9 +25,6 @@ def tiles_of(dtype: str):
 
 #: Stages of the operator: `combine` follows where the keys were cut into parts.
 STAGES = ("attend", "combine")
-
-#: Heads up to which blocks of so many heads are the better ones.
-FEW_HEADS = 16
 
 #: Registers of a thread that hold neither queries nor sums.
 _OTHER_REGISTERS = 48
@@ -141,7 +139,7 @@ DEFAULT_F32 = {
     "cuda": Decisions(heads=16, block_keys=8, stages=3, warps=8, score_split=1, split_keys=64),
     "sm_80": Decisions(heads=16, block_keys=16, stages=3, warps=8, score_split=1, split_keys=64),
 }
-DEFAULT_FEW_HEADS = Decisions(heads=16, block_keys=16, stages=3, warps=8, score_split=8, split_keys=64)
+DEFAULT_FEW_HEADS = Decisions(heads=FEW_HEADS, block_keys=16, stages=3, warps=8, score_split=8, split_keys=64)
 
 #: Packed rows have a ring of their own, for which sm_80 has no room beside 32 keys.
 DEFAULT_PACKED = {
@@ -149,9 +147,6 @@ DEFAULT_PACKED = {
     "sm_90a": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),
     "sm_100": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),
 }
-
-#: Bytes of shared memory that a block may have, where that is more than on any GPU.
-SHARED_LIMIT = {"cuda": 99 << 10, "sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
 
 
 def default(variant: dict[str, str], arch: str = "cuda", few_heads: bool = False) -> Decisions:
@@ -181,7 +176,7 @@ def default(variant: dict[str, str], arch: str = "cuda", few_heads: bool = False
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
     """The values of each decision that are worth trying on `target`."""
-    small = SHARED_LIMIT.get(target, SHARED_LIMIT["cuda"]) == SHARED_LIMIT["cuda"]
+    small = shared_bytes(target) == shared_bytes("cuda")
     return {
         "heads": (16, 32, 64),
         "block_keys": (8, 16, 32) if small else (8, 16, 32, 48, 64),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...gpu_archs import HOPPER, shared_bytes_of_each
+
 #: Types whose products wgmma makes: bytes of an element.
 WIDTH = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-
-#: Shared memory of a multiprocessor, and what each of its blocks takes of it for the system.
-_SHARED, _RESERVED = 228 << 10, 1 << 10
 
 #: By consumer warpgroups: registers of a thread of the producer, and of the consumers. Together no more than a block of
 #: so many threads is given at its launch.
@@ -86,7 +85,7 @@ class Decisions:
     @property
     def shared_limit(self) -> int:
         """Shared memory that each of them can have, in bytes."""
-        return _SHARED // self.blocks - _RESERVED
+        return shared_bytes_of_each(HOPPER, self.blocks)
 
     @property
     def block_keys(self) -> int:

@@ -136,9 +136,6 @@ def exchange(places: SharedPool) -> tuple[Place, ...]:
 #: bf16 and f16 alike.
 DEFAULT = {"sm_90a": Decisions(consumer_registers=208, split_keys=128)}
 
-#: Bytes of shared memory that a block may have.
-SHARED_LIMIT = {"sm_90a": 227 << 10}
-
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
     """The values of each decision that are worth trying on `target`."""

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...gpu_archs import shared_bytes, shared_bytes_of_each
+
 #: Bytes of each element type.
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
-
-#: The most shared memory that a block can have, by architecture; "cuda" is every device served.
-SHARED_LIMIT = {"cuda": 99 << 10, "sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}
-
-#: How much of it the defaults take: where there is more, two blocks share it, and one computes while the other waits.
-_SHARE = {"cuda": 99 << 10, "sm_80": 81 << 10, "sm_90a": 113 << 10, "sm_100": 113 << 10}
 
 #: Heads of the widest query, for which memory is planned.
 MAX_HEADS = 64
@@ -124,6 +120,9 @@ def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = 
     product = product_of(variant, arch)
     arch = arch if arch in DEFAULT else "cuda"
     base = DEFAULT[arch]
+    # Where there is more than the least, two blocks share it: one computes while the other waits.
+    shares = 2 if shared_bytes(arch) > shared_bytes("cuda") else 1
+    limits = shared_bytes_of_each(arch, shares), shared_bytes(arch)
     if few_queries:
         base = replace(base, warps=4)
         sizes = [(1, stages) for stages in (4, 3, 2, 1)]
@@ -134,7 +133,7 @@ def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = 
     else:
         sizes = [(queries, 1) for queries in (8, 6, 4, 3, 2, 1)]
     for warps, key_tiles in ((base.warps, 2), (base.warps // 2, 2), (2, 1), (1, 1)):
-        for limit in (_SHARE[arch], SHARED_LIMIT[arch]):
+        for limit in limits:
             for queries, stages in sizes:
                 c = replace(base, warps=warps, key_tiles=key_tiles, queries=queries, stages=stages)
                 if c.shared_bytes(variant, product, d_idx, MAX_HEADS) <= limit:

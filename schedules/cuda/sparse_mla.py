@@ -16,8 +16,6 @@ from tvm.script import tirx as T
 
 from .attention_decisions import (
     DEFAULT,
-    FEW_HEADS,
-    SHARED_LIMIT,
     STAGES,
     Decisions,
     choices,
@@ -33,8 +31,6 @@ from .packed_gather import PackedGather, row_bytes
 __all__ = [
     "DEFAULT",
     "EMPTY",
-    "FEW_HEADS",
-    "SHARED_LIMIT",
     "STAGES",
     "STATS",
     "Decisions",

@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from dsa_tvm.gpu_archs import shared_bytes
 from dsa_tvm.ops import OPS
 
 pytest.importorskip("tvm")
 
 from dsa_tvm.schedules.cuda.lightning_indexer import (
     DEFAULT,
-    SHARED_LIMIT,
     Decisions,
     choices,
     default,
@@ -24,15 +24,13 @@ SPEC = OPS["lightning_indexer"]
 BF16 = SPEC.variants[1]
 
 
-@pytest.mark.parametrize("arch", [*SHARED_LIMIT, "sm_86"])
+@pytest.mark.parametrize("arch", [*DEFAULT, "sm_86"])
 @pytest.mark.parametrize("d_idx", [32, 64, 96, 128])
 def test_defaults_fit(d_idx, arch):
     for variant in SPEC.variants:
         for few_queries in (False, True):
             c = default(variant, d_idx, few_queries, arch)
-            assert c.shared_bytes(variant, product_of(variant, arch), d_idx, 64) <= SHARED_LIMIT.get(
-                arch, SHARED_LIMIT["cuda"]
-            )
+            assert c.shared_bytes(variant, product_of(variant, arch), d_idx, 64) <= shared_bytes(arch)
             assert all(getattr(c, name) in values for name, values in choices(arch).items())
             assert default(variant, d_idx, few_queries, "sm_86") == default(variant, d_idx, few_queries)
 

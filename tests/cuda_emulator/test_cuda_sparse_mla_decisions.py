@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dsa_tvm.gpu_archs import shared_bytes
 from dsa_tvm.ops import OPS
 
 pytest.importorskip("tvm")
@@ -19,7 +20,7 @@ SPEC = OPS["sparse_mla"]
 @pytest.mark.parametrize("few_heads", [False, True])
 def test_defaults_are_choices_that_fit(arch, variant, few_heads):
     c = default(variant, arch, few_heads)
-    limit = sparse_mla.SHARED_LIMIT.get(arch, sparse_mla.SHARED_LIMIT["cuda"])
+    limit = shared_bytes(arch)
     for d_qk in (512, 576):
         c.check(variant, d_qk, 512)
         assert c.shared_bytes(variant, d_qk, 512) <= limit

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from dsa_tvm.schedules.cuda import hopper_mla
 from dsa_tvm.schedules.cuda.hopper_mla import Decisions
+
+from dsa_tvm.gpu_archs import shared_bytes
 
 from cuda_emulator.attention import SPEC
 from cuda_emulator.hopper_mla_launch import D_V, DEFAULT
@@ -16,7 +17,7 @@ from cuda_emulator.hopper_mla_launch import D_V, DEFAULT
 @pytest.mark.parametrize("variant", [v for v in SPEC.variants if v["T"] != "float32"], ids=lambda v: v["T"])
 def test_defaults_fit_in_shared_memory(variant):
     for d_qk in (512, 576):
-        assert DEFAULT.shared_bytes(variant, d_qk, 512) <= hopper_mla.SHARED_LIMIT["sm_90a"]
+        assert DEFAULT.shared_bytes(variant, d_qk, 512) <= shared_bytes("sm_90a")
 
 
 @pytest.mark.parametrize("wrong", [{"consumer_registers": 220}, {"consumer_registers": 240}, {"split_keys": 96}])
