@@ -51,6 +51,12 @@ def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
     }
 
 
+def repeat_rows(array, distinct):
+    """In place: row i becomes row ``i % distinct``, as tokens of repetitive text are alike."""
+    array[:] = array[np.arange(len(array)) % distinct]
+    return array
+
+
 def packed_attention_inputs(rng, **sizes):
     """Arguments of `sparse_mla_fp8`, likewise; d_v is 512."""
     arguments = attention_inputs(rng, "bfloat16", **sizes)

@@ -36,6 +36,7 @@ class FmaTiles:
         self.weight = T.alloc_local((8,), "float32")
         self.value = T.alloc_local((4,), "float32")
         self.sums = T.alloc_local((self.items, 8, 4), "float32")
+        self.block = T.alloc_local((8, 4), "float32")
 
     @staticmethod
     def arrays(places: SharedPool, c, d_qk: int, slots: int) -> tuple[Place, ...]:
@@ -105,6 +106,10 @@ class FmaTiles:
         for n in T.unroll(self.items):
             item: T.let = n * self.threads + self.tx
             if self.full or item < self.all_items:
+                # A block is summed from zero: thousands of additions to one sum would exceed the tolerance of f32.
+                for h in T.unroll(8):
+                    for e in T.unroll(4):
+                        self.block[h, e] = T.float32(0)
                 for j in T.unroll(self.block_keys):
                     for half in T.unroll(2):
                         at: T.let = T.address_of(self.weights[j, item // self.quads * 8 + half * 4])
@@ -113,7 +118,10 @@ class FmaTiles:
                     T.evaluate(call("get_128", T.address_of(self.value[0]), values, dtype="void"))
                     for h in T.unroll(8):
                         for e in T.unroll(4):
-                            self.sums[n, h, e] = self.sums[n, h, e] + self.weight[h] * self.value[e]
+                            self.block[h, e] = self.block[h, e] + self.weight[h] * self.value[e]
+                for h in T.unroll(8):
+                    for e in T.unroll(4):
+                        self.sums[n, h, e] = self.sums[n, h, e] + self.block[h, e]
 
     @T.inline
     def each_pair(self, emit):

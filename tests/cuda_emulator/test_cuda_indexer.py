@@ -116,6 +116,12 @@ def test_kernels(emulator, name, scaled):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_repetitive_rows(emulator, name):
+    variant, _, _, d_idx = KERNELS[name]
+    indexer.check_repetitive_rows(partial(launch, emulator, name), variant, 64, d_idx)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_unaligned(emulator, name):
     check(emulator, name, inputs(name, s_kv=131, h_idx=7, scaled=True), misalign=True)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from samples import DTYPES
+from samples import DTYPES, repeat_rows
 
 from cuda_emulator import Emulator
 
@@ -61,6 +61,21 @@ def test_lengths(emulator, name, topk):
 def test_many_keys(emulator, name):
     """Behind the first hundreds no weight is large any more."""
     check(emulator, name, inputs(name, topk=1500, s_kv=900))
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("distinct", [1, 3])
+@pytest.mark.parametrize(("topk", "parts"), [(2048, 1), (4096, 1), (4096, 64)])
+def test_repetitive_rows(emulator, name, distinct, topk, parts):
+    """Thousands of equal addends: a sum that is one chain of them errs the same way at every step."""
+    arguments = inputs(name, distinct, s_q=1, s_kv=50, h_q=2, topk=topk)
+    repeat_rows(arguments["kv"], distinct)
+    arguments["indices"][:] = np.arange(topk) % 50
+    check(emulator, name, arguments, parts=parts)
+    if name != "f32":
+        # As tensor cores do, which cut off what a sum has no place for.
+        with emulator.narrow_sums(23):
+            check(emulator, name, arguments, parts=parts)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -101,6 +101,12 @@ def inputs(name, seed=0, **sizes):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_repetitive_rows(emulator, name):
+    variant, _, d_idx, heads = KERNELS[name]
+    indexer.check_repetitive_rows(partial(launch, emulator, name), variant, heads, d_idx)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_kernels(emulator, name, scaled):
     a = inputs(name, s_kv=400, h_idx=KERNELS[name][3], scaled=scaled)
