@@ -14,6 +14,34 @@ from tvm.script import tirx as T
 from .device import WARP, Place, SharedPool, call, shared
 
 
+#: Indices that a thread asks for at a time, before it looks at the first: one wait instead of so many.
+SCANNED = 8
+
+
+@T.inline
+def find_last(last, found, index, m, start, end, s_kv, thread, threads):
+    """Makes ``last[0]`` the position behind the last valid index in [start, end) of this thread's, `start` for none.
+
+    Parameters
+    ----------
+    last, found : Buffer
+        Local, int32 [1] and [SCANNED].
+    index : Buffer
+    m : expression
+        Row of `index`.
+    start, end, s_kv, thread, threads : expression
+    """
+    last[0] = start
+    for i in T.serial((T.max(end - start, 0) + (threads * SCANNED - 1)) // (threads * SCANNED)):
+        first: T.let = start + i * (threads * SCANNED) + thread
+        for a in T.unroll(SCANNED):
+            at: T.let = first + a * threads
+            found[a] = T.if_then_else(at < end, index[m, T.Cast("int64", at)], -1)
+        for a in T.unroll(SCANNED):
+            if found[a] >= 0 and T.Cast("int64", found[a]) < s_kv:
+                last[0] = first + a * threads + 1
+
+
 @T.meta_class
 class Gather:
     """Which rows are due.
@@ -52,6 +80,8 @@ class Gather:
         self.last = last
         self.start_at = T.local_scalar("int32")
         self.stop = T.local_scalar("int32")
+        self.own_stop = T.alloc_local((1,), "int32")
+        self.found = T.alloc_local((SCANNED,), "int32")
         self.row = T.alloc_local((self.own,), "int32")
 
     @staticmethod
@@ -63,13 +93,8 @@ class Gather:
     def begin(self, start, end):
         """Sets out at position `start`, to `stop`: before `end`, and behind it no index is valid."""
         self.start_at = start
-        self.stop = start
-        for i in T.serial(T.max(end - start, 0) // self.threads + 1):
-            at: T.let = start + i * self.threads + self.tx
-            if at < end:
-                index: T.let = self.index[self.m, T.Cast("int64", at)]
-                if index >= 0 and T.Cast("int64", index) < self.s_kv:
-                    self.stop = at + 1
+        find_last(self.own_stop, self.found, self.index, self.m, start, end, self.s_kv, self.tx, self.threads)
+        self.stop = self.own_stop[0]
         for r in T.unroll(5):
             self.stop = T.max(self.stop, call("shuffle_xor", self.stop, 1 << r))
         if self.lane == 0:

@@ -17,11 +17,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .device import WARP, SharedPool, call, shared
+from .gather import SCANNED, find_last
 from .hopper_mla_decisions import (
     DEFAULT,
     HEADS,
     KEYS,
-    SHARED_LIMIT,
     THREADS,
     WARPGROUP,
     Decisions,
@@ -39,7 +39,7 @@ from .online_softmax import LOG2_E
 from .packed_gather import PACKED, row_bytes
 from .sparse_mla import STATS
 
-__all__ = ["DEFAULT", "SHARED_LIMIT", "Decisions", "choices", "tensor_ir"]
+__all__ = ["DEFAULT", "Decisions", "choices", "tensor_ir"]
 
 
 def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tirx.PrimFunc:
@@ -123,6 +123,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
         gather = Gather(tx % WARPGROUP, INDEX, m, KV, s_kv, products.keys, counts, d_qk)
         end = T.local_scalar("int32")
         last = T.local_scalar("int32")
+        own_last = T.alloc_local((1,), "int32")
+        found = T.alloc_local((SCANNED,), "int32")
 
         @T.inline
         def fill(slot, half, parity):
@@ -142,13 +144,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
         end = T.Cast("int32", T.min(T.Cast("int64", start) + part_keys, topk))
         if has_length == 1:
             end = T.min(end, LENGTH[m])
-        last = start
-        for i in T.serial(T.max(end - start + (THREADS - 1), 0) // THREADS):
-            at: T.let = start + i * THREADS + tx
-            if at < end:
-                index: T.let = INDEX[m, T.Cast("int64", at)]
-                if index >= 0 and T.Cast("int64", index) < s_kv:
-                    last = at + 1
+        find_last(own_last, found, INDEX, m, start, end, s_kv, tx, THREADS)
+        last = own_last[0]
         for r in T.unroll(5):
             last = T.max(last, call("shuffle_xor", last, 1 << r))
         if tx % WARP == 0:

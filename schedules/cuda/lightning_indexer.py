@@ -11,11 +11,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .device import WARP, Place, SharedPool, call, shared
-from .indexer_decisions import DEFAULT, SHARED_LIMIT, WIDTH, Decisions, choices, default, planes, product_of, row_stride
+from .indexer_decisions import DEFAULT, WIDTH, Decisions, choices, default, planes, product_of, row_stride
 from .indexer_head_sum import HeadSum
 from .indexer_tiles import FmaScores, MmaScores, Rows
 
-__all__ = ["DEFAULT", "SHARED_LIMIT", "Decisions", "choices", "default", "product_of", "tensor_ir"]
+__all__ = ["DEFAULT", "Decisions", "choices", "default", "product_of", "tensor_ir"]
 
 #: Type of a buffer of each element type.
 STORAGE = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16", "float8_e4m3fn": "uint8", "int8": "uint8"}
@@ -134,9 +134,11 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
         # The keys of the run, from `base` on, that any query of the block can see, and their tiles.
         low = length
         high = 0
-        for i in T.serial(count):
-            begin: T.let = clamp(KS[first + i], base, base + length) - base
-            end: T.let = clamp(KE[first + i], base, base + length) - base
+        for i in T.unroll(QUERIES):
+            # The last one again where there are fewer: the loads need not wait for each other.
+            query: T.let = first + T.min(i, count - 1)
+            begin: T.let = clamp(KS[query], base, base + length) - base
+            end: T.let = clamp(KE[query], base, base + length) - base
             if begin < end:
                 low = T.min(low, begin)
                 high = T.max(high, end)
