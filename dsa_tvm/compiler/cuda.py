@@ -16,7 +16,7 @@ from ..gpu_archs import is_arch, number_of
 from ..schedules import CUDA_ARCHS
 from ..schedules.cuda.source import DEVICE_HEADERS, device_code, translation_unit
 from ..spec import Dim
-from . import cuda_text, linking
+from . import cuda_text, linking, resources
 from .cuda_kernels import ANY, OPERATORS, Kernel
 
 _OLDEST = 80
@@ -211,10 +211,16 @@ def compile_sets(
 
 
 def compile_unit(unit: Unit, targets: Iterable[str], fatbin: Path, nvcc: str = "nvcc") -> tuple[Path, str]:
-    """Compile one unit for `targets` into `fatbin`; also what the assembler said of every kernel."""
+    """Compile one unit for `targets` into `fatbin`; also what the assembler said of every kernel.
+
+    Raises
+    ------
+    BuildError
+        nvcc fails, or leaves a kernel fewer registers than its warpgroups wait for.
+    """
     source = fatbin.with_suffix(".cu")
     source.write_text(unit.text)
     code = [word for t in targets for word in ("-gencode", f"arch=compute_{t.partition('_')[2]},code={t}")]
-    return fatbin, linking.run(
-        [nvcc, *_FLAGS, *code, "-fatbin", "-o", str(fatbin), str(source)], directory=fatbin.parent
-    )
+    said = linking.run([nvcc, *_FLAGS, *code, "-fatbin", "-o", str(fatbin), str(source)], directory=fatbin.parent)
+    resources.expect_registers(said, unit)
+    return fatbin, said

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BuildError
 from ..gpu_archs import resident_blocks
 
 if TYPE_CHECKING:
-    from .cuda import KernelSet
+    from .cuda import KernelSet, Unit
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
@@ -21,6 +22,9 @@ _STATIC = re.compile(r"(\d+) bytes smem")
 #: Of its numbered remarks those on warpgroups: products that it serializes or waits for, registers that do not change
 #: hands.
 _REMARK = re.compile(r"\(C75\d\d\) [^\n]*")
+#: Registers of a thread, which whole warpgroups give away or take while the kernel runs.
+_CHANGE = re.compile(r"dsa_(?:fewer|more)_registers<(\d+)>")
+_WARPGROUP = 128
 _COLUMNS = ("threads", "registers", "stack", "spill_stores", "spill_loads", "static_shared", "dynamic_shared", "blocks")
 
 
@@ -55,6 +59,40 @@ def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]
             | {"blocks": resident_blocks(arch, threads, taken["registers"], static_shared + dynamic_shared)}
         )
     return entries
+
+
+def expect_registers(said: str, unit: Unit) -> None:
+    """Hold the registers that kernels are launched with against those that their warpgroups then share out.
+
+    Where the launch gives too few, the last warpgroup would wait for its registers for ever: the GPU hangs.
+
+    Parameters
+    ----------
+    said : str
+        Output of ``ptxas -v`` for `unit`.
+    unit : Unit
+
+    Raises
+    ------
+    BuildError
+        A kernel that would hang.
+    """
+    functions = {f.symbol: f for f in unit.functions}
+    for match in _ENTRY.finditer(said):
+        function = functions[match["kernel"]]
+        changes = [int(n) for n in _CHANGE.findall(function.definition)]
+        if not changes:
+            continue
+        groups, given = function.threads // _WARPGROUP, int(match["registers"])
+        # One warpgroup copies and has few, the others multiply.
+        needed = min(changes) + (groups - 1) * max(changes)
+        # Registers are given to a warp in eights for each thread.
+        if -(-given // 8) * 8 * groups < needed:
+            shares = f"{min(changes)} and {groups - 1} times {max(changes)}"
+            raise BuildError(
+                f"{function.symbol}: expected at least {-(-needed // groups)} registers of a thread, for its warpgroups "
+                f"have {shares} in turn, got {given} from this nvcc: on {match['arch']} the kernel would wait for ever"
+            )
 
 
 def remarks(said: Iterable[str]) -> list[str]:
