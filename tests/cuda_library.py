@@ -25,14 +25,17 @@ printf 'fatbin' > "$2"
 """
 
 
+def fake_nvcc(directory: Path) -> str:
+    """A command in `directory` that makes fatbins without code."""
+    fake = directory / "nvcc"
+    fake.write_text(_NVCC)
+    fake.chmod(0o755)
+    return str(fake)
+
+
 def build(directory: Path, sets: Sequence[cuda.KernelSet]) -> Path:
     """A library with this machine's CPU kernels and `sets`, whose machine code is left out without nvcc."""
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        fake = directory / "nvcc"
-        fake.write_text(_NVCC)
-        fake.chmod(0o755)
-        nvcc = str(fake)
+    nvcc = shutil.which("nvcc") or fake_nvcc(directory)
     targets = (dsa_tvm.active_target(), "cuda")
     with pytest.MonkeyPatch.context() as patch:
         # The build would make them anew.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ class Call:
 
     def __init__(self, op: str, inputs, attrs, outputs, devices: Mapping[str, tuple[int, int]] | None = None) -> None:
         spec = OPS[op]
-        self.library = ctypes.CDLL(library.get_library_path())
+        # One that was made for tuning has no manifest.
+        self.library = ctypes.CDLL(os.environ.get("GPU_CALL_LIBRARY") or library.get_library_path())
         self.library.dsa_tvm_last_error.restype = ctypes.c_char_p
         places = devices or {}
 

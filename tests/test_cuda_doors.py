@@ -6,21 +6,25 @@ import ctypes
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from cuda_emulator import EMULATED
-from cuda_library import HERE, build_driver, emulator, environment, python
+from cuda_library import HERE, build_driver, emulator, environment, fake_nvcc, python
 from cuda_operator_cases import D_IDX, D_QK, D_V
 
 import dsa_tvm
-from dsa_tvm import library
+from dsa_tvm import library, presets
 from dsa_tvm.records.gpu import BUCKETS, stage_of
 
 pytest.importorskip("tvm", reason="building needs apache-tvm")
 
 from dsa_tvm.schedules import CUDA_ARCHS
 
-from dsa_tvm.compiler import cuda
+from dsa_tvm.compiler import cuda, cuda_candidates
+from dsa_tvm.compiler.cuda_candidates import TunedKernel
+
+PRESET = presets.get("deepseek-v3.2")
 
 #: A call of topk whose tensors say they are on a GPU, in the memory of the process.
 CALL = """
@@ -88,12 +92,12 @@ def test_the_callers_context_is_used_if_it_is_one_of_the_device(built, recorder,
     assert ("push 0" in done.stderr) is pushed and "context 0" in done.stderr
 
 
-#: As in `CALL`, one of the indexer in fp8: 64 heads of 128. The driver writes down the launches and computes nothing.
+#: As in `CALL`, one of the indexer in fp8: 64 heads. The driver writes down the launches and computes nothing.
 INDEXER = """
 import ctypes, ml_dtypes, numpy as np
 from gpu_call import Call, Options
-q = np.zeros(({s_q}, 64, 128), ml_dtypes.float8_e4m3fn)
-k = np.zeros(({s_kv}, 128), ml_dtypes.float8_e4m3fn)
+q = np.zeros(({s_q}, 64, {d_idx}), ml_dtypes.float8_e4m3fn)
+k = np.zeros(({s_kv}, {d_idx}), ml_dtypes.float8_e4m3fn)
 n, weights, out = np.zeros({s_q}, "i4"), np.zeros(({s_q}, 64), "f"), np.zeros(({s_q}, {s_kv}), "f")
 inputs = dict(q=q, k=k, weights=weights, ks=n, ke=n, k_scale=None)
 Call("lightning_indexer", inputs, {{}}, [out]).run(Options(ctypes.sizeof(Options), 0, 4096))
@@ -118,10 +122,39 @@ def test_how_the_indexer_is_cut(built, recorder, s_q, s_kv, stage, grid):
     assert launch_of_the_indexer(built, recorder, s_q, s_kv) == (stage, grid)
 
 
-def launch_of_the_indexer(built, recorder, s_q, s_kv):
+@pytest.mark.parametrize(("resident", "runs"), [("1", 128), ("3", 256)])
+def test_few_queries_are_cut_for_the_blocks_that_fit(built, recorder, resident, runs):
+    """Keys of 64 bytes leave shared memory for two blocks of 640 threads, but registers perhaps for one."""
+    launch = launch_of_the_indexer(built, recorder, 1, 65536, 64, FAKE_RESIDENT=resident)
+    assert launch == ("hopper_few", f"1 {runs}")
+
+
+def test_tensor_maps_serve_all_groups_of_queries(built, recorder):
+    """Logits of 40 queries are made 16 at a time; what bulk copies read is described to the driver once."""
+    pytest.importorskip("ml_dtypes")
+    code = """
+import ctypes, ml_dtypes, numpy as np
+from gpu_call import Call, Options
+s_q, s_kv, topk = 40, 1 << 20, 64
+q = np.zeros((s_q, 64, 128), ml_dtypes.float8_e4m3fn)
+k = np.zeros((s_kv, 128), ml_dtypes.float8_e4m3fn)
+n, weights, out = np.zeros(s_q, "i4"), np.zeros((s_q, 64), "f"), np.zeros((s_q, topk), "i4")
+inputs = dict(q=q, k=k, weights=weights, ks=n, ke=n, k_scale=None)
+options = Options(ctypes.sizeof(Options), 0, 4096, 256, 1 << 40)
+Call("indexer_topk", inputs, dict(topk=topk), [out]).run(options)
+"""
+    done = python(code, environment(built, recorder))
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if line.startswith("launch dsa_lightning_indexer")]) == 3
+    assert len([line for line in lines if line.startswith("tensor map")]) == 2
+
+
+def launch_of_the_indexer(built, recorder, s_q, s_kv, d_idx=128, **variables):
     """The stage of its kernel, and the grid."""
     pytest.importorskip("ml_dtypes")
-    done = python(INDEXER.format(s_q=s_q, s_kv=s_kv), environment(built, recorder))
+    code = INDEXER.format(s_q=s_q, s_kv=s_kv, d_idx=d_idx)
+    done = python(code, environment(built, recorder, **variables))
     assert done.returncode == 0, done.stderr
     (launch,) = [line.split() for line in done.stderr.splitlines() if line.startswith("launch")]
     return launch[1].split("__")[1], " ".join(launch[3:5])
@@ -132,6 +165,24 @@ def test_what_is_tuned_is_what_is_launched(built, recorder, s_q, s_kv):
     types = ("float8_e4m3fn", "float8_e4m3fn")
     stage, _ = launch_of_the_indexer(built, recorder, s_q, s_kv)
     assert stage == stage_of("lightning_indexer", {"s_q": s_q, "s_kv": s_kv}, "sm_90a", types)
+
+
+@pytest.mark.parametrize("stage", ["hopper_few", "hopper_many"])
+@pytest.mark.parametrize("multiprocessors", ["32", "132"])
+def test_a_candidate_launches_the_stage_that_is_tuned(recorder, tmp_path, stage, multiprocessors):
+    """Whatever the launcher would choose on the GPU that measures it."""
+    types = ("float8_e4m3fn", "float8_e4m3fn")
+    kernel = TunedKernel("lightning_indexer", "sm_90a", stage, types, tuple(asdict(PRESET).items()))
+    nvcc = fake_nvcc(tmp_path)
+    (tmp_path / "shared").mkdir()
+    foundation = cuda_candidates.found(kernel, tmp_path / "shared", "cc", nvcc)
+    decisions = asdict(kernel.space().DEFAULT["sm_90a"])
+    candidate = tmp_path / "candidate.so"
+    cuda_candidates.make(kernel, foundation, decisions, candidate)
+    variables = {"FAKE_MULTIPROCESSORS": multiprocessors, "GPU_CALL_LIBRARY": str(candidate)}
+    for s_q in (1, 8, 4096):
+        launched, _ = launch_of_the_indexer(candidate, recorder, s_q, 16384, **variables)
+        assert launched == stage
 
 
 @pytest.mark.parametrize(
@@ -193,6 +244,100 @@ def test_failures(built, recorder, variables, words):
     done = python(CALL, environment(built, recorder, **variables))
     assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
     assert python(ON_CPU, environment(built, recorder, **variables)).returncode == 0
+
+
+#: Calls until one succeeds, and once more.
+PERSIST = """
+import ctypes, numpy as np
+from gpu_call import Call, Options, Refused
+x, n, out = np.zeros((3, 900), "f"), np.zeros(3, "i4"), np.full((3, 64), -7, "i4")
+call = Call("topk", {"logits": x, "ks": n, "ke": n}, {"topk": 64}, [out])
+refused = []
+for _ in range(4):
+    try:
+        call.run(Options(ctypes.sizeof(Options), 0, 4096))
+    except Refused as error:
+        refused.append(str(error))
+print(len(refused), *refused, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "failing", "images"),
+    [
+        # The second of four images, the last kernel's handle, its function, a shared memory's limit.
+        ("cuLibraryLoadData", "2-2", 5),
+        ("cuLibraryLoadData", "1-1", 4),
+        ("cuLibraryGetKernel", "30-30", 8),
+        ("cuKernelGetFunction", "1-1", 8),
+        ("cuKernelSetAttribute", "7-7", 8),
+        ("cuOccupancyMaxActiveBlocksPerMultiprocessor", "1-1", 8),
+        ("cuCtxPushCurrent_v2", "1-1", 4),
+        ("cuDevicePrimaryCtxRetain", "1-1", 4),
+        ("cuInit", "1-1", 4),
+        ("cuDeviceGetCount", "1-1", 4),
+    ],
+)
+@pytest.mark.parametrize("error", ["999", "2"])
+def test_a_failed_load_and_then_a_good_one(built, recorder, function, failing, images, error):
+    """Nothing of the failed one stays in the GPU's memory, and it is not remembered."""
+    variables = {"FAKE_FAILURE": function, "FAKE_FAILS": failing, "FAKE_ERROR": error}
+    done = python(PERSIST, environment(built, recorder, **variables))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "1" and "the failure that was asked for" in done.stdout, done.stdout
+    lines = done.stderr.splitlines()
+    assert lines.count("image") - lines.count("unload") == 4
+    if function != "cuLibraryGetKernel":
+        assert lines.count("image") == images
+    assert sum(line.startswith("launch") for line in lines) == 3
+    assert lines.count("push 0") == lines.count("pop 0") + (function == "cuCtxPushCurrent_v2")
+    retained = function not in ("cuDevicePrimaryCtxRetain", "cuInit", "cuDeviceGetCount")
+    assert lines.count("release 0") == retained
+
+
+@pytest.mark.parametrize(("error", "loads"), [("209", 1), ("222", 1), ("2", 4), ("719", 4)])
+def test_only_lasting_errors_are_remembered(built, recorder, error, loads):
+    """A driver that these kernels are not for is asked once; memory may be free next time."""
+    variables = {"FAKE_FAILURE": "cuLibraryGetKernel", "FAKE_ERROR": error}
+    done = python(PERSIST, environment(built, recorder, **variables))
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == "4", done.stdout + done.stderr
+    assert done.stderr.splitlines().count("image") == done.stderr.splitlines().count("unload") == loads
+
+
+def test_devices_of_a_kind_share_their_kernels(built, recorder):
+    """With CUDA_MODULE_LOADING=EAGER each library is copied to every context."""
+    code = (
+        CALL
+        + """
+for ordinal in (0, 1):
+    there = dict.fromkeys(("logits", "ks", "ke", "indices"), (2, ordinal))
+    call = Call("topk", {"logits": x, "ks": n, "ke": n}, {"topk": topk}, [out], there)
+    call.run(Options(ctypes.sizeof(Options), 0, 4096))
+"""
+    )
+    done = python(code, environment(built, recorder, FAKE_GPUS="2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines().count("image") == 4
+    assert "context 1" in done.stderr
+
+
+def test_a_forked_child_is_told(built, recorder):
+    code = (
+        CALL
+        + """
+if os.fork() == 0:
+    try:
+        call.run(Options(ctypes.sizeof(Options), 0, 4096))
+    except Exception as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+call.run(Options(ctypes.sizeof(Options), 0, 4096))
+"""
+    )
+    done = python(code, environment(built, recorder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3: topk: the CUDA driver was first used before this process was forked")
 
 
 def has_driver():

@@ -85,7 +85,7 @@ def found(kernel: TunedKernel, directory: Path, cc: str, nvcc: str) -> Foundatio
     spec_table.write(directory, DIMS, "0")
     (directory / "table.c").write_text(kernel_table.source([]))
     header = cuda_table.header([KernelSet((kernel.arch,), None, (unit,))])
-    (directory / "cuda_launch.h").write_text(header + "".join(_absent(kernel)))
+    (directory / "cuda_launch.h").write_text(header + "".join((*_absent(kernel), *_tuned(kernel))))
     source = linking.export_directory() / "src"
     files = [str(source / name) for name in (*linking.CORE, "api.c", "choose.c", *linking.CUDA)]
     linking.run([cc, "-O2", *linking.flags(directory), "-c", *files, *linking.GENERATED], directory=directory)
@@ -99,6 +99,15 @@ def _absent(kernel: TunedKernel) -> Iterator[str]:
             for stage in {k.stage: None for k in make(kernel.arch, DIMS, lambda *described: described[-1])}:
                 yield f"#define dsa_shape_{op}_{stage}(call) NULL\n"
                 yield f"#define dsa_launch_{op}_{stage}(call, ...) dsa_cuda_unserved(call)\n"
+
+
+def _tuned(kernel: TunedKernel) -> Iterator[str]:
+    """Which of two stages is launched: by itself the launcher chooses by the GPU's number of multiprocessors.
+
+    The kernel that has the candidate's decisions is then measured on every GPU.
+    """
+    if kernel.op == "lightning_indexer":
+        yield f"#define DSA_TUNED_FOR_FEW {int(kernel.stage.endswith('few'))}\n"
 
 
 def make(kernel: TunedKernel, foundation: Foundation, decisions: Mapping[str, int], out: Path) -> None:

@@ -2,23 +2,38 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "cuda.h"
 #include "cuda_driver.h"
 
-/* A device, and its set's kernels: handles that are valid in every context. */
+/* A device, and what it has of its set's kernels. */
 static struct device {
   struct cuda_device properties;
   cu_device handle;
   cu_context primary;
-  cu_kernel *kernels;
-  char refusal[256]; /* why the kernels did not load: they never will */
+  const cu_kernel *kernels; /* its set's; NULL until they are ready here */
+  int *resident;            /* blocks that a multiprocessor has threads and registers for, by kernel */
+  char refusal[256];        /* why this library has no kernels for it: it never will */
 } devices[MAX_DEVICES];
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* A set's kernels in memory. Their handles are valid in every context, so that all devices of a set share them: with
+ * CUDA_MODULE_LOADING=EAGER the driver copies each library to every context that there is. */
+struct loaded {
+  int num_libraries;
+  cu_library *libraries;
+  cu_kernel *kernels;
+};
+static struct loaded *loaded; /* by set */
+
 /* By the driver's own rule: machine code runs on its architecture and on later ones of the same generation, unless it is
- * for that architecture alone. GPUs of Tegra (8.7, 10.1) run no other architecture's, and no others run theirs. */
-static int is_tegra(int number) { return number == 87 || number == 101; }
+ * for that architecture alone. GPUs of Tegra run no other architecture's, and no others run theirs. */
+static int is_tegra(int number) {
+  for (const int *tegra = dsa_cuda_tegra; *tegra; tegra++)
+    if (*tegra == number) return 1;
+  return 0;
+}
 static int runs_on(const struct cuda_arch *arch, int capability) {
   if (arch->exact || is_tegra(capability) || is_tegra(arch->number)) return arch->number == capability;
   return arch->number / 10 == capability / 10 && arch->number <= capability;
@@ -66,34 +81,92 @@ static cu_result enter(const struct device *d, int *pushed) {
   return error;
 }
 
-static cu_result load_kernels(const struct device *d, cu_kernel *kernels) {
-  cu_library library = NULL;
+static void unload(struct loaded *l) {
+  for (int i = 0; i < l->num_libraries; i++) dsa_cu.cuLibraryUnload(l->libraries[i]);
+  free(l->libraries);
+  free(l->kernels);
+  *l = (struct loaded){0};
+}
+
+static cu_result load(struct loaded *l, const struct cuda_set *set) {
   cu_result error = 0;
   int image = -1;
+  l->libraries = calloc((size_t)dsa_num_cuda_kernels, sizeof *l->libraries);
+  l->kernels = calloc((size_t)dsa_num_cuda_kernels, sizeof *l->kernels);
+  if (!l->libraries || !l->kernels) error = CU_OUT_OF_MEMORY;
   for (int k = 0; k < dsa_num_cuda_kernels && !error; k++) {
-    cu_function function;
-    if (!d->properties.set->shapes[k].threads) continue;
+    if (!set->shapes[k].threads) continue;
+    cu_library *library = &l->libraries[l->num_libraries];
     if (dsa_cuda_kernels[k].image != image) {
       image = dsa_cuda_kernels[k].image;
-      error = dsa_cu.cuLibraryLoadData(&library, d->properties.set->images[image], NULL, NULL, 0, NULL, NULL, 0);
+      error = dsa_cu.cuLibraryLoadData(library, set->images[image], NULL, NULL, 0, NULL, NULL, 0);
+      if (!error) l->num_libraries++;
     }
-    if (!error) error = dsa_cu.cuLibraryGetKernel(&kernels[k], library, dsa_cuda_kernels[k].name);
-    /* Has it loaded now: a kernel that were loaded at its first launch would break a capture. */
-    if (!error) error = dsa_cu.cuKernelGetFunction(&function, kernels[k]);
-    if (!error)
-      error = dsa_cu.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, d->properties.shared_bytes,
-                                      kernels[k], d->handle);
+    if (!error) error = dsa_cu.cuLibraryGetKernel(&l->kernels[k], l->libraries[l->num_libraries - 1],
+                                                  dsa_cuda_kernels[k].name);
   }
   return error;
 }
 
+/* In the current context, which is one of the device. */
+static cu_result ready_kernels(const struct device *d, const struct loaded *l, int *resident) {
+  const struct cuda_device *p = &d->properties;
+  cu_result error = 0;
+  for (int k = 0; k < dsa_num_cuda_kernels && !error; k++) {
+    cu_function function;
+    if (!l->kernels[k]) continue;
+    /* Load eagerly: lazy loading at the first launch would break a capture. */
+    error = dsa_cu.cuKernelGetFunction(&function, l->kernels[k]);
+    if (!error)
+      error = dsa_cu.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, p->shared_bytes,
+                                          l->kernels[k], d->handle);
+    if (!error)
+      error = dsa_cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(&resident[k], function, p->set->shapes[k].threads, 0);
+  }
+  return error;
+}
+
+static int is_in_use(const struct loaded *l) {
+  for (int i = 0; i < MAX_DEVICES; i++)
+    if (devices[i].kernels && devices[i].kernels == l->kernels) return 1;
+  return 0;
+}
+
+/* Everything or nothing: a call that fails here leaves no memory of the GPU taken, however often it is repeated. */
+static cu_result load_kernels(struct device *d) {
+  if (!loaded) loaded = calloc((size_t)dsa_num_cuda_sets, sizeof *loaded);
+  int *resident = calloc((size_t)dsa_num_cuda_kernels, sizeof *resident);
+  if (!loaded || !resident) {
+    free(resident);
+    return CU_OUT_OF_MEMORY;
+  }
+  struct loaded *l = &loaded[d->properties.set - dsa_cuda_sets];
+  cu_result error = is_in_use(l) ? 0 : load(l, d->properties.set);
+  if (!error) error = ready_kernels(d, l, resident);
+  if (error) {
+    free(resident);
+    if (!is_in_use(l)) unload(l);
+    return error;
+  }
+  d->resident = resident;
+  d->kernels = l->kernels;
+  return 0;
+}
+
+/* Whether an error says that this driver and these kernels do not fit, so that trying again is of no use. Others pass:
+ * a GPU that is out of memory, or that another kernel has broken a context of. */
+static int is_lasting(cu_result error) {
+  return error == CU_INVALID_IMAGE || error == CU_NO_BINARY_FOR_GPU || error == CU_INVALID_PTX ||
+         error == CU_JIT_COMPILER_NOT_FOUND || error == CU_UNSUPPORTED_PTX_VERSION ||
+         error == CU_JIT_COMPILATION_DISABLED || error == CU_NOT_FOUND || error == CU_NOT_SUPPORTED;
+}
+
 /* A driver runs what nvcc of its own major version made, and of earlier ones. */
-static void refuse(struct device *d, int ordinal, cu_result error) {
-  int driver = 0, size = (int)sizeof d->refusal;
-  int used = snprintf(d->refusal, sizeof d->refusal, "the kernels do not load on CUDA device %d: %s", ordinal,
-                      dsa_cuda_error(error));
-  if (used < size && !dsa_cu.cuDriverGetVersion(&driver) && driver / 1000 < dsa_cuda_toolkit / 1000)
-    snprintf(d->refusal + used, sizeof d->refusal - (size_t)used,
+static void explain(char *words, size_t size, int ordinal, cu_result error) {
+  int driver = 0;
+  int used = snprintf(words, size, "the kernels do not load on CUDA device %d: %s", ordinal, dsa_cuda_error(error));
+  if (used < (int)size && !dsa_cu.cuDriverGetVersion(&driver) && driver / 1000 < dsa_cuda_toolkit / 1000)
+    snprintf(words + used, size - (size_t)used,
              " (the driver is for CUDA %d.%d, and nvcc %d.%d made them: they need a newer driver)", driver / 1000,
              driver % 1000 / 10, dsa_cuda_toolkit / 1000, dsa_cuda_toolkit % 1000 / 10);
 }
@@ -109,29 +182,27 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
              p->capability % 10, dsa_tvm_cuda_archs());
     return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
   }
-  int pushed = 0;
   if (!error) {
-    int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-    cu_kernel *kernels = calloc((size_t)dsa_num_cuda_kernels, sizeof *kernels);
+    int pushed = 0, mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
-    if (!kernels) error = CU_OUT_OF_MEMORY;
-    if (!error && !d->primary) error = dsa_cu.cuDevicePrimaryCtxRetain(&d->primary, d->handle);
+    cu_context primary = NULL, context;
+    error = dsa_cu.cuDevicePrimaryCtxRetain(&primary, d->handle);
+    d->primary = error ? NULL : primary;
     if (!error) error = enter(d, &pushed);
-    if (!error) error = load_kernels(d, kernels);
+    if (!error) error = load_kernels(d);
+    if (pushed) dsa_cu.cuCtxPopCurrent_v2(&context);
+    /* A context that nobody else uses takes hundreds of megabytes. */
+    if (error && d->primary) dsa_cu.cuDevicePrimaryCtxRelease_v2(d->handle);
     dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
-    if (error)
-      free(kernels);
-    else
-      d->kernels = kernels;
   }
-  cu_context context;
-  if (pushed) dsa_cu.cuCtxPopCurrent_v2(&context);
   if (!error) return DSA_TVM_OK;
   if (error == CU_OUT_OF_MEMORY)
     return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the kernels on CUDA device %d: %s", op, ordinal,
                     dsa_cuda_error(error));
-  refuse(d, ordinal, error);
-  return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
+  char words[sizeof d->refusal];
+  explain(words, sizeof words, ordinal, error);
+  if (is_lasting(error)) memcpy(d->refusal, words, sizeof words);
+  return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, words);
 }
 
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
@@ -183,6 +254,13 @@ const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first,
   return k < 0 ? NULL : &call->device->set->shapes[k];
 }
 
+int dsa_cuda_resident(const struct cuda_call *call, const struct cuda_shape *shape, int64_t shared_bytes) {
+  const struct cuda_device *p = call->device;
+  int system = dsa_cuda_system_shared, by_registers = devices[call->call->device_id].resident[shape - p->set->shapes];
+  int by_memory = (int)((p->shared_bytes + system) / (shared_bytes + system));
+  return by_registers < by_memory ? by_registers : by_memory;
+}
+
 dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call) {
   return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: this library has no CUDA kernel for these element types and lengths",
                   call->call->op->name);
@@ -209,10 +287,17 @@ dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int coun
                   dsa_cuda_error(error));
 }
 
+static int same_boxes(const struct cuda_boxes *a, const struct cuda_boxes *b) {
+  int same = a->data == b->data && a->element_bytes == b->element_bytes && a->rank == b->rank;
+  for (int i = 0; i < a->rank && same; i++) same = a->lengths[i] == b->lengths[i] && a->box[i] == b->box[i];
+  return same;
+}
+
 dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,
-                                   struct cuda_tensor_map *map) {
+                                   struct cuda_encoded *known) {
   static const unsigned one[3] = {1, 1, 1};
   int width = boxes->element_bytes, rank = boxes->rank, row = boxes->box[0] * width;
+  if (same_boxes(boxes, &known->boxes)) return DSA_TVM_OK;
   uint64_t lengths[3], strides[3];
   unsigned box[3];
   for (int i = 0; i < rank; i++) {
@@ -221,12 +306,13 @@ dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cu
     box[i] = (unsigned)boxes->box[i];
   }
   cu_result error = dsa_cu.cuTensorMapEncodeTiled(
-      map, width == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, (unsigned)rank,
+      &known->map, width == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, (unsigned)rank,
       (void *)boxes->data, lengths, strides, box, one, 0,
       row == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
       : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                   : CU_TENSOR_MAP_SWIZZLE_32B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
+  known->boxes = error ? (struct cuda_boxes){0} : *boxes;
   if (!error) return DSA_TVM_OK;
   return dsa_fail(DSA_TVM_INTERNAL, "%s: no tensor map: %s", call->call->op->name, dsa_cuda_error(error));
 }

@@ -62,14 +62,27 @@ extern const struct cuda_kernel dsa_cuda_kernels[];
 extern const struct cuda_set dsa_cuda_sets[];
 extern const int dsa_num_cuda_kernels, dsa_num_cuda_sets;
 extern const int dsa_cuda_toolkit; /* whose nvcc made them, 13000 for 13.0 */
+extern const int dsa_cuda_tegra[];  /* compute capabilities, and 0 behind: see gpu_archs.py */
+extern const int dsa_cuda_system_shared; /* bytes that the system takes of a multiprocessor's shared memory for a block */
 
 enum { MAX_DEVICES = 64 };
-/* What the system takes of a multiprocessor's shared memory for every block. */
-enum { SYSTEM_SHARED = 1 << 10 };
 struct cuda_device {
   int multiprocessors, capability; /* 90 for 9.0 */
-  int shared_bytes;                /* the most that a block may have; a multiprocessor has SYSTEM_SHARED more */
+  int shared_bytes;                /* the most that a block may have; a multiprocessor has dsa_cuda_system_shared more */
   const struct cuda_set *set;
+};
+
+/* A contiguous array at a multiple of 16 bytes, innermost length first, as bulk copies take it: boxes of it are copied to
+ * shared memory, rows of 32, 64 or 128 bytes swizzled. */
+struct cuda_boxes {
+  const void *data;
+  int element_bytes, rank; /* 1 or 2; 2 or 3 */
+  int64_t lengths[3];
+  int box[3];
+};
+struct cuda_encoded {
+  struct cuda_boxes boxes;
+  struct cuda_tensor_map map;
 };
 
 /* A call while it is enqueued. */
@@ -82,6 +95,7 @@ struct cuda_call {
   int measuring;       /* only the peak is asked for */
   int aligned;         /* all inputs of bytes, and of the types that a call may choose, are at multiples of 16 bytes */
   int pushed;
+  struct cuda_encoded queries, keys; /* the latest tensor maps: groups of queries share them */
 };
 
 /* cuda.c: makes a context of the call's device current: the caller's, where it has one on that device, else the primary
@@ -96,20 +110,15 @@ void dsa_cuda_end(struct cuda_call *call);
  * dsa_launch_<op>_<stage>, call these. */
 enum { MOST_SHARED = -1 }; /* for dynamic_bytes: what the kernel's shape says */
 dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call); /* the error for that */
+/* How many blocks of a kernel with so much shared memory a multiprocessor has at a time. */
+int dsa_cuda_resident(const struct cuda_call *call, const struct cuda_shape *shape, int64_t shared_bytes);
 const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count);
 dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
                                int64_t dynamic_bytes, void **args);
 
-/* cuda.c: the tensor map of a contiguous array at a multiple of 16 bytes, innermost length first: boxes of it are copied
- * to shared memory, rows of 32, 64 or 128 bytes swizzled. */
-struct cuda_boxes {
-  const void *data;
-  int element_bytes, rank; /* 1 or 2; 2 or 3 */
-  int64_t lengths[3];
-  int box[3];
-};
+/* cuda.c: makes `known` the tensor map of `boxes`, if it is not yet. */
 dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,
-                                   struct cuda_tensor_map *map);
+                                   struct cuda_encoded *known);
 
 /* cuda_operators.c: the next bytes of the workspace, aligned as it is. What is taken goes back by setting call->used to
  * what it was before: whatever is enqueued later may have it, for a stream is in order. */

@@ -30,7 +30,18 @@ struct cuda_pool_properties {
 
 enum {
   CU_OUT_OF_MEMORY = 2,
+  CU_STUB_LIBRARY = 34,
+  CU_NO_DEVICE = 100,
+  CU_INVALID_IMAGE = 200,
+  CU_NO_BINARY_FOR_GPU = 209,
+  CU_INVALID_PTX = 218,
+  CU_JIT_COMPILER_NOT_FOUND = 221,
+  CU_UNSUPPORTED_PTX_VERSION = 222,
+  CU_JIT_COMPILATION_DISABLED = 223,
+  CU_NOT_FOUND = 500,
   CU_NOT_SUPPORTED = 801,
+  CU_SYSTEM_DRIVER_MISMATCH = 803,
+  CU_COMPAT_NOT_SUPPORTED = 804,
   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
   CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
@@ -58,6 +69,7 @@ enum {
   X(cuDeviceGet, (cu_device * device, int ordinal))                                                                 \
   X(cuDeviceGetAttribute, (int *value, int attribute, cu_device device))                                            \
   X(cuDevicePrimaryCtxRetain, (cu_context * context, cu_device device))                                             \
+  X(cuDevicePrimaryCtxRelease_v2, (cu_device device))                                                               \
   X(cuCtxGetCurrent, (cu_context * context))                                                                        \
   X(cuCtxGetDevice, (cu_device * device))                                                                           \
   X(cuCtxPushCurrent_v2, (cu_context context))                                                                      \
@@ -65,10 +77,14 @@ enum {
   X(cuThreadExchangeStreamCaptureMode, (int *mode))                                                                 \
   X(cuLibraryLoadData, (cu_library * library, const void *code, int *jit_options, void **jit_values, unsigned jits, \
                         int *options, void **values, unsigned num_options))                                         \
+  X(cuLibraryUnload, (cu_library library))                                                                          \
   X(cuLibraryGetKernel, (cu_kernel * kernel, cu_library library, const char *name))                                 \
   X(cuKernelGetFunction, (cu_function * function, cu_kernel kernel))                                                \
   X(cuKernelSetAttribute, (int attribute, int value, cu_kernel kernel, cu_device device))                           \
+  X(cuOccupancyMaxActiveBlocksPerMultiprocessor,                                                                    \
+    (int *blocks, cu_function function, int threads, size_t shared_bytes))                                          \
   X(cuMemPoolCreate, (cu_memory_pool * pool, const struct cuda_pool_properties *properties))                        \
+  X(cuMemPoolDestroy, (cu_memory_pool pool))                                                                        \
   X(cuMemPoolSetAttribute, (cu_memory_pool pool, int attribute, void *value))                                       \
   X(cuMemAllocFromPoolAsync, (uint64_t *address, size_t bytes, cu_memory_pool pool, cu_stream stream))              \
   X(cuMemFreeAsync, (uint64_t address, cu_stream stream))                                                           \

@@ -2,20 +2,35 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <string.h>
+#include <unistd.h>
 
 struct cuda_driver dsa_cu;
 
 static char unavailable[512];
 static int found_devices;
+/* Whether that is for good. A GPU that is out of memory, or a system that is still starting, may be ready later. */
+static int settled;
+static atomic_int found_in; /* the process that started it */
+static pthread_mutex_t finding = PTHREAD_MUTEX_INITIALIZER;
 
 const char *dsa_cuda_error(cu_result error) {
   const char *text = NULL;
   return dsa_cu.cuGetErrorString(error, &text) || !text ? "unknown error" : text;
 }
 
+static int is_lasting(cu_result error) {
+  return error == CU_STUB_LIBRARY || error == CU_NO_DEVICE || error == CU_SYSTEM_DRIVER_MISMATCH ||
+         error == CU_COMPAT_NOT_SUPPORTED;
+}
+
 static void find_driver(void) {
-  void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  static void *driver;
+  unavailable[0] = 0;
+  settled = 1;
+  if (!driver) driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!driver) {
     snprintf(unavailable, sizeof unavailable, "no CUDA driver could be loaded (%s); it comes with NVIDIA's GPU driver",
              dlerror());
@@ -28,8 +43,10 @@ static void find_driver(void) {
   }
   DSA_CUDA_DRIVER(RESOLVE)
 #undef RESOLVE
+  found_in = getpid();
   cu_result error = dsa_cu.cuInit(0);
   if (!error) error = dsa_cu.cuDeviceGetCount(&found_devices);
+  settled = !error || is_lasting(error);
   if (error)
     snprintf(unavailable, sizeof unavailable, "the CUDA driver does not start: %s", dsa_cuda_error(error));
   else if (!found_devices)
@@ -37,8 +54,16 @@ static void find_driver(void) {
 }
 
 const char *dsa_cuda_find_driver(int *num_devices) {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
-  pthread_once(&once, find_driver);
+  static _Thread_local char words[sizeof unavailable];
+  /* Of a fork the driver itself only says that it is not initialized. Nothing is locked: who held it is not here. */
+  if (found_in && found_in != getpid())
+    return unavailable[0] ? unavailable
+                          : "the CUDA driver was first used before this process was forked and does not work here; "
+                            "start processes with spawn";
+  pthread_mutex_lock(&finding);
+  if (!settled) find_driver();
   *num_devices = found_devices;
-  return unavailable[0] ? unavailable : NULL;
+  memcpy(words, unavailable, sizeof words);
+  pthread_mutex_unlock(&finding);
+  return words[0] ? words : NULL;
 }

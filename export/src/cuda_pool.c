@@ -10,17 +10,23 @@ static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* A pool of our own: it keeps what it has, where the device's default one, which is others' too, gives back what is free
  * whenever somebody waits for the GPU. */
-static cu_result make_pool(int ordinal, cu_memory_pool *pool) {
+static cu_result make_pool(int ordinal, cu_memory_pool *made) {
   struct cuda_pool_properties properties = {
       .allocation = CU_MEM_ALLOCATION_TYPE_PINNED, .location = CU_MEM_LOCATION_TYPE_DEVICE, .ordinal = ordinal};
   uint64_t kept = UINT64_MAX;
+  cu_memory_pool pool = NULL;
   cu_device device;
   int supported = 0;
   cu_result error = dsa_cu.cuDeviceGet(&device, ordinal);
   if (!error) error = dsa_cu.cuDeviceGetAttribute(&supported, CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, device);
   if (!error && !supported) error = CU_NOT_SUPPORTED;
-  if (!error) error = dsa_cu.cuMemPoolCreate(pool, &properties);
-  if (!error) error = dsa_cu.cuMemPoolSetAttribute(*pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &kept);
+  if (!error) error = dsa_cu.cuMemPoolCreate(&pool, &properties);
+  if (error) return error;
+  error = dsa_cu.cuMemPoolSetAttribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &kept);
+  if (error)
+    dsa_cu.cuMemPoolDestroy(pool);
+  else
+    *made = pool;
   return error;
 }
 

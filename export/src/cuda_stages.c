@@ -26,15 +26,18 @@ static struct cut cut_for_many(const struct cuda_scoring *s, const struct cuda_l
                                const struct cuda_device *device) {
   return cut_of(s, kernel, BLOCKS_PER_MULTIPROCESSOR * device->multiprocessors, FEWEST_TILES);
 }
-static struct cut cut_for_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *kernel,
-                              const struct cuda_device *device, int64_t shared_bytes) {
-  int64_t resident = (device->shared_bytes + SYSTEM_SHARED) / (shared_bytes + SYSTEM_SHARED);
-  if (resident > BLOCKS_PER_MULTIPROCESSOR) resident = BLOCKS_PER_MULTIPROCESSOR;
-  return cut_of(s, kernel, (resident ? resident : 1) * device->multiprocessors, 1);
+static struct cut cut_for_few(const struct cuda_call *c, const struct cuda_scoring *s, const struct cuda_shape *shape,
+                              int64_t shared_bytes) {
+  int64_t resident = minimum(dsa_cuda_resident(c, shape, shared_bytes), BLOCKS_PER_MULTIPROCESSOR);
+  return cut_of(s, &shape->of.lightning_indexer, (resident ? resident : 1) * c->device->multiprocessors, 1);
 }
 
-/* Blocks with many queries read the keys fewer times, but there must be enough of them, and queries for half of one. */
+/* Blocks with many queries read the keys fewer times, but there must be enough of them, and queries for half of one. A
+ * library that is made for tuning launches the stage that is tuned, on whatever GPU. */
 static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *many, int64_t processors) {
+#ifdef DSA_TUNED_FOR_FEW
+  return (void)s, (void)many, (void)processors, DSA_TUNED_FOR_FEW;
+#endif
   int64_t queries = s->m1 - s->m0, tiles = divide_up(s->s_kv, many->block_keys);
   return 2 * queries <= many->queries ||
          divide_up(queries, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
@@ -52,14 +55,17 @@ static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_sco
                                       const struct cuda_shape *shape, int few) {
   const struct cuda_lightning_indexer *kernel = &shape->of.lightning_indexer;
   int width = c->call->in[0].dtype.bits / 8, d_idx = (int)c->call->dim[DIM_D_IDX], box = kernel->span / width;
-  struct cuda_tensor_map q_map, k_map;
-  struct cuda_boxes q = {s->q, width, 3, {d_idx, s->h_idx, s->m1}, {box, kernel->heads, kernel->box_queries}};
+  /* All queries of the call, so that the map serves every group of them. What a block copies of the next group's, it
+   * does not store. */
+  int64_t s_q = c->call->dim[DIM_S_Q];
+  struct cuda_boxes q = {s->q, width, 3, {d_idx, s->h_idx, s_q}, {box, kernel->heads, kernel->box_queries}};
   struct cuda_boxes k = {s->k, width, 2, {d_idx, s->s_kv}, {box, kernel->block_keys}};
-  dsa_tvm_status status = dsa_cuda_tensor_map(c, &q, &q_map);
-  if (status == DSA_TVM_OK) status = dsa_cuda_tensor_map(c, &k, &k_map);
+  dsa_tvm_status status = dsa_cuda_tensor_map(c, &q, &c->queries);
+  if (status == DSA_TVM_OK) status = dsa_cuda_tensor_map(c, &k, &c->keys);
   if (status != DSA_TVM_OK) return status;
-  struct cut cut = few ? cut_for_few(s, kernel, c->device, shape->shared_bytes) : cut_for_many(s, kernel, c->device);
-  return few ? SCORE(hopper_few, MOST_SHARED, &q_map, &k_map) : SCORE(hopper_many, MOST_SHARED, &q_map, &k_map);
+  struct cut cut = few ? cut_for_few(c, s, shape, shape->shared_bytes) : cut_for_many(s, kernel, c->device);
+  const struct cuda_tensor_map *q_map = &c->queries.map, *k_map = &c->keys.map;
+  return few ? SCORE(hopper_few, MOST_SHARED, q_map, k_map) : SCORE(hopper_many, MOST_SHARED, q_map, k_map);
 }
 #endif
 
@@ -79,7 +85,7 @@ dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s)
   int use_few = are_few(s, &many->of.lightning_indexer, processors);
   const struct cuda_lightning_indexer *kernel = &(use_few ? few : many)->of.lightning_indexer;
   int64_t shared_bytes = kernel->key_bytes + divide_up(s->h_idx, kernel->group) * kernel->group_bytes;
-  struct cut cut = use_few ? cut_for_few(s, kernel, c->device, shared_bytes) : cut_for_many(s, kernel, c->device);
+  struct cut cut = use_few ? cut_for_few(c, s, few, shared_bytes) : cut_for_many(s, kernel, c->device);
   return use_few ? SCORE(few, shared_bytes, s->q, s->k) : SCORE(many, shared_bytes, s->q, s->k);
 }
 #undef SCORE

@@ -1,6 +1,7 @@
 /* A CUDA driver that computes nothing and writes down what it is asked for. The environment says what it finds:
- * FAKE_VERSION, FAKE_GPUS, FAKE_CAPABILITY, FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE
- * (the function that fails). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
+ * FAKE_VERSION, FAKE_GPUS, FAKE_CAPABILITY, FAKE_MULTIPROCESSORS, FAKE_RESIDENT (blocks that registers allow on one),
+ * FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE: the function that fails, with FAKE_ERROR,
+ * in its calls FAKE_FAILS, such as 2-3 (by default in all). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,8 +12,13 @@ static int number(const char *name, int otherwise) {
 }
 
 static int outcome(const char *function) {
-  const char *failure = getenv("FAKE_FAILURE");
-  return failure && !strcmp(failure, function) ? 999 : 0;
+  static int calls;
+  const char *failure = getenv("FAKE_FAILURE"), *which = getenv("FAKE_FAILS");
+  int first = 1, last = 1 << 30;
+  if (!failure || strcmp(failure, function)) return 0;
+  if (which) sscanf(which, "%d-%d", &first, &last);
+  calls++;
+  return first <= calls && calls <= last ? number("FAKE_ERROR", 999) : 0;
 }
 
 #define OUTCOME outcome(__func__)
@@ -32,7 +38,7 @@ int cuDriverGetVersion(int *version) {
 }
 
 int cuGetErrorString(int error, const char **text) {
-  *text = error == 999 ? "the failure that was asked for" : NULL;
+  *text = error == number("FAKE_ERROR", 999) ? "the failure that was asked for" : NULL;
   return *text == NULL;
 }
 
@@ -49,7 +55,7 @@ int cuDeviceGet(int *device, int ordinal) {
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   int capability = number("FAKE_CAPABILITY", 90);
   (void)device;
-  *value = attribute == 16 ? 132 : attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10
+  *value = attribute == 16 ? number("FAKE_MULTIPROCESSORS", 132) : attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10
            : attribute == 115 ? number("FAKE_POOLS", 1)
                               : (capability == 90 || capability == 100 ? 227 : 99) << 10;
   return OUTCOME;
@@ -57,6 +63,11 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 
 int cuDevicePrimaryCtxRetain(void **context, int device) {
   *context = &contexts[device];
+  return OUTCOME;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  fprintf(stderr, "release %d\n", device);
   return OUTCOME;
 }
 
@@ -99,7 +110,14 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
 int cuLibraryLoadData(void **library, const void *code, int *a, void **b, unsigned c, int *d, void **e, unsigned f) {
   (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
   *library = (void *)(size_t)code;
-  fprintf(stderr, "image\n");
+  int error = OUTCOME;
+  if (!error) fprintf(stderr, "image\n");
+  return error;
+}
+
+int cuLibraryUnload(void *library) {
+  (void)library;
+  fprintf(stderr, "unload\n");
   return OUTCOME;
 }
 
@@ -121,10 +139,23 @@ int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   return OUTCOME;
 }
 
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, size_t shared_bytes) {
+  (void)function, (void)shared_bytes;
+  int by_threads = 2048 / threads;
+  *blocks = number("FAKE_RESIDENT", by_threads);
+  return OUTCOME;
+}
+
 int cuMemPoolCreate(void **pool, const void *properties) {
   (void)properties;
   *pool = (void *)1;
   fprintf(stderr, "pool\n");
+  return OUTCOME;
+}
+
+int cuMemPoolDestroy(void *pool) {
+  (void)pool;
+  fprintf(stderr, "no pool\n");
   return OUTCOME;
 }
 

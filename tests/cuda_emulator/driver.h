@@ -70,6 +70,7 @@ struct {
   void *stream;
 } emulated_pool;
 int cuMemPoolCreate(void **pool, const void *) { return *pool = malloc(1), 0; }
+int cuMemPoolDestroy(void *pool) { return free(pool), 0; }
 int cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? 0 : 1; }
 int cuMemAllocFromPoolAsync(unsigned long long *address, size_t bytes, void *, void *stream) {
   const char *most = getenv("CUDA_EMULATOR_POOL_BYTES");
@@ -112,6 +113,7 @@ int cuLibraryLoadData(void **library, const void *image, int *, void **, unsigne
   *library = dlopen(named, RTLD_NOW);
   return *library ? 0 : 999;
 }
+int cuLibraryUnload(void *library) { return dlclose(library); }
 int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
   /* A test that needs a few kernels compiles no others. */
   *kernel = dlsym(library, (std::string("thunk_") + name).c_str());
@@ -119,6 +121,9 @@ int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
   return 0;
 }
 int cuKernelGetFunction(void **function, void *kernel) { return *function = kernel, 0; }
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *, int threads, size_t) {
+  return *blocks = 1536 / threads, 0;
+}
 int cuTensorMapEncodeTiled(CUtensorMap *map, int type, unsigned rank, void *base, const uint64_t *lengths,
                            const uint64_t *strides, const unsigned *box, const unsigned *element_strides, int interleave,
                            int swizzle, int, int oob_fill) {
