@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 #: The one that some kernels use the own instructions of.
 HOPPER = "sm_90a"
 
-#: Rows of a product of a warp's tensor cores. For at most so many heads the attention in 16 bits has a kernel of its own.
+#: Rows of a product of a warp's tensor cores. For at most so many heads the attention in 16 bits has its own kernel.
 FEW_HEADS = 16
 
 #: Shared memory that a block can have, in KiB, by compute capability; others are taken to have the least of it.

@@ -79,6 +79,54 @@ def test_blocks_of_a_multiprocessor(entries):
     assert many == {2}
 
 
+#: Registers of a thread at the launch, by threads of a block: all that the warpgroups then share out with setmaxnreg.
+LAUNCHED_WITH = {256: 128, 384: 168, 640: 96}
+
+
+def test_registers_of_kernels_that_share_them_out(entries):
+    """With one less the last warpgroup would wait for its registers for ever."""
+    found = {
+        e["kernel"]: (e["threads"], e["registers"])
+        for e in entries
+        if e["arch"] == "sm_90a" and ("__hopper" in e["kernel"])
+    }
+    assert {threads for threads, _ in found.values()} == set(LAUNCHED_WITH)
+    wrong = {kernel: taken for kernel, taken in found.items() if taken[1] != LAUNCHED_WITH[taken[0]]}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("stage", "threads", "shares"),
+    [
+        ("hopper_many", 256, "24 and 1 times 232"),
+        ("hopper_few", 640, "32 and 4 times 112"),
+        ("attend__hopper", 384, ""),
+    ],
+)
+def test_a_kernel_that_would_hang_is_not_built(sets, stage, threads, shares):
+    """Said of another nvcc, whose launch gives 8 registers fewer."""
+    (unit, function), *_ = [
+        (unit, f)
+        for kernels in sets
+        for unit in kernels.units
+        for f in unit.functions
+        if f"__{stage}__" in f.symbol and f.threads == threads
+    ]
+
+    def said(registers):
+        return (
+            f"ptxas info    : Compiling entry function '{function.symbol}' for 'sm_90a'\n"
+            f"ptxas info    : Function properties for {function.symbol}\n"
+            "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+            f"ptxas info    : Used {registers} registers, used 2 barriers\n"
+        )
+
+    resources.expect_registers(said(LAUNCHED_WITH[threads]), unit)
+    words = f"{function.symbol}: expected at least {LAUNCHED_WITH[threads]} registers of a thread.*{shares}, got"
+    with pytest.raises(BuildError, match=words):
+        resources.expect_registers(said(LAUNCHED_WITH[threads] - 8), unit)
+
+
 #: Loads for tensor cores and asynchronous copies; and in kernels of warpgroups bulk or gathered copies, barriers in
 #: shared memory, and registers that change hands.
 WARPS = ("LDSM", "LDGSTS")

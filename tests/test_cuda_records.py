@@ -13,7 +13,7 @@ from tuning_records import LENGTHS, make
 from dsa_tvm import presets
 from dsa_tvm.element_types import decode, encode
 from dsa_tvm.errors import RecordError
-from dsa_tvm.gpu_archs import best_for, is_arch, runs_on, shared_bytes, tensor_flops
+from dsa_tvm.gpu_archs import FEW_HEADS, best_for, is_arch, runs_on, shared_bytes, tensor_flops
 from dsa_tvm.records import gpu
 from dsa_tvm.records.gpu import BUCKETS, TIMED, choose, stage_of
 from dsa_tvm.tuning import cuda_measure

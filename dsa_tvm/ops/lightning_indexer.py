@@ -35,12 +35,13 @@ VARIANTS = (
 # abs covers cancellation in the head sum, where the reference is near 0 and the terms are of order 1.
 _OF_F32_SUMS = Tolerance(abs=2e-5, rel=1e-5, cos=5e-6)
 
-# But tensor cores of Ada and Hopper that multiply e4m3 keep 13 binary places behind the leading one of the largest addend
-# and cut off the rest (DeepSeek-V3 technical report, section 3.5.2; SageAttention2 of Ada): less than 2**-13 of it, of
-# each of the 33 addends of an instruction. A model of that loses 1e-3 to 1.6e-3 of sums of 128 products of one sign,
-# for which there is rel. With both signs the losses partly cancel, and so does the sum: of normally distributed
-# numbers, logits whose largest terms are 2 differ by 1e-3, and by 3.7e-3 those whose only term reaches 15. For them
-# there is abs. The cosine difference stays below 1e-7, and below 4e-6 where one product is 5 times the sum.
+# But tensor cores of Ada and Hopper that multiply e4m3 keep 13 binary places behind the leading one of the largest
+# addend and cut off the rest (DeepSeek-V3 technical report, section 3.5.2; SageAttention2 of Ada), where others keep 24
+# or 25 (MMA-Sim, arXiv:2511.10909): less than 2**-13 of it, of each of the 33 addends of an instruction. A model of it
+# loses 1e-3 to 1.6e-3 of sums of 128 products of one sign, for which there is rel. With both signs the losses partly
+# cancel, and so does the sum: of normally distributed numbers, logits whose largest terms are 2 differ by 1e-3, and by
+# 3.7e-3 those whose only term reaches 15. For them there is abs. The cosine difference stays below 1e-7, and below 4e-6
+# where one product is 5 times the sum.
 _OF_E4M3_SUMS = Tolerance(abs=2e-3, rel=2e-3, cos=5e-6)
 
 TOLERANCE = {

@@ -13,7 +13,6 @@ from tvm.script import tirx as T
 
 from .device import WARP, Place, SharedPool, call, shared
 
-
 #: Indices that a thread asks for at a time, before it looks at the first: one wait instead of so many.
 SCANNED = 8
 

@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from dsa_tvm.schedules.cuda import hopper_mla
 from dsa_tvm.schedules.cuda.hopper_mla import Decisions
-
-from dsa_tvm.gpu_archs import shared_bytes
 
 from cuda_emulator.attention import SPEC
 from cuda_emulator.hopper_mla_launch import D_V, DEFAULT
+from dsa_tvm.gpu_archs import shared_bytes
 
 
 @pytest.mark.parametrize("variant", [v for v in SPEC.variants if v["T"] != "float32"], ids=lambda v: v["T"])
