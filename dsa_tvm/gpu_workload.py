@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
 
     spec = OPS[case.op]
     types = variant(spec, case.dtype) or {}
-    lengths = completed({"s_q": case.s_q, "s_kv": case.s_kv, **asdict(preset)})
+    lengths = completed({"s_q": case.s_q, "s_kv": case.s_kv, **preset.lengths})
     rng = torch.Generator(device).manual_seed(seed)
     ke = torch.from_numpy(workload.causal_ends(case.s_q, case.s_kv)).to(device)
     inputs: dict[str, Any] = {}
