@@ -129,6 +129,8 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
             value = torch.randn(shape, device=device, generator=rng)
         if tensor.name == "weights":
             value *= preset.h_idx**-0.5 * preset.d_idx**-0.5 * (_INT8_SCALE**2 if case.dtype == "int8" else 1)
+        if "d_qk" in tensor.shape and "h_q" in tensor.shape:
+            value *= preset.q_spread
         if spec.dtype_of(tensor, types) == "int8":
             value = (value / _INT8_SCALE).round_().clamp_(-128, 127)
         if tensor.name == "logits":

@@ -64,6 +64,14 @@ class Preset:
         """The lengths alone, by name."""
         return {name: getattr(self, name) for name in ("h_idx", "d_idx", "topk", "h_q", "d_qk", "d_v")}
 
+    @property
+    def q_spread(self) -> float:
+        """Standard deviation for random absorbed queries, so that their scores over unit normal rows have that of 1.
+
+        Absorption makes queries wider and leaves their scores as they are, so their numbers are smaller.
+        """
+        return float(self.d_qk**-0.5 / self.sm_scale)
+
 
 #: As in the published config.json: qk_nope_head_dim 128, qk_rope_head_dim 64, YaRN with factor 40 and mscale_all_dim 1.
 _V32_SCALE = mla_scale(128 + 64, rope_factor=40.0, mscale_all_dim=1.0)

@@ -97,6 +97,8 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
             value = rng.standard_normal(shape, np.float32)
         if tensor.name == "weights":
             value *= np.float32(preset.h_idx**-0.5 * preset.d_idx**-0.5)
+        if "d_qk" in tensor.shape and "h_q" in tensor.shape:
+            value *= np.float32(preset.q_spread)
         if tensor.name == "logits":
             value[np.arange(s_kv) >= ke[:, None]] = -np.inf
         inputs[tensor.name] = value
