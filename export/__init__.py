@@ -6,6 +6,8 @@ from ..library import get_library_path
 from .models import build_attention_model, build_model
 from .onnx import DOMAIN, VERSION, attach_bodies, detach_bodies, function_body, operator_node
 from .plain import build_plain_attention_model, build_plain_model
+from .schemas import register_schemas
+from .translation import translation_table
 
 __all__ = [
     "DOMAIN",
@@ -19,4 +21,6 @@ __all__ = [
     "function_body",
     "get_library_path",
     "operator_node",
+    "register_schemas",
+    "translation_table",
 ]
