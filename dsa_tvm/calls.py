@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, SupportsIndex
 
 from . import forks, library
 from .dlpack import CPU, CUDA
@@ -45,28 +45,31 @@ def _integer(op: str, name: str, value: Any, bits: int) -> int:
 
 def _attribute(op: str, attr: AttrSpec, value: Any) -> Attribute:
     if isinstance(value, bool) or (attr.kind is float and not hasattr(value, "__float__")):
-        raise ArgumentError(f"{op}: {attr.name}: expected {attr.kind.__name__}, got {type(value).__name__}")
+        got = "None" if value is None else type(value).__name__
+        raise ArgumentError(f"{op}: {attr.name}: expected {attr.kind.__name__}, got {got}")
     if attr.kind is int:
         return Attribute(i=_integer(op, attr.name, value, 64))
     try:
         return Attribute(f=float(value))
     except (TypeError, ValueError, OverflowError) as error:  # an array of several elements, or 10**400
         got = f"{type(value).__name__} ({error})"
-        raise ArgumentError(f"{op}: {attr.name}: expected a finite number in float32, got {got}") from error
+        raise ArgumentError(f"{op}: {attr.name}: expected a finite float32, got {got}") from error
 
 
 def _raise(lib: ctypes.CDLL, status: int) -> None:
     raise _STATUS_ERRORS.get(status, KernelError)(lib.dsa_tvm_last_error().decode())
 
 
-def _empty(like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
+def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
     """An output tensor of the kind of `like`, whose own element type is used where `dtype` is "T"."""
     if is_torch(like):
         import torch
 
         return torch.empty(shape, dtype=like.dtype if dtype == "T" else getattr(torch, dtype), device=like.device)
     if device == CUDA:
-        raise ArgumentError(f"out: expected tensors to write to, because {type(like).__name__} inputs are on a GPU")
+        raise ArgumentError(
+            f"{op}: out: expected tensors to write to, as {type(like).__name__} inputs are on a GPU, got none"
+        )
     import numpy as np
 
     if dtype != "T":
@@ -74,11 +77,11 @@ def _empty(like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
     if isinstance(like, np.ndarray):
         return np.empty(shape, like.dtype)
     raise ArgumentError(
-        f"out: expected tensors to write to, because {type(like).__name__} inputs have no type to follow"
+        f"{op}: out: expected tensors to write to, as outputs cannot take the type of a {type(like).__name__}, got none"
     )
 
 
-def _workspace(lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream: int) -> tuple[Any, int]:
+def _workspace(op: str, lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream: int) -> tuple[Any, int]:
     """What a call on a GPU must have, from torch's allocator, and its bytes."""
     size = ctypes.c_uint64()
     status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
@@ -89,9 +92,10 @@ def _workspace(lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream
     try:
         import torch
     except ImportError as error:
-        raise LibraryError(f"workspace: expected torch, whose allocator it comes from, got none ({error})") from error
-    # The allocator gives it next to whoever comes on the stream that was current here. That is the call's own, except
-    # that without torch tensors the call is on the default one.
+        message = f"{op}: workspace: expected PyTorch, which allocates it for calls on a GPU, got none ({error})"
+        raise LibraryError(message) from error
+    # The caching allocator may reuse this block on the stream that was current at allocation. That is the call's own,
+    # except that a call without torch tensors is on the default one.
     elsewhere = torch.cuda.current_stream(device).cuda_stream != stream
     with torch.cuda.stream(torch.cuda.default_stream(device)) if elsewhere else nullcontext():
         return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
@@ -102,7 +106,7 @@ def call(
     inputs: Mapping[str, Any],
     attrs: Mapping[str, Any],
     out: Any = None,
-    num_threads: int = 0,
+    num_threads: SupportsIndex = 0,
 ) -> tuple[Any, ...]:
     """Run one operator.
 
@@ -131,7 +135,7 @@ def call(
         The library is missing, damaged or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     lib = library.load()
-    num_threads = _integer(spec.name, "num_threads", num_threads, 32)
+    threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
     cuda = library.has_cuda(lib)
     given_out = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -139,7 +143,7 @@ def call(
     views = [
         None
         if inputs[t.name] is None and t.optional
-        else as_tensor(spec.name, t.name, inputs[t.name], keep, cuda=cuda, stream=stream)
+        else as_tensor(spec, t, inputs[t.name], keep, cuda=cuda, stream=stream)
         for t in spec.inputs
     ]
     given = Pack(views)
@@ -154,7 +158,7 @@ def call(
             _raise(lib, status)
         first = inputs[spec.inputs[0].name]
         outputs = tuple(
-            _empty(first, t.dtype, list(shape[: len(t.shape)]), device[0])
+            _empty(spec.name, first, t.dtype, list(shape[: len(t.shape)]), device[0])
             for t, shape in zip(spec.outputs, shapes, strict=True)
         )
     else:
@@ -163,15 +167,15 @@ def call(
             raise ArgumentError(f"{spec.name}: out: expected {len(spec.outputs)} tensors, got {len(outputs)}")
     taken = Pack(
         [
-            as_tensor(spec.name, t.name, x, keep, writable=True, cuda=cuda, stream=stream)
+            as_tensor(spec, t, x, keep, writable=True, cuda=cuda, stream=stream)
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    # What is no number of threads is refused in a child, too.
-    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() and num_threads >= 0 else num_threads)
+    # Invalid thread counts are also rejected after a fork.
+    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() and threads >= 0 else threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
-        workspace, options.workspace_size = _workspace(lib, arguments, device[1], stream)
+        workspace, options.workspace_size = _workspace(spec.name, lib, arguments, device[1], stream)
         options.stream, options.workspace = stream, workspace.data_ptr() if workspace is not None else None
     status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
     if status:

@@ -6,7 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def _selections(stage: _Stage, selector: Any, preset: Preset) -> list[np.ndarray
     """What plain ONNX Runtime selects in each call; nothing where it would need too much memory."""
     try:
         check_memory(
-            "dsa_attention", {**asdict(preset), "s_q": stage.queries, "s_kv": len(stage.feeds[-1]["kv"])}, held=3
+            "dsa_attention", {**preset.lengths, "s_q": stage.queries, "s_kv": len(stage.feeds[-1]["kv"])}, held=3
         )
     except Skipped:
         return []
@@ -190,7 +190,7 @@ def _dense(
         check_bytes(3 * 4 * queries * preset.h_q * len(stage.feeds[-1]["kv"]))
     except Skipped as reason:
         return [f"{stage.name}: dense attention is left out, it {reason}"]
-    running = session(dense_model(preset.sm_scale, asdict(preset), queries == 1), threads)
+    running = session(dense_model(preset.sm_scale, preset.lengths, queries == 1), threads)
     cut = [{"q": f["q"][-queries:], "kv": f["kv"], "ke": f["ke"][-queries:]} for f in stage.feeds]
     contenders["dense"] = (running, cut)
     if queries == stage.queries:
@@ -217,7 +217,7 @@ def _race(stage: _Stage, contenders: Mapping[str, tuple[Any, list[dict[str, np.n
 def _cells(stage: _Stage, preset: Preset) -> list[str]:
     feed = stage.feeds[len(stage.feeds) // 2]
     ours, found = stage.seconds["ours"], stage.finding
-    gflops = workload.flops("dsa_attention", asdict(preset), feed["ks"], feed["ke"]) / ours / 1e9
+    gflops = workload.flops("dsa_attention", preset.lengths, feed["ks"], feed["ke"]) / ours / 1e9
 
     def against(name: str) -> str:
         other = stage.seconds.get(name)

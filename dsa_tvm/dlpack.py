@@ -5,9 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 CPU, CUDA = 1, 2
+
+#: Names of DLPack's devices, for messages.
+_DEVICES = {
+    **{1: "the CPU", 2: "a CUDA GPU", 3: "the CPU in CUDA pinned memory", 7: "a Vulkan device", 8: "a Metal device"},
+    **{10: "a ROCm GPU", 11: "the CPU in ROCm pinned memory", 13: "a CUDA GPU in managed memory"},
+    **{14: "a oneAPI device", 15: "a WebGPU device", 16: "a Hexagon device", 17: "a MAIA device"},
+}
+
+#: Memory that the CPU reads: its own, and what CUDA or ROCm have pinned.
+_HOST = (1, 3, 11)
 
 #: What makes a library take the tensor of a GPU, for one that does not.
 HINT = "; dsa-tvm build --target cuda makes a library that takes it"
@@ -16,10 +26,10 @@ _READ_ONLY, _COPIED = 1, 2
 
 _capsule_name = ctypes.pythonapi.PyCapsule_GetName
 _capsule_name.restype, _capsule_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+capsule_pointer.restype, capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
-Fail = Callable[[str, str], Any]
+Fail = Callable[[str, str], NoReturn]
 
 
 class Tensor(ctypes.Structure):
@@ -39,7 +49,7 @@ class Tensor(ctypes.Structure):
     )
 
 
-class _Versioned(ctypes.Structure):
+class Versioned(ctypes.Structure):
     """DLPack's ``DLManagedTensorVersioned``."""
 
     _fields_ = (
@@ -62,10 +72,10 @@ class View(NamedTuple):
     strides: Sequence[int] | None
 
 
-def _export(x: Any, writable: bool, ready: Mapping[str, int]) -> Any:
+def _export(x: Any, in_place: bool, ready: Mapping[str, int]) -> Any:
     """The capsule of a producer that may be from before DLPack 1.0, or from before it could be asked not to copy."""
     versioned: dict[str, Any] = {"max_version": (1, 0)}
-    for asked in [{**versioned, "copy": False}, versioned] if writable else [versioned]:
+    for asked in [{**versioned, "copy": False}, versioned] if in_place else [versioned]:
         with contextlib.suppress(TypeError):
             return x.__dlpack__(**asked, **ready)
     return x.__dlpack__(**ready)
@@ -76,34 +86,48 @@ def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: boo
 
     `fail` takes what was expected and what was got, and raises.
     """
-    kind, number = (int(v) for v in x.__dlpack_device__())
+    try:
+        kind, number = (int(v) for v in x.__dlpack_device__())
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:
+        fail("a tensor that tells its device", f"a {type(x).__name__} that does not ({error})")
     if kind != CPU and not (cuda and kind == CUDA):
-        hint = HINT if kind == CUDA else ""
-        fail("a tensor on the CPU (DLPack device 1)" + " or on a CUDA GPU (2)" * cuda, f"DLPack device {kind}{hint}")
+        got = f"one on {_DEVICES.get(kind, 'another device')} (DLPack device {kind})"
+        fail("a tensor on the CPU" + " or on a CUDA GPU" * cuda, got + HINT * (kind == CUDA))
     # The producer makes that stream wait for the tensor; its number for the default one is 1.
     ready = {"stream": stream or 1} if kind == CUDA else {}
+    # A copy of an output would be written in vain, and that of an input on a GPU be freed when this call returns, which
+    # is before the kernels have read it.
+    in_place = writable or kind == CUDA
     try:
-        capsule = _export(x, writable, ready)
+        capsule = _export(x, in_place, ready)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:  # the standard names the first alone
-        fail("a tensor that can be exported" + " without a copy" * writable, str(error))
+        fail("a tensor that can be exported" + " without a copy" * in_place, str(error))
     name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None
-    if name not in (b"dltensor", b"dltensor_versioned"):  # used_dltensor: another consumer has taken the tensor
-        fail("a DLPack capsule that has not been used", f"one named {name!r}" if name else type(capsule).__name__)
+    if name not in (b"dltensor", b"dltensor_versioned"):
+        used = name in (b"used_dltensor", b"used_dltensor_versioned")
+        got = "one whose tensor another consumer has taken" if used else f"a {type(capsule).__name__} without a tensor"
+        fail("a DLPack capsule with a tensor", got)
     keep.append(capsule)
-    pointer = _capsule_pointer(capsule, name)
+    pointer = capsule_pointer(capsule, name)
     if name == b"dltensor_versioned":
-        managed = _Versioned.from_address(pointer)
+        managed = Versioned.from_address(pointer)
         if managed.major != 1:
             fail("DLPack version 1", f"version {managed.major}")
         if writable and managed.flags & _READ_ONLY:
             fail("a writable tensor", "a read-only one")
-        if writable and managed.flags & _COPIED:
+        if in_place and managed.flags & _COPIED:
             fail("a tensor that can be exported without a copy", "a copy")
         tensor = managed.tensor
     else:  # the unversioned DLManagedTensor starts with its DLTensor
         tensor = Tensor.from_address(pointer)
+    elsewhere = (
+        tensor.device_type not in _HOST if kind == CPU else (tensor.device_type, tensor.device_id) != (kind, number)
+    )
+    if elsewhere:
+        said, found = (_DEVICES.get(k, f"DLPack device {k}") for k in (kind, tensor.device_type))
+        fail(f"a tensor on {said}, number {number}, as its producer says", f"one on {found}, number {tensor.device_id}")
     if tensor.lanes != 1:
-        fail("one lane", f"{tensor.lanes}")
+        fail("a scalar element type", f"vectors of {tensor.lanes} elements")
     n = tensor.ndim
     strides = tensor.strides[:n] if tensor.strides else None
     return View(

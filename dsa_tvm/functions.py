@@ -1,21 +1,48 @@
 """The operators as Python functions over NumPy arrays, torch tensors and anything else with DLPack.
 
-Inputs are never copied, at any alignment. All are on the CPU or all on one GPU. Outputs come as the first input does:
-torch tensors for torch, NumPy arrays for everything else on the CPU; or are written to `out`. Element types of NumPy
-that NumPy itself lacks (bfloat16, float8_e4m3fn) are those of the package ml_dtypes. On a GPU the work is enqueued on
-torch's current stream, or on the default one where there is no torch tensor, and its workspace is torch's. Tensors of
-other libraries have to live until it is done, and what uses their contents then has to come behind it on that stream.
+Inputs are never copied, at any alignment. All are on the CPU or all on one GPU. Outputs have the kind of the first
+input: torch tensors for torch, NumPy arrays for everything else on the CPU; or they are written to `out`. Element types
+that NumPy itself lacks (bfloat16, float8_e4m3fn) are those of the package ml_dtypes.
+
+On a GPU the work is enqueued on torch's current stream, or on the default one where there is no torch tensor, and its
+workspace comes from torch. Tensors of other libraries must live until the work is done, and whatever uses their
+contents must come after it on that stream.
+
+torch neither differentiates, traces nor transforms these functions; they refuse tensors for which it would have to.
+``torch.ops.dsa_tvm.*`` (see `dsa_tvm.torch_ops`) work under `torch.compile`, `torch.export` and `torch.func.vmap`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, SupportsFloat, SupportsIndex
 
 from .calls import call
 from .ops import OPS
+from .tensors import refuse_transforms
+
+#: A NumPy array, a torch tensor, or anything with ``__dlpack__``.
+Tensor = Any
 
 
-def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_threads=0):
+def _call(
+    op: str, inputs: Mapping[str, Tensor | None], attrs: Mapping[str, Any], out: Any, num_threads: SupportsIndex
+) -> tuple[Any, ...]:
+    refuse_transforms(op, inputs)
+    return call(OPS[op], inputs, attrs, out, num_threads)
+
+
+def lightning_indexer(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    k_scale: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    num_threads: SupportsIndex = 0,
+) -> Tensor:
     """Score every key for every query: ``k_scale * sum_h weights * relu(q . k)``, ``-inf`` outside ``[ks, ke)``.
 
     DeepSeek-V3.2 technical report, equation 1.
@@ -24,7 +51,7 @@ def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_thre
     ----------
     q : tensor [s_q, h_idx, d_idx], float32, bfloat16, float16, float8_e4m3fn or int8
         Indexer queries; h_idx in 1..64, d_idx 32, 64 or 128.
-    k : tensor [s_kv, d_idx], type of `q`, or float8_e4m3fn where that is no int8
+    k : tensor [s_kv, d_idx], type of `q`, or float8_e4m3fn unless `q` is int8
         Indexer keys.
     weights : tensor [s_q, h_idx], float32
         Head weights; they already hold ``h_idx**-0.5 * d_idx**-0.5 * q_scale``.
@@ -46,10 +73,18 @@ def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_thre
         See `dsa_tvm.calls.call`.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
-    return call(OPS["lightning_indexer"], inputs, {}, out, num_threads)[0]
+    return _call("lightning_indexer", inputs, {}, out, num_threads)[0]
 
 
-def topk(logits, ks, ke, topk, *, out=None, num_threads=0):
+def topk(
+    logits: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    topk: SupportsIndex,
+    *,
+    out: Tensor | None = None,
+    num_threads: SupportsIndex = 0,
+) -> Tensor:
     """Positions of the `topk` largest logits of each row, exactly and deterministically.
 
     Larger first, equal values by lower index, NaN never, ``-inf`` like any other value.
@@ -76,20 +111,65 @@ def topk(logits, ks, ke, topk, *, out=None, num_threads=0):
         See `dsa_tvm.calls.call`.
     """
     inputs = {"logits": logits, "ks": ks, "ke": ke}
-    return call(OPS["topk"], inputs, {"topk": topk}, out, num_threads)[0]
+    return _call("topk", inputs, {"topk": topk}, out, num_threads)[0]
 
 
-def indexer_topk(q, k, weights, ks, ke, k_scale=None, *, topk, out=None, num_threads=0):
+def indexer_topk(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    k_scale: Tensor | None = None,
+    *,
+    topk: SupportsIndex,
+    out: Tensor | None = None,
+    num_threads: SupportsIndex = 0,
+) -> Tensor:
     """`lightning_indexer` and `topk` in one call.
 
     The logits are held for at most ``min(s_q, 32 * threads)`` queries at a time: ``4 * that * s_kv`` bytes.
-    Arguments, result and errors as there.
+
+    Parameters
+    ----------
+    q : tensor [s_q, h_idx, d_idx], float32, bfloat16, float16, float8_e4m3fn or int8
+    k : tensor [s_kv, d_idx], type of `q`, or float8_e4m3fn unless `q` is int8
+    weights : tensor [s_q, h_idx], float32
+    ks, ke : tensor [s_q], int32
+    k_scale : tensor [s_kv], float32, optional
+        These as in `lightning_indexer`.
+    topk : int
+        1..4096.
+    out : tensor [s_q, topk], int32, optional
+    num_threads : int
+        0 for the process default.
+
+    Returns
+    -------
+    indices : tensor [s_q, topk], int32
+        As `topk` returns them.
+
+    Raises
+    ------
+    ArgumentError, KernelError, LibraryError
+        See `dsa_tvm.calls.call`.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
-    return call(OPS["indexer_topk"], inputs, {"topk": topk}, out, num_threads)[0]
+    return _call("indexer_topk", inputs, {"topk": topk}, out, num_threads)[0]
 
 
-def sparse_mla(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=None, d_v=512, out=None, num_threads=0):
+def sparse_mla(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    *,
+    sm_scale: SupportsFloat,
+    d_v: SupportsIndex = 512,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    num_threads: SupportsIndex = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of every head to the selected rows of the latent cache.
 
     DeepSeek-V2, section 2.1, in the absorbed form: a row's first d_qk entries are the key, its first d_v the value.
@@ -105,11 +185,13 @@ def sparse_mla(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=Non
         Its exponential joins the denominator of `out`; the other outputs do not change.
     topk_length : tensor [s_q], int32, optional
         Only that many leading indices of each query are used.
-    sm_scale : float, optional
-        Multiplies the scores; by default ``d_qk**-0.5``.
+    sm_scale : float
+        Multiplies the scores. It has no default because it does not follow from d_qk: a model scales by the width that
+        its heads have before absorption, ``(qk_nope_head_dim + qk_rope_head_dim)**-0.5``, times the square of YaRN's
+        mscale if it uses YaRN. `dsa_tvm.presets` has the value of each model, and `mla_scale` to compute others.
     d_v : int
         512.
-    out : tuple of three tensors, optional
+    out : tuple of three tensors, shaped like the results, optional
     num_threads : int
         0 for the process default.
 
@@ -126,13 +208,22 @@ def sparse_mla(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=Non
         See `dsa_tvm.calls.call`.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
-    attrs = {"sm_scale": _default_scale(q) if sm_scale is None else sm_scale, "d_v": d_v}
-    return call(OPS["sparse_mla"], inputs, attrs, out, num_threads)
+    results = _call("sparse_mla", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
+    return results[0], results[1], results[2]
 
 
 def sparse_mla_fp8(
-    q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale=None, d_v=512, out=None, num_threads=0
-):
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    *,
+    sm_scale: SupportsFloat,
+    d_v: SupportsIndex = 512,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    num_threads: SupportsIndex = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`sparse_mla` over a cache of 656 bytes a token, which `pack_mla_rows` makes.
 
     A row is d_v float8_e4m3fn, d_v / 128 float32 that scale 128 of them each, and d_qk - d_v bfloat16 that are key
@@ -145,8 +236,16 @@ def sparse_mla_fp8(
         h_q in 1..128, d_qk 512 or 576.
     kv : tensor [s_kv, d_packed], uint8
         d_packed is ``d_v + d_v / 32 + 2 * (d_qk - d_v)``: 528 or 656. Fastest at an address that is a multiple of 16.
-    indices, attn_sink, topk_length, sm_scale, d_v, out, num_threads
-        As in `sparse_mla`; d_v is a multiple of 128.
+    indices : tensor [s_q, topk], int32
+    attn_sink : tensor [h_q], float32, optional
+    topk_length : tensor [s_q], int32, optional
+    sm_scale : float
+        These as in `sparse_mla`; `sm_scale` has no default for the reason given there.
+    d_v : int
+        512; a multiple of 128.
+    out : tuple of three tensors, shaped like the results, optional
+    num_threads : int
+        0 for the process default.
 
     Returns
     -------
@@ -161,36 +260,49 @@ def sparse_mla_fp8(
         See `dsa_tvm.calls.call`.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
-    attrs = {"sm_scale": _default_scale(q) if sm_scale is None else sm_scale, "d_v": d_v}
-    return call(OPS["sparse_mla_fp8"], inputs, attrs, out, num_threads)
+    results = _call("sparse_mla_fp8", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
+    return results[0], results[1], results[2]
 
 
 def dsa_attention(
-    index_q,
-    index_k,
-    weights,
-    ks,
-    ke,
-    q,
-    kv,
-    index_k_scale=None,
-    attn_sink=None,
+    index_q: Tensor,
+    index_k: Tensor,
+    weights: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    index_k_scale: Tensor | None = None,
+    attn_sink: Tensor | None = None,
     *,
-    topk,
-    sm_scale=None,
-    d_v=512,
-    out=None,
-    num_threads=0,
-):
+    topk: SupportsIndex,
+    sm_scale: SupportsFloat,
+    d_v: SupportsIndex = 512,
+    out: tuple[Tensor, Tensor] | None = None,
+    num_threads: SupportsIndex = 0,
+) -> tuple[Tensor, Tensor]:
     """`indexer_topk`, then `sparse_mla` over what it selected.
 
     Parameters
     ----------
-    index_q, index_k, weights, ks, ke, index_k_scale, topk
-        As q, k, weights, ks, ke, k_scale and topk of `indexer_topk`; `index_q` has the type of `q`.
-    q, kv, attn_sink, sm_scale, d_v
-        As in `sparse_mla`.
-    out : tuple of two tensors, optional
+    index_q : tensor [s_q, h_idx, d_idx], float32, bfloat16 or float16
+    index_k : tensor [s_kv, d_idx], type of `index_q`, or float8_e4m3fn
+    weights : tensor [s_q, h_idx], float32
+    ks, ke : tensor [s_q], int32
+        These as q, k, weights, ks and ke of `indexer_topk`.
+    q : tensor [s_q, h_q, d_qk], type of `index_q`
+    kv : tensor [s_kv, d_qk], type of `index_q`
+        These as in `sparse_mla`.
+    index_k_scale : tensor [s_kv], float32, optional
+        As k_scale of `indexer_topk`.
+    attn_sink : tensor [h_q], float32, optional
+    topk : int
+        1..4096.
+    sm_scale : float
+        As in `sparse_mla`; it has no default for the reason given there.
+    d_v : int
+        512.
+    out : tuple of two tensors, shaped like the results, optional
     num_threads : int
         0 for the process default.
 
@@ -215,11 +327,5 @@ def dsa_attention(
         "index_k_scale": index_k_scale,
         "attn_sink": attn_sink,
     }
-    attrs = {"topk": topk, "sm_scale": _default_scale(q) if sm_scale is None else sm_scale, "d_v": d_v}
-    return call(OPS["dsa_attention"], inputs, attrs, out, num_threads)
-
-
-def _default_scale(q: Any) -> float:
-    shape = list(getattr(q, "shape", []))
-    # Any number will do where the shape is wrong: the library says so.
-    return float(shape[-1]) ** -0.5 if shape and shape[-1] > 0 else 1.0
+    results = _call("dsa_attention", inputs, {"topk": topk, "sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
+    return results[0], results[1]

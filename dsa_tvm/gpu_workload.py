@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
 
     spec = OPS[case.op]
     types = variant(spec, case.dtype) or {}
-    lengths = completed({"s_q": case.s_q, "s_kv": case.s_kv, **asdict(preset)})
+    lengths = completed({"s_q": case.s_q, "s_kv": case.s_kv, **preset.lengths})
     rng = torch.Generator(device).manual_seed(seed)
     ke = torch.from_numpy(workload.causal_ends(case.s_q, case.s_kv)).to(device)
     inputs: dict[str, Any] = {}
@@ -129,6 +129,8 @@ def make(case: Case, preset: Preset, device: Any, seed: int = 0) -> Workload:
             value = torch.randn(shape, device=device, generator=rng)
         if tensor.name == "weights":
             value *= preset.h_idx**-0.5 * preset.d_idx**-0.5 * (_INT8_SCALE**2 if case.dtype == "int8" else 1)
+        if "d_qk" in tensor.shape and "h_q" in tensor.shape:
+            value *= preset.q_spread
         if spec.dtype_of(tensor, types) == "int8":
             value = (value / _INT8_SCALE).round_().clamp_(-128, 127)
         if tensor.name == "logits":

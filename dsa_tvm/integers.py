@@ -19,4 +19,5 @@ def as_integer(op: str, name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError as error:  # an array of several elements has an __index__ that raises
-        raise ArgumentError(f"{op}: {name}: expected int, got {type(value).__name__}") from error
+        got = "None" if value is None else type(value).__name__
+        raise ArgumentError(f"{op}: {name}: expected int, got {got}") from error

@@ -147,7 +147,8 @@ def embed(tokens: np.ndarray, queries: int, preset: Preset, seed: int = 0) -> Pr
     weights *= np.float32(preset.h_idx**-0.5 * preset.d_idx**-0.5)
     q = project(asking, preset.h_q, preset.d_qk)
     q += kv[-queries:, None] / 4
-    return Prompt(index_k, kv, index_q, weights, _normalized(q))
+    q = _normalized(q) * np.float32(preset.q_spread)
+    return Prompt(index_k, kv, index_q, weights, q)
 
 
 def _hidden(rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:

@@ -22,7 +22,18 @@ DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
     "uint8": (1, 8),
 }
 
-#: ONNX TensorProto.DataType of the same.
+#: The same of types that no operator takes, so that an error can name them.
+OTHER_DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
+    "float8_e3m4": (7, 8),
+    "float8_e4m3": (8, 8),
+    "float8_e4m3b11fnuz": (9, 8),
+    "float8_e4m3fnuz": (11, 8),
+    "float8_e5m2": (12, 8),
+    "float8_e5m2fnuz": (13, 8),
+    "float8_e8m0fnu": (14, 8),
+}
+
+#: ONNX TensorProto.DataType of the types in `DLPACK_TYPES`.
 ONNX_TYPES: Mapping[str, int] = {
     "float32": 1,
     "bfloat16": 16,
@@ -185,6 +196,10 @@ class OpSpec:
     def dtype_of(self, tensor: TensorSpec, variant: Mapping[str, str]) -> str:
         """Element type of `tensor` under one assignment of the type variables."""
         return variant.get(tensor.dtype, tensor.dtype)
+
+    def dtypes_of(self, tensor: TensorSpec) -> tuple[str, ...]:
+        """Element types of `tensor` under all assignments of the type variables."""
+        return tuple(dict.fromkeys(self.dtype_of(tensor, variant) for variant in self.variants))
 
 
 #: Every dimension of every operator. The listed values of d_idx, d_qk and d_v are those the shipped

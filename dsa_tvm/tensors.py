@@ -9,13 +9,17 @@ import ctypes
 import functools
 import struct
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
-from .dlpack import CPU, CUDA, HINT, Tensor, View, from_producer
+from .dlpack import CPU, CUDA, HINT, Fail, Tensor, View, from_producer
 from .errors import ArgumentError
-from .spec import DLPACK_TYPES
+from .spec import DLPACK_TYPES, OTHER_DLPACK_TYPES, OpSpec, TensorSpec
 
+RefuseType = Callable[[str], NoReturn]
+
+_NAMED_TYPES = {**DLPACK_TYPES, **OTHER_DLPACK_TYPES}
 _KIND_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 
 _FIELDS = struct.Struct("@QiiiBBHQQQ")
@@ -67,16 +71,68 @@ def note_written(tensors: Iterable[Any]) -> None:
             sys.modules["torch"].autograd.graph.increment_version(x)
 
 
+def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
+    """Refuse torch tensors whose derivative, trace or batch dimension a call outside torch's dispatcher would lose.
+
+    Parameters
+    ----------
+    op : str
+    inputs : mapping
+        By name: tensors of any kind, or None.
+
+    Raises
+    ------
+    ArgumentError
+        torch records a trace; or an input has a tangent, or is one that `torch.func` has wrapped.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "Tensor"):  # it may be in the middle of its import
+        return
+    wrapped = _functorch_test(torch)
+    tracing, forward = _is_tracing(torch), torch.autograd.forward_ad._current_level >= 0
+    if not (tracing or forward or wrapped):
+        return
+    instead = f"; use torch.ops.dsa_tvm.{op}, which `import dsa_tvm.torch_ops` registers"
+    for name, x in inputs.items():
+        if not is_torch(x):
+            continue
+        where = f"{op}: {name}: expected"
+        if tracing:
+            raise ArgumentError(f"{where} a call that torch does not trace, got one while it records a trace{instead}")
+        if forward and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise ArgumentError(
+                f"{where} a tensor without a tangent, got a dual one: there is no forward-mode derivative"
+            )
+        # Those that require gradients get their own message later.
+        if wrapped and wrapped(x) and not x.requires_grad:
+            raise ArgumentError(f"{where} a plain tensor, got one inside a transform of torch.func{instead}")
+
+
+def _is_tracing(torch: Any) -> bool:
+    if torch.jit.is_tracing():
+        return True
+    # Nobody traces with a module that nobody has imported.
+    proxy_tensor = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxy_tensor is not None and proxy_tensor.get_proxy_mode() is not None
+
+
+def _functorch_test(torch: Any) -> Any:
+    """What tells whether a tensor is wrapped by `torch.func`; None outside its transforms."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor if functorch.peek_interpreter_stack() is not None else None
+
+
 @functools.cache
-def _numpy_type(dtype: Any) -> tuple[int, int]:
-    """DLPack (code, bits) of a NumPy type; cached, because NumPy works out a type's name anew each time."""
-    return DLPACK_TYPES.get(dtype.name) or (_KIND_CODES.get(dtype.kind, -1), dtype.itemsize * 8)
+def _numpy_type(dtype: Any) -> tuple[int, int] | None:
+    """DLPack (code, bits) of a NumPy type, if it has one; cached, because NumPy works out the name anew each time."""
+    named = _NAMED_TYPES.get(dtype.name)
+    return named or ((_KIND_CODES[dtype.kind], dtype.itemsize * 8) if dtype.kind in _KIND_CODES else None)
 
 
-def _from_numpy(x: Any, fail, writable: bool) -> View:
+def _from_numpy(x: Any, fail: Fail, refuse_type: RefuseType, writable: bool) -> View:
     dtype = _numpy_type(x.dtype)
-    if dtype[0] < 0 or dtype[1] > 255:
-        fail("a numeric array", f"dtype {x.dtype}")
+    if dtype is None or dtype[1] > 255:
+        refuse_type(str(x.dtype))
     if not x.dtype.isnative:
         fail("native byte order", f"dtype {x.dtype.str}")
     if writable and not x.flags.writeable:
@@ -91,16 +147,27 @@ def _from_numpy(x: Any, fail, writable: bool) -> View:
 
 
 @functools.cache
-def _torch_type(dtype: Any) -> tuple[int, int]:
-    """DLPack (code, bits) of a torch type."""
+def _torch_type(dtype: Any) -> tuple[int, int] | None:
+    """DLPack (code, bits) of a torch type; None for quantized types and those with fewer bits than their storage."""
     name, bits = str(dtype).removeprefix("torch."), dtype.itemsize * 8
-    # Quantized ones and others are opaque, and so is what has fewer bits than its storage.
-    integer = {f"int{bits}": 0, f"uint{bits}": 1, "bool": 6}.get(name, 3)
-    kind = 2 if dtype.is_floating_point else 5 if dtype.is_complex else integer
-    return DLPACK_TYPES.get(name) or (kind, bits)
+    if name in _NAMED_TYPES:
+        return _NAMED_TYPES[name]
+    kind = "float" if dtype.is_floating_point else "complex" if dtype.is_complex else name.rstrip("0123456789")
+    code = {"int": 0, "uint": 1, "float": 2, "complex": 5, "bool": 6}.get(kind)
+    return None if code is None or name not in ("bool", f"{kind}{bits}") else (code, bits)
 
 
-def _from_torch(x: Any, fail, writable: bool, cuda: bool) -> View:
+def _data_of_subclass(x: Any) -> int:
+    """Address of the data; 0 where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return x.data_ptr()
+        except RuntimeError:
+            return 0
+
+
+def _from_torch(x: Any, fail: Fail, refuse_type: RefuseType, writable: bool, cuda: bool) -> View:
     import torch
 
     if torch.is_grad_enabled() and x.requires_grad:
@@ -110,13 +177,20 @@ def _from_torch(x: Any, fail, writable: bool, cuda: bool) -> View:
     if x.layout is not torch.strided:
         fail("a dense tensor", f"layout {x.layout}")
     if x.device.type != "cpu" and not (cuda and x.is_cuda):
-        hint = HINT if x.is_cuda else ""
-        fail("a tensor on the CPU" + " or on a CUDA GPU" * cuda, f"device {x.device}{hint}")
+        fail("a tensor on the CPU" + " or on a CUDA GPU" * cuda, f"one on {x.device}{HINT if x.is_cuda else ''}")
     if x.is_conj() or x.is_neg():
-        fail("a resolved tensor", "one with its conjugate or negative bit set")
+        fail("a tensor whose conjugate or sign is resolved (resolve_conj, resolve_neg)", "one where it is not")
+    dtype = _torch_type(x.dtype)
+    if dtype is None:
+        refuse_type(str(x.dtype))
+    # Subclasses that torch dispatches to may be fake, or wrappers around other tensors.
+    plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    data = x.data_ptr() if plain else _data_of_subclass(x)
+    if not data and x.numel():
+        fail("a tensor with memory of its own", f"a {type(x).__name__} without")
     strides = None if x.is_contiguous() else x.stride()
     device = (CUDA, x.device.index) if x.is_cuda else (CPU, 0)
-    return View(x.data_ptr(), device, _torch_type(x.dtype), x.shape, strides)
+    return View(data, device, dtype, x.shape, strides)
 
 
 def cuda_stream(tensors: Iterable[Any]) -> int:
@@ -129,13 +203,21 @@ def cuda_stream(tensors: Iterable[Any]) -> int:
 
 
 def as_tensor(
-    op: str, name: str, x: Any, keep: list[Any], *, writable: bool = False, cuda: bool = False, stream: int = 0
+    spec: OpSpec,
+    tensor: TensorSpec,
+    x: Any,
+    keep: list[Any],
+    *,
+    writable: bool = False,
+    cuda: bool = False,
+    stream: int = 0,
 ) -> View:
     """A view of `x`; what must outlive the call is appended to `keep`.
 
     Parameters
     ----------
-    op, name : str
+    spec : OpSpec
+    tensor : TensorSpec
         Whose argument it is.
     x : tensor
     keep : list
@@ -152,14 +234,17 @@ def as_tensor(
         `x` is no tensor, or one that cannot be seen as a DLPack tensor on such a device.
     """
 
-    def fail(expected: str, got: str):
-        raise ArgumentError(f"{op}: {name}: expected {expected}, got {got}")
+    def fail(expected: str, got: str) -> NoReturn:
+        raise ArgumentError(f"{spec.name}: {tensor.name}: expected {expected}, got {got}")
+
+    def refuse_type(got: str) -> NoReturn:
+        fail(" or ".join(spec.dtypes_of(tensor)), got)
 
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(x, numpy.ndarray):
-        return _from_numpy(x, fail, writable)
+        return _from_numpy(x, fail, refuse_type, writable)
     if is_torch(x):
-        return _from_torch(x, fail, writable, cuda)
+        return _from_torch(x, fail, refuse_type, writable, cuda)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return from_producer(x, fail, writable, keep, cuda, stream)
-    return fail("a tensor (NumPy, torch, or anything with DLPack)", type(x).__name__)
+    fail("a tensor (NumPy, torch, or anything with DLPack)", "None" if x is None else type(x).__name__)

@@ -1,21 +1,27 @@
 """``torch.ops.dsa_tvm.*``: importing this module registers every operator with torch.
 
-They work under `torch.compile(fullgraph=True)` and `torch.export`: each has a fake implementation that tells the output
-shapes. There is no backward: asking for gradients raises `NotImplementedError` with the operator's name.
+They work under `torch.compile(fullgraph=True)`, `torch.export` and `torch.func.vmap`: each has a fake implementation
+that tells the output shapes, and integer attributes may be symbolic. There are no derivatives: asking for one, in
+reverse or forward mode, raises `NotImplementedError` with the operator's name.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from .calls import call
 from .errors import ArgumentError
 from .ops import OPS
-from .spec import OpSpec
+from .spec import OpSpec, TensorSpec, completed
 
-_SCALARS = {int: "int", float: "float"}
+# Kept when the module is reloaded: without it, torch would forget the operators.
+_LIBRARY = globals().get("_LIBRARY") or torch.library.Library("dsa_tvm", "FRAGMENT")
+
+# SymInt, because an integer may come from a shape: topk=min(2048, k.shape[0]).
+_SCALARS = {int: "SymInt", float: "float"}
 
 
 def _schema(spec: OpSpec) -> str:
@@ -36,42 +42,99 @@ def _single(outputs: tuple[Any, ...]) -> Any:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _register(spec: OpSpec) -> None:
-    name = f"dsa_tvm::{spec.name}"
-    torch.library.define(name, _schema(spec))
+def _compute(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs, attrs = _named(spec, args, kwargs)
+    with torch.no_grad():
+        return _single(call(spec, inputs, attrs))
 
-    # For every device: `call` looks where the tensors are, and its error names the argument that is elsewhere.
-    @torch.library.impl(name, "CompositeExplicitAutograd")
-    def compute(*args, **kwargs):
-        inputs, attrs = _named(spec, args, kwargs)
-        with torch.no_grad():
-            return _single(call(spec, inputs, attrs))
 
-    @torch.library.register_fake(name)
-    def fake(*args, **kwargs):
-        inputs, attrs = _named(spec, args, kwargs)
-        dims = {a.dim: attrs[a.name] for a in spec.attrs if a.dim}
-        for t in spec.inputs:
-            x = inputs[t.name]
-            if x is None:
-                continue
-            if x.dim() != len(t.shape):
-                raise ArgumentError(f"{spec.name}: {t.name}: expected rank {len(t.shape)}, got {x.dim()}")
-            for dim, length in zip(t.shape, x.shape, strict=True):
-                dims.setdefault(dim, length)
-        variable = {t.dtype: inputs[t.name].dtype for t in reversed(spec.inputs) if inputs[t.name] is not None}
-        like = inputs[spec.inputs[0].name]
-        return _single(
-            tuple(
-                like.new_empty([dims[d] for d in t.shape], dtype=variable.get(t.dtype) or getattr(torch, t.dtype))
-                for t in spec.outputs
-            )
+def _check_fake(spec: OpSpec, tensor: TensorSpec, x: torch.Tensor, lengths: dict[str, Any]) -> None:
+    """Refuse what is wrong whatever the symbolic lengths will be, and add the tensor's lengths to `lengths`."""
+    where = f"{spec.name}: {tensor.name}"
+    if x.dim() != len(tensor.shape):
+        expected = f"rank {len(tensor.shape)} [{', '.join(tensor.shape)}]"
+        raise ArgumentError(f"{where}: expected {expected}, got rank {x.dim()}")
+    dtype, types = str(x.dtype).removeprefix("torch."), spec.dtypes_of(tensor)
+    if dtype not in types:
+        raise ArgumentError(f"{where}: expected {' or '.join(types)}, got {dtype}")
+    try:
+        lengths |= completed({dim: length for dim, length in lengths.items() if isinstance(length, int)})
+    except ValueError as error:
+        raise ArgumentError(f"{spec.name}: {error}") from None
+    for dim, length in zip(tensor.shape, x.shape, strict=True):
+        known = lengths.setdefault(dim, length)
+        # Comparing symbols would bind them, which is for the caller to do.
+        if isinstance(known, int) and isinstance(length, int) and known != length:
+            raise ArgumentError(f"{where}: expected {dim} of {known}, got {length}")
+
+
+def _fake(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs, attrs = _named(spec, args, kwargs)
+    lengths = {a.dim: attrs[a.name] for a in spec.attrs if a.dim}
+    for t in spec.inputs:
+        if inputs[t.name] is not None:
+            _check_fake(spec, t, inputs[t.name], lengths)
+    variable = {t.dtype: inputs[t.name].dtype for t in reversed(spec.inputs) if inputs[t.name] is not None}
+    like = inputs[spec.inputs[0].name]
+    return _single(
+        tuple(
+            like.new_empty([lengths[d] for d in t.shape], dtype=variable.get(t.dtype) or getattr(torch, t.dtype))
+            for t in spec.outputs
         )
+    )
 
-    def backward(ctx, *gradients):
-        raise NotImplementedError(f"dsa_tvm.{spec.name} has no backward: it serves inference only")
 
-    torch.library.register_autograd(name, backward)
+class _WithoutBackward(torch.autograd.Function):
+    """An operator as a node of the graph, so that only a backward that reaches it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        ctx.name = name
+        # The dispatcher comes to `_autograd` again, but now gradients are off.
+        return getattr(torch.ops.dsa_tvm, name)(*args, **kwargs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise NotImplementedError(f"dsa_tvm.{ctx.name} has no backward: it serves inference only")
+
+
+def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [x for x in args if x is not None]
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"dsa_tvm.{spec.name} has no forward-mode derivative: it serves inference only")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # An autograd.Function cannot be a node of torch.func's graphs from inside the dispatcher.
+            raise NotImplementedError(
+                f"dsa_tvm.{spec.name} has no backward: it serves inference only; "
+                "inside torch.func.grad and the like, detach its inputs"
+            )
+        return _WithoutBackward.apply(spec.name, kwargs, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        operator = getattr(torch.ops.dsa_tvm, spec.name).default
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+def _register(spec: OpSpec) -> None:
+    if hasattr(torch.ops.dsa_tvm, spec.name):
+        # The module is being reloaded: what torch has calls this module's functions, which are the new ones now.
+        return
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        return _compute(spec, args, kwargs)
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        return _fake(spec, args, kwargs)
+
+    def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        return _autograd(spec, keys, args, kwargs)
+
+    _LIBRARY.define(spec.name + _schema(spec))
+    # For every device: `call` looks where the tensors are, and its error names the argument that is elsewhere.
+    _LIBRARY.impl(spec.name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dsa_tvm::{spec.name}", fake, lib=_LIBRARY)
+    # torch.library.register_autograd knows no forward mode: it would drop tangents without a word.
+    _LIBRARY.impl(spec.name, autograd, "Autograd", with_keyset=True)
 
 
 for _spec in OPS.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
         The inputs would not fit into the memory that is available.
     """
     spec = OPS[op]
-    lengths = completed({"s_q": s_q, "s_kv": s_kv, **asdict(preset)})
+    lengths = completed({"s_q": s_q, "s_kv": s_kv, **preset.lengths})
     required = [t for t in spec.inputs if not t.optional]
     size = 4 * sum(math.prod(lengths[d] for d in t.shape) for t in required)
     # Twice: the generator's own copies, and the operator's outputs.
@@ -97,6 +97,8 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
             value = rng.standard_normal(shape, np.float32)
         if tensor.name == "weights":
             value *= np.float32(preset.h_idx**-0.5 * preset.d_idx**-0.5)
+        if "d_qk" in tensor.shape and "h_q" in tensor.shape:
+            value *= np.float32(preset.q_spread)
         if tensor.name == "logits":
             value[np.arange(s_kv) >= ke[:, None]] = -np.inf
         inputs[tensor.name] = value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ..library import get_library_path
 from .models import build_attention_model, build_model
-from .onnx import DOMAIN, VERSION, attach_bodies, function_body, operator_node
+from .onnx import DOMAIN, VERSION, attach_bodies, detach_bodies, function_body, operator_node
 from .plain import build_plain_attention_model, build_plain_model
+from .schemas import register_schemas
+from .translation import translation_table
 
 __all__ = [
     "DOMAIN",
@@ -15,7 +17,10 @@ __all__ = [
     "build_model",
     "build_plain_attention_model",
     "build_plain_model",
+    "detach_bodies",
     "function_body",
     "get_library_path",
     "operator_node",
+    "register_schemas",
+    "translation_table",
 ]

@@ -47,12 +47,14 @@ def checked_attrs(spec: OpSpec, attrs: Mapping[str, object]) -> dict[str, Any]:
     known = [a.name for a in spec.attrs]
     for name in attrs:
         if name not in known:
-            raise ArgumentError(f"{spec.name}: attribute {name}: expected any of {', '.join(known) or 'none'}")
+            raise ArgumentError(
+                f"{spec.name}: attribute {name}: expected any of {', '.join(known) or 'none'}, got {name!r}"
+            )
     checked: dict[str, Any] = {}
     for attr in spec.attrs:
         where = f"{spec.name}: attribute {attr.name}"
         if attr.name not in attrs:
-            raise ArgumentError(f"{where}: expected {attr.kind.__name__}, got none")
+            raise ArgumentError(f"{where}: expected {attr.kind.__name__}, as it is required, got none")
         value = attrs[attr.name]
         if attr.kind is float:
             checked[attr.name] = _real(where, value)
@@ -67,7 +69,7 @@ def fixed_lengths(spec: OpSpec, dims: Mapping[str, int] | None, attrs: Mapping[s
     for name, value in (dims or {}).items():
         where = f"{spec.name}: dimension {name}"
         if name not in spec.dims:
-            raise ArgumentError(f"{where}: expected one of {', '.join(spec.dims)}")
+            raise ArgumentError(f"{where}: expected one of {', '.join(spec.dims)}, got {name!r}")
         value = _length(where, name, value)
         if lengths.setdefault(name, value) != value:
             raise ArgumentError(f"{where}: expected {lengths[name]}, the attribute's value, got {value}")
@@ -122,5 +124,5 @@ def _real(where: str, value: object) -> float:
         raise ArgumentError(f"{where}: expected float, got {value!r}") from None
     # A float attribute holds float32: a larger number would become infinite in the model.
     if not abs(number) <= _FLOAT32_MAX:
-        raise ArgumentError(f"{where}: expected a finite number in float32, got {value!r}")
+        raise ArgumentError(f"{where}: expected a finite float32, got {value!r}")
     return number

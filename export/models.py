@@ -71,7 +71,11 @@ def build_attention_model(
     ----------
     variant : mapping, optional
         One of the variants of `dsa_attention`; the first of them by default.
-    topk, sm_scale, d_v
+    topk : int
+    sm_scale : float
+        The model's own, such as ``dsa_tvm.presets.get("glm-5").sm_scale``; it does not follow from d_qk, see
+        `dsa_tvm.sparse_mla`.
+    d_v : int
         Attributes of `dsa_attention`.
     optional : collection of str
         The optional inputs to have: ``index_k_scale``, ``attn_sink``.

@@ -23,6 +23,7 @@ VERSION = 1
 IR_VERSION = 9
 OPSET = 20
 _MIN_OPSET = 19  # the first whose Cast knows float8
+_BY_ONNX_NAME = {spec.onnx_name: spec for spec in OPS.values()}
 
 
 def function_body(
@@ -109,8 +110,9 @@ def operator_node(
 def attach_bodies(model: ModelProto) -> None:
     """Add, in place, the function bodies and the opset import that the operators in a model need.
 
-    Each operator's body is added once; one that is there already is replaced. Without nodes of ``ai.dsa`` nothing
-    changes.
+    Each operator's body is added once; one that is there already is replaced. Nodes whose body was renamed, as
+    ``onnx.compose.add_prefix`` does, get their own names back: under other names the kernels would not be found, and
+    the bodies would run instead of them. Without nodes of ``ai.dsa`` nothing changes.
 
     Parameters
     ----------
@@ -125,16 +127,16 @@ def attach_bodies(model: ModelProto) -> None:
         differ in the optional inputs they have: a function has one body, and it reads an input or it does not.
         The model is then unchanged.
     """
-    by_onnx_name = {spec.onnx_name: spec for spec in OPS.values()}
+    renamed = _renamed(model)
+    nodes = list(_operator_nodes(model, renamed))
     present: dict[str, frozenset[str]] = {}
-    own = {(DOMAIN, name) for name in by_onnx_name}
-    graphs = [model.graph.node, *(f.node for f in model.functions if (f.domain, f.name) not in own)]
-    for node in (node for nodes in graphs for node in _walk(nodes)):
-        if node.domain != DOMAIN:
-            continue
-        if node.op_type not in by_onnx_name:
-            raise ArgumentError(f"{node.op_type}: node {node.name!r}: expected one of {', '.join(by_onnx_name)}")
-        spec = by_onnx_name[node.op_type]
+    for node in nodes:
+        op_type = renamed.get(node.op_type, node.op_type)
+        if op_type not in _BY_ONNX_NAME:
+            raise ArgumentError(
+                f"{op_type}: node {node.name!r}: expected one of {', '.join(_BY_ONNX_NAME)}, got {op_type!r}"
+            )
+        spec = _BY_ONNX_NAME[op_type]
         found = frozenset(t.name for t, given in zip(spec.inputs, node.input, strict=False) if given and t.optional)
         if present.setdefault(spec.name, found) != found:
             raise ArgumentError(
@@ -147,11 +149,54 @@ def attach_bodies(model: ModelProto) -> None:
         raise ArgumentError(f"model: ir_version: expected at least {IR_VERSION}, got {model.ir_version}")
     opset = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
     functions = [function_body(op_name, with_inputs=inputs, opset=opset) for op_name, inputs in present.items()]
-    kept = [f for f in model.functions if (f.domain, f.name) not in {(DOMAIN, f.name) for f in functions}]
+    for node in nodes:
+        node.op_type = renamed.get(node.op_type, node.op_type)
+    replaced = {*renamed, *(f.name for f in functions)}
+    kept = [f for f in model.functions if f.domain != DOMAIN or f.name not in replaced]
     del model.functions[:]
     model.functions.extend([*kept, *functions])
     if all(i.domain != DOMAIN for i in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+
+
+def detach_bodies(model: ModelProto) -> None:
+    """Remove, in place, what `attach_bodies` has added, and give renamed nodes their own names back.
+
+    For tools that write functions out where they are called (``onnx.inliner``, ``onnxscript.optimizer``, ONNX Runtime's
+    own preprocessing and saved optimized models): what they would leave are the bodies, which no kernel replaces any
+    more. Attach the bodies again afterwards. The opset import stays.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+    """
+    renamed = _renamed(model)
+    for node in _operator_nodes(model, renamed):
+        node.op_type = renamed.get(node.op_type, node.op_type)
+    kept = [f for f in model.functions if f.domain != DOMAIN or f.name not in {*_BY_ONNX_NAME, *renamed}]
+    del model.functions[:]
+    model.functions.extend(kept)
+
+
+def _renamed(model: ModelProto) -> dict[str, str]:
+    """The operators' names by those that their bodies in this model have got, where they differ."""
+    found = {}
+    for function in model.functions:
+        if function.domain != DOMAIN or function.name in _BY_ONNX_NAME:
+            continue
+        for name, spec in _BY_ONNX_NAME.items():
+            arguments = ([t.name for t in spec.inputs], [t.name for t in spec.outputs], {a.name for a in spec.attrs})
+            own = arguments == (list(function.input), list(function.output), set(function.attribute))
+            if own and function.name.endswith(name):
+                found[function.name] = name
+    return found
+
+
+def _operator_nodes(model: ModelProto, renamed: Mapping[str, str]) -> Iterator[NodeProto]:
+    """The nodes of ai.dsa, outside its own functions."""
+    own = {*_BY_ONNX_NAME, *renamed}
+    graphs = [model.graph.node, *(f.node for f in model.functions if f.domain != DOMAIN or f.name not in own)]
+    return (node for nodes in graphs for node in _walk(nodes) if node.domain == DOMAIN)
 
 
 def make_model(

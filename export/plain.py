@@ -65,7 +65,10 @@ def build_plain_attention_model(
 
     Parameters
     ----------
-    topk, sm_scale, d_v
+    topk : int
+    sm_scale : float
+        As in `build_attention_model`.
+    d_v : int
         Attributes of `dsa_attention`.
     dims : mapping, optional
         Lengths to fix, by dimension name.

@@ -12,6 +12,7 @@ from test_hostile import attempt
 from test_topk import DATA
 
 import dsa_tvm
+from dsa_tvm.dlpack import Versioned, capsule_pointer
 from dsa_tvm.hostile import cases
 from dsa_tvm.ops import OPS
 
@@ -132,7 +133,10 @@ def test_workspace():
         (Options(size, 0, None, None, needed), f"at least {needed} bytes .*, got 0"),
         (Options(size, 0, None, address, needed - 1), f"at least {needed} bytes .*, got {needed - 1}"),
         (Options(size, 0, None, address + 16, needed), "multiple of 256, got 0x"),
-        (Options(size, 0, None, logits.ctypes.data // ALIGNMENT * ALIGNMENT + ALIGNMENT, needed), "shared with logits"),
+        (
+            Options(size, 0, None, logits.ctypes.data // ALIGNMENT * ALIGNMENT + ALIGNMENT, needed),
+            "not overlap `logits`",
+        ),
     ]
     for options, words in hostile:
         with pytest.raises(Refused, match=f"^1: topk: workspace: expected .*{words}"):
@@ -154,7 +158,9 @@ class OnGpu:
 
     def __dlpack__(self, *, max_version, stream):
         assert stream == 1, "the default stream"
-        return self.array.__dlpack__(max_version=max_version)
+        capsule = self.array.__dlpack__(max_version=max_version)
+        Versioned.from_address(capsule_pointer(capsule, b"dltensor_versioned")).tensor.device_type = 2
+        return capsule
 
 
 def test_python_functions():
@@ -165,7 +171,7 @@ def test_python_functions():
     np.testing.assert_array_equal(out, OPS["topk"].reference(logits, ks, ke, 64)[0])
     np.testing.assert_array_equal(out, dsa_tvm.topk(logits, ks, ke, 64))
     with pytest.raises(
-        dsa_tvm.ArgumentError, match="out: expected tensors to write to, because OnGpu inputs are on a GPU"
+        dsa_tvm.ArgumentError, match="topk: out: expected tensors to write to, as OnGpu inputs are on a GPU"
     ):
         dsa_tvm.topk(*arguments, 64)
     with pytest.raises(dsa_tvm.ArgumentError, match="topk: ke: expected a tensor on CUDA device 0 like the others"):

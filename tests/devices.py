@@ -51,13 +51,10 @@ def run_torch(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def complete(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the attributes that the functions have defaults for, and torch.ops has not."""
-    if not any(attr.name == "sm_scale" for attr in OPS[op].attrs):
+    """The arguments with d_v, which has a default in the functions but not in torch.ops."""
+    if not any(attr.name == "d_v" for attr in OPS[op].attrs):
         return arguments
-    found = {"d_v": 512, **arguments}
-    if found.get("sm_scale") is None:
-        found["sm_scale"] = arguments["q"].shape[-1] ** -0.5
-    return found
+    return {"d_v": 512, **arguments}
 
 
 def as_tuple(x: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import torch
 
 from dsa_tvm import presets
 
-SMALL = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=2, d_qk=576, d_v=512)
+SMALL = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=2, d_qk=576, d_v=512, sm_scale=0.06)
 CASES = [
     *(("lightning_indexer", dtype) for dtype in ("bfloat16", "float8_e4m3fn")),
     *(("topk", "float32"), ("sparse_mla", "bfloat16"), ("dsa_attention", "bfloat16")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import sys
 
@@ -13,7 +15,7 @@ from dsa_tvm.errors import ArgumentError
 from dsa_tvm.ops import OPS
 from dsa_tvm.spec import DIMS, Tolerance
 
-SMALL = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=2, d_qk=512, d_v=512)
+SMALL = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=2, d_qk=512, d_v=512, sm_scale=0.06)
 TIGHT = Tolerance(abs=1e-6, rel=1e-6, cos=1e-6)
 
 
@@ -26,7 +28,34 @@ def small(monkeypatch):
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_are_served(name):
     preset = presets.get(name)
-    assert all(DIMS[d].serves(getattr(preset, d)) for d in ("h_idx", "d_idx", "topk", "h_q", "d_qk", "d_v"))
+    assert all(DIMS[d].serves(length) for d, length in preset.lengths.items())
+
+
+def test_scales_are_the_models_own():
+    """Those that Transformers computes; the width of an absorbed row would be another model."""
+    mscale = 1.368887945  # 0.1 * ln(40) + 1
+    assert presets.get("deepseek-v3.2").sm_scale == pytest.approx(0.0721687836 * mscale**2)
+    assert presets.get("deepseek-v3.2-tp8").sm_scale == presets.get("deepseek-v3.2").sm_scale
+    assert presets.get("glm-5").sm_scale == 1 / 16
+    assert presets.get("deepseek-v4-512").sm_scale == presets.get("deepseek-v4-1024").sm_scale == 512**-0.5
+    assert presets.mla_scale(192, rope_factor=40.0) == presets.mla_scale(192, mscale_all_dim=1.0) == 192**-0.5
+
+
+def test_scales_are_those_of_transformers():
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    v32 = importlib.import_module("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    rope = {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert presets.get("deepseek-v3.2").sm_scale == pytest.approx(v32.yarn_apply_mscale(rope, (128 + 64) ** -0.5))
+    rope = {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.7}
+    scale = presets.mla_scale(192, rope_factor=8.0, mscale_all_dim=0.7)
+    assert scale == pytest.approx(v32.yarn_apply_mscale(rope, 192**-0.5))
+
+
+@pytest.mark.parametrize("name", ["sparse_mla", "sparse_mla_fp8", "dsa_attention"])
+def test_no_door_has_a_default_scale(name):
+    parameter = inspect.signature(getattr(functions, name)).parameters["sm_scale"]
+    assert parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_workload_is_seeded_and_causal():

@@ -73,7 +73,7 @@ def test_other_sizes(tuned):
         (expected,) = OPS["lightning_indexer"].reference(**arguments)
         np.testing.assert_allclose(dsa_tvm.lightning_indexer(**arguments), expected, rtol=1e-5, atol=1e-5)
         q, kv = np.ones((1, 2, 512), np.float32), np.ones((4, 512), np.float32)
-        assert dsa_tvm.sparse_mla(q, kv, np.zeros((1, 1), np.int32), d_v=256)[0].shape == (1, 2, 256)
+        assert dsa_tvm.sparse_mla(q, kv, np.zeros((1, 1), np.int32), sm_scale=1, d_v=256)[0].shape == (1, 2, 256)
 
 
 def test_a_damaged_log_does_not_stop_a_build(tuned):

@@ -115,7 +115,7 @@ WRONG = {
     "sm_scale: expected a number": changed(7, None),
     "d_v: expected an integer": changed(8, 512.0),
     "d_v: expected d_v to be one this library serves": changed(8, 100),
-    "lse: expected memory of its own": lambda arguments: changed(11, arguments[10])(arguments),
+    "lse: expected memory that does not overlap `max_logits`": lambda arguments: changed(11, arguments[10])(arguments),
     "lse: expected a tensor, got a null pointer": changed(11, None),
 }
 

@@ -152,8 +152,8 @@ def test_stream_of_a_workspace(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: (current[-1], device))
     library = SimpleNamespace(dsa_tvm_workspace_size=size_of)
-    assert calls._workspace(library, (), 1, stream=7) == ((7, "cuda:1"), 1000)
-    assert calls._workspace(library, (), 1, stream=0) == ((0, "cuda:1"), 1000) and current == [7]
+    assert calls._workspace("topk", library, (), 1, stream=7) == ((7, "cuda:1"), 1000)
+    assert calls._workspace("topk", library, (), 1, stream=0) == ((0, "cuda:1"), 1000) and current == [7]
 
 
 @pytest.mark.parametrize("op", OPS)

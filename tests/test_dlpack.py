@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import ml_dtypes
 import numpy as np
 import pytest
 
 import dsa_tvm
+from dsa_tvm import dlpack
+from dsa_tvm.ops import OPS
+from dsa_tvm.tensors import as_tensor
 
 
 class Foreign:
@@ -105,9 +111,78 @@ def test_strides_and_offset_are_read():
 
 def test_other_device_is_refused_before_it_is_asked():
     with pytest.raises(
-        dsa_tvm.ArgumentError, match=r"topk: logits: expected a tensor on the CPU .* got DLPack device 2"
+        dsa_tvm.ArgumentError, match="topk: logits: expected a tensor on the CPU, got one on a CUDA GPU"
     ):
         dsa_tvm.topk(Foreign(LOGITS, device=(2, 0)), N * 0, N, 3)
+
+
+@pytest.mark.parametrize("answer", [None, 3, ("gpu", 0), (1, 2, 3)])
+def test_a_producer_that_does_not_tell_its_device(answer):
+    with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected a tensor that tells its device, got "):
+        dsa_tvm.topk(Foreign(LOGITS, device=answer), N * 0, N, 3)
+
+
+class OnGpu(Foreign):
+    """Pretends to be on a GPU, in the capsule as well."""
+
+    def __init__(self, array, copied=False, refuses=False, told=(2, 0)):
+        super().__init__(array, device=told)
+        self.copied, self.refuses, self.asked = copied, refuses, []
+
+    def __dlpack__(self, **kwargs):
+        self.asked.append(kwargs)
+        if self.refuses and kwargs.get("copy") is False:
+            raise BufferError("it would be a copy")
+        capsule = self.array.__dlpack__(max_version=(1, 0))
+        managed = dlpack.Versioned.from_address(dlpack.capsule_pointer(capsule, b"dltensor_versioned"))
+        managed.tensor.device_type = 2
+        managed.flags = 2 if self.copied else 0
+        return capsule
+
+
+def view(x, *, cuda=True, writable=False):
+    """As a library with CUDA kernels takes it, for a call on stream 7."""
+    spec = OPS["topk"]
+    return as_tensor(spec, spec.inputs[0], x, [], writable=writable, cuda=cuda, stream=7)
+
+
+@pytest.mark.parametrize("kind", ["copied", "refuses"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_copy_on_a_gpu_is_refused(kind, writable):
+    """It would be freed when the call returns, before its kernels have run."""
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .* without a copy, got .*copy"):
+        view(OnGpu(LOGITS, **{kind: True}), writable=writable)
+    x = OnGpu(LOGITS)
+    assert view(x).device == (2, 0) and view(x).data == LOGITS.ctypes.data
+    assert x.asked[0] == {"max_version": (1, 0), "copy": False, "stream": 7}
+
+
+@pytest.mark.parametrize("told", [(1, 0), (2, 1)])
+def test_a_capsule_from_another_device_than_its_producer_says(told):
+    with pytest.raises(dsa_tvm.ArgumentError, match="as its producer says, got one on a CUDA GPU, number 0"):
+        view(OnGpu(LOGITS, told=told))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *((np.dtype(t), t) for t in ("int64", "uint16", "float64", "bool", "complex64", "float16", "int8")),
+        *((np.dtype(getattr(ml_dtypes, t)), t) for t in ("bfloat16", "float8_e5m2", "float8_e4m3fnuz", "int4")),
+        *((np.dtype("M8[s]"), "datetime64[s]"), (np.dtype(object), "object")),
+    ],
+    ids=str,
+)
+def test_types_are_named_as_their_owner_does(dtype, name):
+    with pytest.raises(dsa_tvm.ArgumentError, match=rf"^topk: logits: expected float32, got {re.escape(name)}$"):
+        dsa_tvm.topk(np.zeros((1, 6), dtype), N * 0, N, 3)
+
+
+def test_overlapping_memory_is_named():
+    memory = np.zeros((1, 6), np.int32)
+    with pytest.raises(
+        dsa_tvm.ArgumentError, match="topk: indices: expected memory that does not overlap `logits`, got"
+    ):
+        dsa_tvm.topk(memory.view(np.float32), N * 0, N, 3, out=memory[:, :3])
 
 
 @pytest.mark.parametrize("thing", [None, 3, [1.0], "logits", object()])

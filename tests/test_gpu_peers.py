@@ -171,7 +171,7 @@ def test_deep_gemm_is_called_as_it_is_made(op, monkeypatch):
 @pytest.mark.parametrize("d_qk", [512, 576])
 @pytest.mark.parametrize("capability", [90, 100])
 def test_flash_mla_is_called_as_it_is_made(d_qk, capability, monkeypatch):
-    preset = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=64, d_qk=d_qk, d_v=512)
+    preset = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=64, d_qk=d_qk, d_v=512, sm_scale=0.06)
     old = capability == 90 or d_qk == 576
 
     def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, use_legacy=False):
@@ -185,7 +185,7 @@ def test_flash_mla_is_called_as_it_is_made(d_qk, capability, monkeypatch):
 
 
 def test_flash_mla_decodes_from_its_cache(monkeypatch):
-    preset = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=64, d_qk=576, d_v=512)
+    preset = presets.Preset(h_idx=3, d_idx=32, topk=16, h_q=64, d_qk=576, d_v=512, sm_scale=0.06)
     schedule = object()
 
     def flash_mla_with_kvcache(
@@ -241,7 +241,7 @@ def vllm(monkeypatch):
 
 
 def test_vllm_is_called_as_it_is_made(vllm):
-    preset = presets.Preset(h_idx=3, d_idx=32, topk=512, h_q=64, d_qk=576, d_v=512)
+    preset = presets.Preset(h_idx=3, d_idx=32, topk=512, h_q=64, d_qk=576, d_v=512, sm_scale=0.06)
     for name in ("vllm", "vllm_prefill"):
         check_peer(name, Case("topk", "float32", 3, 900), preset)
     check_peer("vllm", Case("sparse_mla", "bfloat16", 3, 900), preset)

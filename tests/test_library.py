@@ -169,7 +169,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     ("call", "words"),
     [
         ("dsa_tvm.indexer_topk(q, k, w, n * 0, n, topk=16, num_threads=1)", "no memory for the logits"),
-        ("dsa_tvm.sparse_mla(a, kv, i, out=out, num_threads=1)", "no memory for the workspace of a task"),
+        ("dsa_tvm.sparse_mla(a, kv, i, sm_scale=1, out=out, num_threads=1)", "no memory for the workspace of a task"),
     ],
 )
 def test_no_memory_is_an_error(call, words):

@@ -17,6 +17,8 @@ from dsa_tvm.ops import OPS
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
+from onnx import compose, inliner  # noqa: E402
+
 from dsa_tvm import export  # noqa: E402  # imports onnx
 
 NUMPY = {
@@ -331,18 +333,78 @@ def test_nodes_with_different_optional_inputs_do_not_share_a_body():
     assert base.SerializeToString(deterministic=True) == before
 
 
+def renaming(how):
+    """Two layers in one model, and what a tool makes of its functions' names."""
+    base = export.build_model("sparse_mla", **ATTRS["sparse_mla"])
+    if how == "add_prefix":
+        return compose.add_prefix(base, "a_")
+    if how == "twice":
+        return compose.add_prefix(compose.add_prefix(base, "a_"), "b_")
+    return compose.merge_models(base, base, [], prefix1="a_", prefix2="b_")
+
+
+@pytest.mark.parametrize("restore", [export.attach_bodies, export.detach_bodies])
+@pytest.mark.parametrize("how", ["add_prefix", "twice", "merge_models"])
+def test_renamed_bodies_get_their_names_back(how, restore):
+    """Under another name the library's kernel is not found, and the body runs instead of it."""
+    model = renaming(how)
+    assert all(f.name != "SparseMLA" for f in model.functions)
+    restore(model)
+    onnx.checker.check_model(model)
+    assert {(n.domain, n.op_type) for n in model.graph.node} == {("ai.dsa", "SparseMLA")}
+    assert [f.name for f in model.functions] == (["SparseMLA"] if restore is export.attach_bodies else [])
+    if restore is export.attach_bodies:
+        feeds = make_feeds("sparse_mla")
+        expected = OPS["sparse_mla"].reference(**feeds, **ATTRS["sparse_mla"])
+        prefixes = {"add_prefix": ["a_"], "twice": ["b_a_"], "merge_models": ["a_", "b_"]}[how]
+        got = evaluate(model, {f"{p}{n}": x for p in prefixes for n, x in feeds.items()})
+        for x, y in zip(got, expected * len(prefixes), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_functions_of_others_keep_their_names():
+    """In our domain as well: what is not one of ours by its arguments is not one."""
+    model = export.build_model("topk", topk=8)
+    other = onnx.helper.make_function(
+        *("ai.dsa", "MyTopKIndices", ["x"], ["y"], [onnx.helper.make_node("Neg", ["x"], ["y"])]),
+        [onnx.helper.make_opsetid("", 20)],
+    )
+    model.functions.append(other)
+    export.detach_bodies(model)
+    assert [f.name for f in model.functions] == ["MyTopKIndices"]
+    model.graph.node.append(onnx.helper.make_node("MyTopKIndices", ["logits"], ["z"], domain="ai.dsa"))
+    before = model.SerializeToString(deterministic=True)
+    with pytest.raises(ArgumentError, match=r"expected one of LightningIndexer, .*, got 'MyTopKIndices'"):
+        export.attach_bodies(model)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_nodes_without_bodies_survive_inlining():
+    model = export.build_model("sparse_mla", **ATTRS["sparse_mla"])
+    assert not any(n.domain == "ai.dsa" for n in inliner.inline_local_functions(model).graph.node)
+    export.detach_bodies(model)
+    kept = inliner.inline_local_functions(model)
+    export.attach_bodies(kept)
+    assert [n.op_type for n in kept.graph.node] == ["SparseMLA"]
+    check("sparse_mla", make_feeds("sparse_mla"), model=kept)
+
+
 BAD = [
-    ("topk", {}, r"topk: attribute topk: expected int, got none"),
+    ("topk", {}, r"topk: attribute topk: expected int, as it is required, got none"),
     ("topk", {"topk": 0}, r"topk: attribute topk: expected 1\.\.4096, got 0"),
     ("topk", {"topk": 2.5}, r"topk: attribute topk: expected int, got 2\.5"),
     ("topk", {"topk": True}, r"topk: attribute topk: expected int, got True"),
-    ("topk", {"topk": 4, "k": 1}, r"topk: attribute k: expected any of topk"),
-    ("topk", {"topk": 4, "dims": {"h_q": 1}}, r"topk: dimension h_q: expected one of"),
+    ("topk", {"topk": 4, "k": 1}, r"topk: attribute k: expected any of topk, got 'k'"),
+    ("topk", {"topk": 4, "dims": {"h_q": 1}}, r"topk: dimension h_q: expected one of s_q, s_kv, topk, got 'h_q'"),
     ("topk", {"topk": 4, "dims": {"topk": 5}}, r"topk: dimension topk: expected 4.*got 5"),
     ("topk", {"topk": 4, "variant": {"T": "float32"}}, r"topk: variant"),
     ("topk", {"topk": 4, "optional": ["k_scale"]}, r"topk: optional inputs: .*got 'k_scale'"),
     ("sparse_mla", {"sm_scale": "x", "d_v": 64}, r"sparse_mla: attribute sm_scale: expected float, got 'x'"),
-    ("sparse_mla", {"sm_scale": float("nan"), "d_v": 64}, r"sparse_mla: attribute sm_scale: expected a finite"),
+    (
+        "sparse_mla",
+        {"sm_scale": float("nan"), "d_v": 64},
+        r"sparse_mla: attribute sm_scale: expected a finite float32, got nan",
+    ),
     ("sparse_mla", {"sm_scale": 1, "d_v": 7}, r"sparse_mla: attribute d_v: expected .*64\.\.1024, got 7"),
     ("sparse_mla", {"sm_scale": 1, "d_v": 64, "dims": {"d_qk": 32}}, r"d_v: expected at most d_qk"),
     ("nothing", {}, r"nothing: operator: expected one of"),

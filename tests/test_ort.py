@@ -189,7 +189,7 @@ REFUSED = [
     ("topk", {"topk": 0}, {}, "topk: expected topk in 1..4096"),
     ("topk", {"topk": 2**40}, {}, "topk: expected topk in 1..4096"),
     ("sparse_mla", {"d_v": 511}, {}, "d_v: expected d_v to be one this library serves"),
-    ("sparse_mla", {"sm_scale": float("nan")}, {}, "sm_scale: expected a finite number"),
+    ("sparse_mla", {"sm_scale": float("nan")}, {}, "sm_scale: expected a finite float32"),
     ("sparse_mla", {}, {"attn_sink": (4,)}, "attn_sink: expected shape"),
     ("dsa_attention", {}, {"ke": (4,)}, "ke: expected shape"),
 ]

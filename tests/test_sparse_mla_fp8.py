@@ -24,11 +24,13 @@ def unpacked(rows):
     return np.concatenate([values, np.ascontiguousarray(rows[:, 528:]).view(ml_dtypes.bfloat16)], 1)
 
 
+SCALE = 192**-0.5
+
+
 def check(arguments, device, **options):
-    sm_scale = arguments["q"].shape[-1] ** -0.5
     with np.errstate(all="ignore"):
-        expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=512)
-    actual = run("sparse_mla_fp8", device, **arguments, **options)
+        expected = SPEC.reference(**arguments, sm_scale=SCALE, d_v=512)
+    actual = run("sparse_mla_fp8", device, **arguments, sm_scale=SCALE, **options)
     for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
         assert_close(x, y, SPEC.tolerance[output.name]["bfloat16"])
     return actual
@@ -56,8 +58,8 @@ def test_it_is_sparse_mla_over_what_the_rows_stand_for():
     # NaN in some selected rows, in others not.
     rows[100:, :512] &= np.where((rows[100:, :512] & 0x7F) == 0x7F, 0x80, 0xFF).astype(np.uint8)
     arguments["indices"][1:] = np.where(arguments["indices"][1:] < 100, 150, arguments["indices"][1:])
-    actual = run("sparse_mla_fp8", "cpu", **arguments)
-    expected = run("sparse_mla", "cpu", **arguments | {"kv": unpacked(rows)})
+    actual = run("sparse_mla_fp8", "cpu", **arguments, sm_scale=SCALE)
+    expected = run("sparse_mla", "cpu", **arguments | {"kv": unpacked(rows)}, sm_scale=SCALE)
     assert np.isnan(actual[2][0]).all() and np.isfinite(actual[2][1:]).all()
     for x, y in zip(actual, expected, strict=True):
         assert np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes()
@@ -106,13 +108,14 @@ def test_any_address(offset):
     start = -memory.ctypes.data % 64 + offset
     shifted = memory[start : start + arguments["kv"].size].reshape(arguments["kv"].shape)
     shifted[...] = arguments["kv"]
-    for x, y in zip(check(arguments | {"kv": shifted}, "cpu"), run("sparse_mla_fp8", "cpu", **arguments), strict=True):
+    expected = run("sparse_mla_fp8", "cpu", **arguments, sm_scale=SCALE)
+    for x, y in zip(check(arguments | {"kv": shifted}, "cpu"), expected, strict=True):
         assert np.array_equal(x, y)
 
 
 def test_threads_do_not_change_a_bit():
     arguments = packed_attention_inputs(np.random.default_rng(0), s_q=3, h_q=128, topk=200)
-    one, *others = (dsa_tvm.sparse_mla_fp8(**arguments, num_threads=n) for n in (1, 2, 7))
+    one, *others = (dsa_tvm.sparse_mla_fp8(**arguments, sm_scale=SCALE, num_threads=n) for n in (1, 2, 7))
     for other in others:
         assert all(x.tobytes() == y.tobytes() for x, y in zip(one, other, strict=True))
 
@@ -138,7 +141,7 @@ def test_empty_and_one(s_q, s_kv, device):
 def test_refusals(changed, words):
     arguments = packed_attention_inputs(np.random.default_rng(0)) | changed
     with pytest.raises(dsa_tvm.ArgumentError, match=f"sparse_mla_fp8: {words}"):
-        dsa_tvm.sparse_mla_fp8(**arguments)
+        dsa_tvm.sparse_mla_fp8(**arguments, sm_scale=SCALE)
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

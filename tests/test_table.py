@@ -73,7 +73,8 @@ def test_a_call_takes_the_first_row_that_serves_its_lengths(num_threads):
         assert (logits == indexer).all(), (s_q, s_kv)
         zeros = np.zeros_like(logits)
         assert (dsa_tvm.topk(zeros, *ranges, topk=1, num_threads=num_threads) == topk).all(), (s_q, s_kv)
-        lse = dsa_tvm.sparse_mla(*attention, np.zeros((s_q, 1), np.int32), num_threads=num_threads)[2]
+        indices = np.zeros((s_q, 1), np.int32)
+        lse = dsa_tvm.sparse_mla(*attention, indices, sm_scale=1, num_threads=num_threads)[2]
         assert (lse == mla).all(), (s_q, s_kv)
 
 
@@ -86,7 +87,7 @@ def test_a_group_of_queries_takes_the_rows_of_its_call(num_threads):
         indexer, topk, mla = (expected(op, s_q, s_kv) for op in TABLES)
         indices = dsa_tvm.indexer_topk(*index, *ranges, topk=1, num_threads=num_threads)
         assert (indices == 10 * indexer + topk).all(), (s_q, s_kv)
-        _, lse = dsa_tvm.dsa_attention(*index, *ranges, *attention, topk=1, num_threads=num_threads)
+        _, lse = dsa_tvm.dsa_attention(*index, *ranges, *attention, topk=1, sm_scale=1, num_threads=num_threads)
         assert (lse == 100 * indexer + 10 * topk + mla).all(), (s_q, s_kv)
 
 
@@ -94,7 +95,7 @@ def test_a_group_of_queries_takes_the_rows_of_its_call(num_threads):
 def test_types_without_a_kernel_are_an_error():
     half = np.zeros((2, 9, 512), np.float16)
     with pytest.raises(dsa_tvm.KernelError, match="no kernel for these element types"):
-        dsa_tvm.sparse_mla(half, half[:, 0].copy(), np.zeros((2, 1), np.int32))
+        dsa_tvm.sparse_mla(half, half[:, 0].copy(), np.zeros((2, 1), np.int32), sm_scale=1)
 
 
 def test_a_table_that_ends_early_is_refused():

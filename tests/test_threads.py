@@ -28,9 +28,10 @@ def everything(index, attention, num_threads):
     logits = dsa_tvm.lightning_indexer(**index, num_threads=num_threads)
     indices = dsa_tvm.indexer_topk(**index, topk=200, num_threads=num_threads)
     chosen = dsa_tvm.topk(logits, index["ks"], index["ke"], 200, num_threads=num_threads)
-    attended = dsa_tvm.sparse_mla(attention["q"], attention["kv"], indices, num_threads=num_threads)
+    attended = dsa_tvm.sparse_mla(attention["q"], attention["kv"], indices, sm_scale=0.07, num_threads=num_threads)
     first = [index[name] for name in ("q", "k", "weights", "ks", "ke")]
-    whole = dsa_tvm.dsa_attention(*first, attention["q"], attention["kv"], topk=200, num_threads=num_threads)
+    given = {"topk": 200, "sm_scale": 0.07, "num_threads": num_threads}
+    whole = dsa_tvm.dsa_attention(*first, attention["q"], attention["kv"], **given)
     return [logits, indices, chosen, *attended, *whole]
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import dsa_tvm  # noqa: E402
 import dsa_tvm.torch_ops  # noqa: E402
@@ -77,7 +84,7 @@ def test_int8(name, device):
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32])
 def test_quantized_tensors_are_refused(dtype):
     q, *rest = arguments("lightning_indexer", "cpu")
-    with pytest.raises(dsa_tvm.ArgumentError, match=r"q: expected float32 or .* got DLPack type"):
+    with pytest.raises(dsa_tvm.ArgumentError, match=rf"q: expected float32 or .* or int8, got {dtype}$"):
         dsa_tvm.lightning_indexer(torch.quantize_per_tensor(q, 0.1, 0, dtype), *rest)
 
 
@@ -140,14 +147,167 @@ def test_gradients_are_refused(name, device):
         getattr(dsa_tvm, name)(first, *rest, **KWARGS[name])
 
 
+def dual_tensors(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+FORWARD_MODE = {
+    "dual": dual_tensors,
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "linearize": torch.func.linearize,
+}
+REVERSE_MODE = {
+    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
+    "vjp": torch.func.vjp,
+    "jacrev": lambda function, x: torch.func.jacrev(function)(x),
+    "hessian": lambda function, x: torch.func.hessian(lambda y: function(y).sum())(x),
+    "functional": lambda function, x: torch.autograd.functional.jacobian(function, x),
+}
+
+
+@pytest.mark.parametrize("name", ["lightning_indexer", "sparse_mla", "dsa_attention"])
+@pytest.mark.parametrize("derivative", [*FORWARD_MODE, *REVERSE_MODE])
+def test_every_derivative_is_refused(name, derivative):
+    """None may be silently zero."""
+    first, *rest = arguments(name, "cpu")
+    take = (FORWARD_MODE | REVERSE_MODE)[derivative]
+
+    def operator(x):
+        return tensors(getattr(OPERATORS, name)(x, *rest, **KWARGS[name]))[0]
+
+    def function(x):
+        return tensors(getattr(dsa_tvm, name)(x, *rest, **KWARGS[name]))[0]
+
+    word = "forward-mode derivative" if derivative in FORWARD_MODE else "backward"
+    with pytest.raises(NotImplementedError, match=rf"dsa_tvm\.{name} has no {word}"):
+        take(operator, first)
+    with pytest.raises(dsa_tvm.ArgumentError, match=rf"{name}: {OPS[name].inputs[0].name}: expected .*, got "):
+        take(function, first)
+
+
+def test_any_argument_may_be_the_dual_one():
+    q, kv, indices, sink = arguments("sparse_mla", "cpu")
+    given = {"q": q, "kv": kv, "indices": indices, "attn_sink": sink}
+    for name in ("q", "kv", "attn_sink"):
+        with forward_ad.dual_level():
+            dual = given | {name: forward_ad.make_dual(given[name], torch.ones_like(given[name]))}
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                OPERATORS.sparse_mla(**dual, **KWARGS["sparse_mla"])
+            with pytest.raises(dsa_tvm.ArgumentError, match=f"sparse_mla: {name}: expected a tensor without a tangent"):
+                dsa_tvm.sparse_mla(**dual, **KWARGS["sparse_mla"])
+            primal = {n: forward_ad.unpack_dual(x).primal for n, x in dual.items()}
+            assert equal(
+                OPERATORS.sparse_mla(**primal, **KWARGS["sparse_mla"]),
+                dsa_tvm.sparse_mla(**given, **KWARGS["sparse_mla"]),
+            )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", OPS)
+def test_vmap(name):
+    """The operator is called for each element of the batch; the functions say that they cannot be."""
+    first, second = arguments(name, "cpu"), arguments(name, "cpu")
+    second = (second[0].flip(0), *second[1:])
+    batch = [torch.stack([x, y]) for x, y in zip(first, second, strict=True)]
+    found = tensors(torch.func.vmap(lambda *args: getattr(OPERATORS, name)(*args, **KWARGS[name]))(*batch))
+    expected = [tensors(getattr(OPERATORS, name)(*args, **KWARGS[name])) for args in (first, second)]
+    for x, *pair in zip(found, *expected, strict=True):
+        assert torch.equal(x, torch.stack(pair))
+    with pytest.raises(dsa_tvm.ArgumentError, match=rf"expected a plain tensor, got .*torch\.ops\.dsa_tvm\.{name}"):
+        torch.func.vmap(lambda *args: getattr(dsa_tvm, name)(*args, **KWARGS[name]))(*batch)
+
+
+@pytest.mark.parametrize("trace", ["make_fx", "jit"])
+def test_functions_are_not_traced(trace):
+    """A trace would hold an empty output that nothing fills."""
+    logits, ks, ke = arguments("topk", "cpu")
+    traces = {"make_fx": lambda f: make_fx(f)(logits), "jit": lambda f: torch.jit.trace(f, logits)}
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .* trace.*torch\.ops\.dsa_tvm\.topk"):
+        traces[trace](lambda x: dsa_tvm.topk(x, ks, ke, 3))
+    traced = traces[trace](lambda x: OPERATORS.topk(x, ks, ke, topk=3))
+    other = logits.flip(1).contiguous()
+    assert torch.equal(traced(other), dsa_tvm.topk(other, ks, ke, 3))
+
+
+def test_fake_tensors_have_no_memory():
+    logits, ks, ke = arguments("topk", "cpu")
+    with FakeTensorMode() as mode, pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .*FakeTensor"):
+        dsa_tvm.topk(mode.from_tensor(logits), ks, ke, 3)
+
+
+class Selecting(torch.nn.Module):
+    """As models select: no more keys than there are."""
+
+    def forward(self, q, k, weights, ks, ke):
+        return OPERATORS.indexer_topk(q, k, weights, ks, ke, topk=min(64, k.shape[0]))
+
+
+def test_topk_from_a_shape_compiles_once(device):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(Selecting(), fullgraph=True, dynamic=True, backend=counter)
+    for s_kv in (40, 41, 50, 63):
+        args = arguments("lightning_indexer", device, s_kv=s_kv)
+        found = compiled(*args)
+        assert found.shape == (3, s_kv) and torch.equal(found, Selecting()(*args))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_topk_from_a_shape_is_exported(strict):
+    length = torch.export.Dim("s_kv", min=2, max=4096)
+    shapes = (None, {0: length}, None, None, None)
+
+    class Half(torch.nn.Module):
+        def forward(self, q, k, weights, ks, ke):
+            return OPERATORS.indexer_topk(q, k, weights, ks, ke, topk=k.shape[0] // 2 + 1)
+
+    args = arguments("lightning_indexer", "cpu")
+    exported = torch.export.export(Half(), args, dynamic_shapes=shapes, strict=strict)
+    for s_kv in (7, 300):
+        args = arguments("lightning_indexer", "cpu", s_kv=s_kv)
+        assert torch.equal(exported.module()(*args), Half()(*args))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_attributes_are_required_and_integers_symbolic(name):
+    schema = str(getattr(OPERATORS, name).default._schema)
+    for attr in OPS[name].attrs:
+        assert f" {'SymInt' if attr.kind is int else 'float'} {attr.name}" in schema and f"{attr.name}=" not in schema
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("wrong", ["rank", "dtype", "length"])
+def test_fake_tensors_are_checked(name, wrong):
+    """A compiled model does not have to run to be told."""
+    args = [x.to("meta") for x in arguments(name, "cpu")]
+    x = args[1]
+    args[1] = {"rank": x[None], "dtype": x.double(), "length": torch.cat([x, x], -1)}[wrong]
+    with pytest.raises(dsa_tvm.ArgumentError, match=rf"{name}: \w+: expected .*, got "):
+        getattr(OPERATORS, name)(*args, **KWARGS[name])
+
+
+def test_reloading(device):
+    args = arguments("topk", device)
+    before = OPERATORS.topk
+    expected = before(*args, topk=3)
+    importlib.reload(dsa_tvm.torch_ops)
+    assert torch.equal(before(*args, topk=3), expected) and torch.equal(OPERATORS.topk(*args, topk=3), expected)
+    with pytest.raises(NotImplementedError, match="no backward"):
+        test = arguments("lightning_indexer", device)
+        OPERATORS.lightning_indexer(test[0].requires_grad_(), *test[1:]).nan_to_num(neginf=0).sum().backward()
+
+
 class Subclass(torch.Tensor):
     """Of a module that is not torch's."""
 
 
 def test_subclasses_are_torch_tensors(device):
     q, kv, indices, _ = arguments("sparse_mla", device, dtype=torch.bfloat16)
-    expected = dsa_tvm.sparse_mla(q, kv, indices)
-    found = dsa_tvm.sparse_mla(*(x.as_subclass(Subclass) for x in (q, kv, indices)))
+    expected = dsa_tvm.sparse_mla(q, kv, indices, sm_scale=0.04)
+    found = dsa_tvm.sparse_mla(*(x.as_subclass(Subclass) for x in (q, kv, indices)), sm_scale=0.04)
     assert all(isinstance(x, torch.Tensor) and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 

@@ -8,7 +8,6 @@ float8_e4m3fn, whose keys are as wide.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from ..presets import Preset
@@ -37,7 +36,7 @@ class Plan:
         self, records: Iterable[Record], preset: Preset, progress: Callable[[str], None] = lambda line: None
     ) -> None:
         self._records = [r for r in records if r.kind == "final" and is_gpu(r.target)]
-        self._lengths = asdict(preset)
+        self._lengths = preset.lengths
         self._progress = progress
         self._choices: dict[tuple, Choice] = {}
 

@@ -47,7 +47,7 @@ def make(
             types = tuple(OPS[op].variants[0].values())
             finals = [r for r in records if (r.op, r.target, r.types, r.kind) == (op, target, types, "final")]
             usable = [r for r in finals if _is_taken(module, r, progress)]
-            plan[target][op] = choose(op, usable, asdict(module.DEFAULT[target]), asdict(preset))
+            plan[target][op] = choose(op, usable, asdict(module.DEFAULT[target]), preset.lengths)
     return plan
 
 

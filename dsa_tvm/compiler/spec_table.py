@@ -72,9 +72,8 @@ def _dim(dim: Dim, dims: Mapping[str, Dim]) -> str:
     flag = f"--{dim.name.replace('_', '-')}"
     parts = ", ".join(f"{{DIM_{part.dim.upper()}, {part.each}, {part.adds}}}" for part in dim.parts) or "{0}"
     bounds = f"{dim.minimum}LL, {dim.maximum}LL"
-    return (
-        f'  {{"{dim.name}", {bounds}, {values}, {len(dim.values)}, {at_most}, "{flag}", {len(dim.parts)}, {{{parts}}}}}'
-    )
+    served = f"{values}, {len(dim.values)}, {dim.multiple}"
+    return f'  {{"{dim.name}", {bounds}, {served}, {at_most}, "{flag}", {len(dim.parts)}, {{{parts}}}}}'
 
 
 def _array(declaration: str, rows: Iterable[str]) -> str:

@@ -3,6 +3,9 @@
 Every head attends to the same latent rows ``kv[indices[m]]``: the first d_qk entries are the key, the first d_v of
 them also the value (DeepSeek-V2, section 2.1, in the absorbed form).
 
+`sm_scale` is the caller's to give. It does not follow from d_qk: models scale by the width of their heads before
+absorption, ``(qk_nope_head_dim + qk_rope_head_dim)**-0.5``, times the square of YaRN's mscale (see `presets`).
+
 ``s = sm_scale * q . kv``, ``max_logits = max s``, ``lse = ln sum exp(s)``, ``out = sum exp(s - lse) v``. With
 attn_sink the denominator of `out` gains ``exp(attn_sink)``. Indices outside ``[0, s_kv)``, and those at or behind
 ``topk_length``, are skipped. A row with no key left gives out 0, max_logits -inf and lse +inf.

@@ -58,7 +58,7 @@ class CudaBuilder:
     def kernel(self, task: Task) -> TunedKernel:
         """What the task tunes."""
         return TunedKernel(
-            task.op, task.target, task.stage, task.types, tuple(asdict(task.preset).items()), self._operators
+            task.op, task.target, task.stage, task.types, tuple(task.preset.lengths.items()), self._operators
         )
 
     def space(self, task: Task) -> Space:

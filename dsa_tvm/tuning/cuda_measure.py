@@ -10,7 +10,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -187,7 +187,7 @@ def roof(task: Task, gpu: Gpu) -> float:
 
 
 def _bytes_read(task: Task, ke: np.ndarray) -> int:
-    p, s_q = asdict(task.preset), task.s_q
+    p, s_q = task.preset.lengths, task.s_q
     if task.op == "topk":
         return 4 * int(ke.astype(np.int64).sum())
     width = {name: STORAGE[dtype].itemsize for name, dtype in task.variant.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Task:
     @property
     def shape(self) -> dict[str, int]:
         """Length of each of the operator's dimensions."""
-        lengths = completed({"s_q": self.s_q, "s_kv": self.s_kv, **asdict(self.preset)})
+        lengths = completed({"s_q": self.s_q, "s_kv": self.s_kv, **self.preset.lengths})
         return {name: lengths[name] for name in OPS[self.op].dims}
 
     @property

@@ -23,7 +23,7 @@ static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const
                     FIRST_OPTIONS, (unsigned)options->size);
   if (options) memcpy(&how, options, options->size < sizeof how ? options->size : sizeof how);
   if (how.num_threads < 0)
-    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected num_threads >= 0, got %d", dsa_ops[op].name,
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: num_threads: expected 0 or more, got %d", dsa_ops[op].name,
                     (int)how.num_threads);
   struct dsa_call call = {.op = &dsa_ops[op], .takes_cuda = dsa_has_cuda};
   dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);

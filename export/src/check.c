@@ -49,7 +49,19 @@ static const char *dtype_text(struct text *t, const dsa_tvm_tensor *x) {
   for (int i = 0; i < NUM_DTYPES; i++)
     if (dsa_dtypes[i].code == x->dtype.code && dsa_dtypes[i].bits == x->dtype.bits && x->dtype.lanes == 1)
       return dsa_dtypes[i].name;
-  add(t, "DLPack type (code %d, bits %d, lanes %d)", x->dtype.code, x->dtype.bits, x->dtype.lanes);
+  /* By DLPack's code: the first end in their number of bits, the others have one width each. */
+  static const char *const families[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+  static const char *const whole[] = {"bool",            "float8_e3m4",   "float8_e4m3",     "float8_e4m3b11fnuz",
+                                      "float8_e4m3fn",   "float8_e4m3fnuz", "float8_e5m2",
+                                      "float8_e5m2fnuz", "float8_e8m0fnu"};
+  int code = x->dtype.code, num_families = (int)(sizeof families / sizeof *families);
+  if (code < num_families)
+    add(t, "%s%d", families[code], x->dtype.bits);
+  else if (code - num_families < (int)(sizeof whole / sizeof *whole))
+    add(t, "%s", whole[code - num_families]);
+  else
+    add(t, "a type of %d bits with DLPack's code %d", x->dtype.bits, code);
+  if (x->dtype.lanes != 1) add(t, " in vectors of %d", x->dtype.lanes);
   return t->data;
 }
 
@@ -61,6 +73,9 @@ static dsa_tvm_status check_length(const char *op, const char *argument, int d, 
       if (dim->values[i] == length) return DSA_TVM_OK;
       add(&served, i ? ", %lld" : "%lld", (long long)dim->values[i]);
     }
+    if (length < dim->minimum || length > dim->maximum || length % dim->multiple)
+      return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld", op, argument, dim->name,
+                     served.data, (long long)length);
     return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld; dsa-tvm build %s %lld makes "
                    "a library that serves it",
                    op, argument, dim->name, served.data, (long long)length, dim->flag, (long long)length);
@@ -186,7 +201,7 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   checked->device.device_id = 0; /* there is one CPU, whatever its number; the kernels want all numbers equal */
   checked->strides = NULL;
   if ((uintptr_t)checked->data % (x->dtype.bits / 8u))
-    return INVALID("%s: %s: expected an address that is a multiple of the element's %d bytes, got %p", op, spec->name,
+    return INVALID("%s: %s: expected data aligned to its element's %d bytes, got the address %p", op, spec->name,
                    x->dtype.bits / 8, checked->data);
   return DSA_TVM_OK;
 }
@@ -205,7 +220,7 @@ int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
 
 static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, dsa_tvm_attr attr) {
   if (spec->is_float && !isfinite((float)attr.f)) /* the kernels compute in float */
-    return INVALID("%s: %s: expected a finite number in float32, got %g", call->op->name, spec->name, attr.f);
+    return INVALID("%s: %s: expected a finite float32, got %g", call->op->name, spec->name, attr.f);
   if (spec->dim < 0) return DSA_TVM_OK;
   return bind(call, spec->name, spec->dim, attr.i);
 }
@@ -247,7 +262,7 @@ dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *o
     for (int j = 0; j < i; j++)
       if (dsa_overlap(&call->out[i], &call->out[j])) shared = op->outputs[j].name;
     if (shared)
-      return INVALID("%s: %s: expected memory of its own, got memory shared with %s", op->name, name, shared);
+      return INVALID("%s: %s: expected memory that does not overlap `%s`, got an overlap", op->name, name, shared);
   }
   return DSA_TVM_OK;
 }

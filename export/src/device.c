@@ -42,12 +42,13 @@ dsa_tvm_status dsa_check_device(const struct dsa_call *call, const struct tensor
   char want[32], got[32];
   if (!call->takes_cuda) {
     if (type == CPU_DEVICE) return DSA_TVM_OK;
-    return INVALID("%s: %s: expected a tensor on the CPU (DLPack device 1), got DLPack device %d%s", op, spec->name,
-                   (int)type, type == CUDA_DEVICE ? "; dsa-tvm build --target cuda makes a library that takes it" : "");
+    return INVALID("%s: %s: expected a tensor on the CPU, got one on %s%s", op, spec->name,
+                   device_text(got, type, x->device.device_id),
+                   type == CUDA_DEVICE ? "; dsa-tvm build --target cuda makes a library that takes it" : "");
   }
   if (call->device_type != CPU_DEVICE && call->device_type != CUDA_DEVICE)
-    return INVALID("%s: %s: expected a tensor on the CPU (DLPack device 1) or on a CUDA GPU (2), got DLPack device %d",
-                   op, spec->name, (int)type);
+    return INVALID("%s: %s: expected a tensor on the CPU or on a CUDA GPU, got one on %s", op, spec->name,
+                   device_text(got, type, x->device.device_id));
   if (is_on(x, call->device_type, call->device_id)) return DSA_TVM_OK;
   return INVALID("%s: %s: expected a tensor on %s like the others, got one on %s", op, spec->name,
                  device_text(want, call->device_type, call->device_id), device_text(got, type, x->device.device_id));
@@ -71,6 +72,6 @@ dsa_tvm_status dsa_check_workspace(const struct dsa_call *call, const dsa_tvm_op
     if (call->present[i] && dsa_overlap(&memory, &call->in[i])) shared = call->op->inputs[i].name;
   for (int i = 0; i < call->op->num_outputs; i++)
     if (dsa_overlap(&memory, &call->out[i])) shared = call->op->outputs[i].name;
-  if (shared) return INVALID("%s: workspace: expected memory of its own, got memory shared with %s", op, shared);
+  if (shared) return INVALID("%s: workspace: expected memory that does not overlap `%s`, got an overlap", op, shared);
   return DSA_TVM_OK;
 }

@@ -30,6 +30,7 @@ struct dim_spec {
   int64_t minimum, maximum;
   const int64_t *values; /* the only values served, or NULL */
   int num_values;
+  int multiple;     /* what every value that a library can be built for is a multiple of */
   int at_most;      /* the dimension this one may not exceed, or -1 */
   const char *flag; /* the option of `dsa-tvm build` that widens the served values */
   int num_parts;    /* of the sum that determines this one: none, or all of it */

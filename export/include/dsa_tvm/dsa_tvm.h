@@ -131,7 +131,9 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const d
  *   indices      [s_q, topk]       int32; outside [0, s_kv): skipped
  *   attn_sink    [h_q]             float32, or NULL: its exponential joins the denominator of out
  *   topk_length  [s_q]             int32, or NULL: only that many leading indices are used
- *   sm_scale                       finite; multiplies the scores
+ *   sm_scale                       finite; multiplies the scores. The model's own: the width that its heads have before
+ *                                  absorption, (qk_nope_head_dim + qk_rope_head_dim)^-0.5, times the square of YaRN's
+ *                                  mscale if it has one. d_qk^-0.5 is another model.
  *   out          [s_q, h_q, d_v]   type of q, written; 0 where no key is left
  *   max_logits   [s_q, h_q]        float32, written; -inf where no key is left
  *   lse          [s_q, h_q]        float32, written; natural logarithm, +inf where no key is left */
