@@ -52,7 +52,8 @@ def lightning_indexer(q, k, weights, ks, ke, k_scale=None, *, out=None, num_thre
 def topk(logits, ks, ke, topk, *, out=None, num_threads=0):
     """Positions of the `topk` largest logits of each row, exactly and deterministically.
 
-    Larger first, equal values by lower index, NaN never, ``-inf`` like any other value.
+    Larger first, equal values by lower index, ``-inf`` like any other value. NaN is never selected, where torch.topk
+    ranks it first: a token whose score is broken must not displace one whose score is known.
 
     Parameters
     ----------
