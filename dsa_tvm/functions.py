@@ -87,7 +87,8 @@ def topk(
 ) -> Tensor:
     """Positions of the `topk` largest logits of each row, exactly and deterministically.
 
-    Larger first, equal values by lower index, NaN never, ``-inf`` like any other value.
+    Larger first, equal values by lower index, ``-inf`` like any other value. NaN is never selected, where torch.topk
+    ranks it first: a token whose score is broken must not displace one whose score is known.
 
     Parameters
     ----------

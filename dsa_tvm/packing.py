@@ -18,24 +18,26 @@ from .tensors import is_torch
 #: Numbers that share a scale.
 GROUP = 128
 
-#: The largest float8_e4m3fn, and what the largest number of a group is taken to be at least.
+#: The largest float8_e4m3fn, and what the largest number of a group, or its scale, is taken to be at least.
 _FP8_MAX, _LEAST = 448.0, 1e-4
 
 
 def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) -> Any:
     """Latent rows as `sparse_mla_fp8` takes them.
 
-    Each 128 of the first d_v entries of a row are divided by ``max(amax, 1e-4) / 448`` and rounded to float8_e4m3fn;
-    the others are rounded to bfloat16. Both to nearest even.
+    Each 128 of the first d_v entries of a row share a scale, are divided by it and rounded to float8_e4m3fn; the others
+    are rounded to bfloat16. Both are rounded to nearest even. The scale is ``max(amax, 1e-4) / 448``, or with
+    `power_of_two` the power of two that is at least ``max(amax / 448, 1e-4)``. The latter gives the same bytes as the
+    packers of FlashMLA, vLLM and FlashInfer do for bfloat16 (`quant.py` in FlashMLA's tests).
 
     Parameters
     ----------
     values : array or torch tensor [s_kv, d_qk], floating point
-        Finite numbers.
+        Finite numbers, in any memory layout.
     d_v : int
         A multiple of 128, at most d_qk.
     power_of_two : bool
-        Whether scales are rounded up to powers of two.
+        Whether scales are rounded up to powers of two, of which 2**-13 is the smallest.
 
     Returns
     -------
@@ -45,17 +47,20 @@ def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) ->
     Raises
     ------
     ArgumentError
-        No matrix, or a width that cannot be packed.
+        `values` is no matrix of floating-point numbers, or has a width that cannot be packed.
     """
     _check("pack_mla_rows: values", values, d_v, least=d_v)
+    _check_type("pack_mla_rows: values", values, _is_floating(values), "a floating-point type")
     if is_torch(values):
         return _pack_torch(values, d_v, power_of_two)
-    values = np.asarray(values).astype(np.float32)
+    values = np.ascontiguousarray(values, np.float32)
     groups = values[:, :d_v].reshape(len(values), d_v // GROUP, GROUP)
-    scale = np.maximum(np.abs(groups).max(-1), np.float32(_LEAST)) / np.float32(_FP8_MAX)
+    amax = np.abs(groups).max(-1)
     if power_of_two:
-        mantissa, exponent = np.frexp(scale)
+        mantissa, exponent = np.frexp(np.maximum(amax / np.float32(_FP8_MAX), np.float32(_LEAST)))
         scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
+    else:
+        scale = np.maximum(amax, np.float32(_LEAST)) / np.float32(_FP8_MAX)
     with np.errstate(invalid="ignore"):
         codes = encode(groups / scale[..., None], "float8_e4m3fn").reshape(-1, d_v)
     key_only = encode(values[:, d_v:], "bfloat16").astype("<u2")
@@ -65,11 +70,14 @@ def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) ->
 def _pack_torch(values: Any, d_v: int, power_of_two: bool) -> Any:
     import torch
 
+    values = values.detach().contiguous()
     groups = values[:, :d_v].float().reshape(len(values), d_v // GROUP, GROUP)
-    scale = groups.abs().amax(-1).clamp(min=_LEAST) / _FP8_MAX
+    amax = groups.abs().amax(-1)
     if power_of_two:
-        mantissa, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        mantissa, exponent = torch.frexp((amax / _FP8_MAX).clamp(min=_LEAST))
+        scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+    else:
+        scale = amax.clamp(min=_LEAST) / _FP8_MAX
     codes = (groups / scale[..., None]).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
     key_only = values[:, d_v:].bfloat16().contiguous()
     parts = [codes.view(torch.uint8).view(-1, d_v), scale.view(torch.uint8), key_only.view(torch.uint8)]
@@ -93,19 +101,19 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
     Raises
     ------
     ArgumentError
-        No matrix, or a width that no packed rows have.
+        `rows` is no matrix of bytes, or has a width that no packed rows have.
     """
     scales = d_v + d_v // GROUP * 4
     _check("unpack_mla_rows: rows", rows, d_v, least=scales)
+    _check_type("unpack_mla_rows: rows", rows, _type_name(rows) == "uint8", "uint8")
     if (rows.shape[1] - scales) % 2:
         raise ArgumentError(f"unpack_mla_rows: rows: expected an even number of bytes, got {rows.shape[1]}")
     if is_torch(rows):
         import torch
 
-        # A copy also of what is contiguous already: the part of a single row may lie at any address.
         ends = (0, d_v, scales, rows.shape[1])
-        parts = (rows[:, a:b].clone(memory_format=torch.contiguous_format) for a, b in pairwise(ends))
-        codes, scale, key_only = (x.view(t) for x, t in zip(parts, _torch_types(), strict=True))
+        parts = (rows[:, a:b] for a, b in pairwise(ends))
+        codes, scale, key_only = (_reinterpreted(x, t) for x, t in zip(parts, _torch_types(), strict=True))
         groups = codes.float().view(len(rows), d_v // GROUP, GROUP) * scale[..., None]
         return torch.cat([groups.view(len(rows), d_v).bfloat16(), key_only], 1)
     rows = np.asarray(rows)
@@ -117,10 +125,33 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
     return decode(np.concatenate([encode(values, "bfloat16"), key_only], 1), "bfloat16")
 
 
+def _reinterpreted(part: Any, dtype: Any) -> Any:
+    import torch
+
+    # A copy also of what is contiguous already: the part of a single row may lie at any address. And flat: torch
+    # refuses another element type for rows of no elements.
+    flat = part.clone(memory_format=torch.contiguous_format).flatten()
+    return flat.view(dtype).view(len(part), part.shape[1] // dtype.itemsize)
+
+
 def _torch_types() -> tuple[Any, ...]:
     import torch
 
     return torch.float8_e4m3fn, torch.float32, torch.bfloat16
+
+
+def _type_name(x: Any) -> str:
+    return str(x.dtype).removeprefix("torch.") if is_torch(x) else np.asarray(x).dtype.name
+
+
+def _is_floating(x: Any) -> bool:
+    # NumPy does not know that the types of ml_dtypes are floating-point ones.
+    return x.is_floating_point() if is_torch(x) else "float" in _type_name(x)
+
+
+def _check_type(where: str, x: Any, accepted: bool, expected: str) -> None:
+    if not accepted:
+        raise ArgumentError(f"{where}: expected {expected}, got {_type_name(x)}")
 
 
 def _check(where: str, x: Any, d_v: int, least: int) -> None:

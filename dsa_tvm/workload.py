@@ -111,6 +111,26 @@ def causal_ends(s_q: int, s_kv: int) -> np.ndarray:
     return np.clip(np.arange(s_q) + (s_kv - s_q + 1), 0, s_kv).astype(np.int32)
 
 
+def repeated_keys(spec: OpSpec, inputs: Mapping[str, Any], period: int) -> dict[str, Any]:
+    """Inputs of whose keys only the first `period` differ: the others repeat them, as they do for a repetitive text.
+
+    Parameters
+    ----------
+    spec : OpSpec
+    inputs : mapping
+        Arrays by name, None for an optional one that is left out; others than the operator's inputs stay as they are.
+    period : int
+        At least 1.
+    """
+    found = dict(inputs)
+    for tensor in spec.inputs:
+        x = found.get(tensor.name)
+        if "s_kv" in tensor.shape and x is not None:
+            axis = tensor.shape.index("s_kv")
+            found[tensor.name] = np.take(x, np.arange(x.shape[axis]) % period, axis)
+    return found
+
+
 def serves(op: str, dtype: str) -> bool:
     """Whether an operator has a variant with that type for its first input, or no choice of types."""
     return any(variant.get("T", dtype) == dtype for variant in OPS[op].variants)

@@ -12,6 +12,7 @@ from test_topk import DATA
 
 from dsa_tvm import pack_mla_rows
 from dsa_tvm.ops import OPS
+from dsa_tvm.workload import repeated_keys
 
 #: s_q, s_kv, topk. On a GPU: few queries, which are cut into parts; many; and a row that many blocks share.
 SIZES = {"few": (2, 700, 500), "many": (90, 300, 60), "long": (1, 20000, 300)}
@@ -20,8 +21,11 @@ SIZES = {"few": (2, 700, 500), "many": (90, 300, 60), "long": (1, 20000, 300)}
 ATTENTIONS = ("sparse_mla", "sparse_mla_fp8")
 
 
-def arrays(op: str, size: str, variant: Any = None, seed: int = 0) -> dict[str, Any]:
-    """Arguments of an operator by name, with every optional input, ranges of any kind, and indices out of range."""
+def arrays(op: str, size: str, variant: Any = None, seed: int = 0, period: int = 0) -> dict[str, Any]:
+    """Arguments of an operator by name, with every optional input, ranges of any kind, and indices out of range.
+
+    With a `period` the keys repeat themselves after so many.
+    """
     rng = np.random.default_rng(seed)
     s_q, s_kv, topk = SIZES[size]
     variant = variant or OPS[op].variants[0]
@@ -35,9 +39,11 @@ def arrays(op: str, size: str, variant: Any = None, seed: int = 0) -> dict[str, 
         index["ke"][s_q // 2 :: 40] = index["ks"][s_q // 2 :: 40]  # queries that see nothing
         if s_q == 1:
             index["ks"][:], index["ke"][:] = 3, s_kv - 1
+        index = repeated_keys(OPS["topk" if op == "topk" else "indexer_topk"], index, period) if period else index
     if op in ("topk", "lightning_indexer", "indexer_topk"):
         return index | ({} if op == "lightning_indexer" else {"topk": topk})
     attention = attention_inputs(rng, variant["T"], s_q=s_q, s_kv=s_kv, h_q=5, topk=topk)
+    attention = repeated_keys(OPS["sparse_mla"], attention, period) if period else attention
     sink = {"attn_sink": rng.standard_normal(5).astype(np.float32)}
     if op in ATTENTIONS:
         if op == "sparse_mla_fp8":
@@ -84,4 +90,4 @@ def check(op: str, outputs: Any, arguments: dict[str, Any], device: str) -> None
     else:
         expected = (chosen,) if op == "indexer_topk" else references(op, arguments)
     for tensor, x, y in zip(spec.outputs, outputs, expected, strict=True):
-        assert_close(to_array(x), y, tolerance_of(spec, tensor.name, dtype, device))
+        assert_close(x if isinstance(x, np.ndarray) else to_array(x), y, tolerance_of(spec, tensor.name, dtype, device))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_close
+from compare import assert_close, tolerance_of
 from other_library import in_use
-from samples import attention_inputs, indexer_inputs
+from samples import attention_inputs, flatten, indexer_inputs
 from tuning_records import make
 
 import dsa_tvm
@@ -59,7 +59,7 @@ def tuned(tmp_path_factory):
         topk.append(make("topk", (1, 32768), (9, 9), decisions=wrong, **kinds))
     with open(topk.path, "a") as file:
         file.write("not a record\n")
-    sizes = ("--d-idx", 96, "--d-v", 256)
+    sizes = ("--d-idx", 96, "--d-idx", 1024, "--d-qk", 1024, "--d-v", 256)
     return out / library.LIBRARY_NAME, cli("build", *sizes, "--records", logs, "--target", target, "--out", out)
 
 
@@ -68,12 +68,29 @@ def test_other_sizes(tuned):
     arguments = indexer_inputs(np.random.default_rng(0), OPS["lightning_indexer"].variants[0], h_idx=5, d_idx=96)
     with pytest.raises(dsa_tvm.ArgumentError, match="dsa-tvm build --d-idx 96"):
         dsa_tvm.lightning_indexer(**arguments)
-    assert library.verify(tuned[0])["served"]["d_idx"] == [32, 64, 96, 128]
+    assert library.verify(tuned[0])["served"]["d_idx"] == [32, 64, 96, 128, 1024]
     with in_use(tuned[0]):
         (expected,) = OPS["lightning_indexer"].reference(**arguments)
         np.testing.assert_allclose(dsa_tvm.lightning_indexer(**arguments), expected, rtol=1e-5, atol=1e-5)
         q, kv = np.ones((1, 2, 512), np.float32), np.ones((4, 512), np.float32)
         assert dsa_tvm.sparse_mla(q, kv, np.zeros((1, 1), np.int32), sm_scale=1, d_v=256)[0].shape == (1, 2, 256)
+
+
+def test_sums_over_the_widest_keys_hold_the_tolerance(tuned):
+    """1024 equal products, whose rounding errors all have one sign."""
+    rng = np.random.default_rng(0)
+    index = flatten(indexer_inputs(rng, OPS["lightning_indexer"].variants[0], s_kv=999, h_idx=5, d_idx=1024))
+    index["k"][:] = np.linspace(0.5, 1, 999, dtype=np.float32)[:, None]
+    attention = flatten(attention_inputs(rng, "float32", s_kv=999, h_q=5, d_qk=1024, topk=2))
+    attention["kv"][:] = np.linspace(0.1, 0.2, 999, dtype=np.float32)[:, None]
+    with in_use(tuned[0]):
+        for op, arguments in {
+            "lightning_indexer": index,
+            "sparse_mla": attention | {"sm_scale": 0.1, "d_v": 256},
+        }.items():
+            outputs = as_tuple(getattr(dsa_tvm, op)(**arguments))
+            for tensor, x, y in zip(OPS[op].outputs, outputs, OPS[op].reference(**arguments), strict=True):
+                assert_close(x, y, tolerance_of(OPS[op], tensor.name, "float32"))
 
 
 def test_a_damaged_log_does_not_stop_a_build(tuned):

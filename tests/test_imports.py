@@ -23,7 +23,7 @@ ALLOWED = {
     "dlpack": set(),
     "tensors": {"dlpack", "errors", "spec"},
     "packing": {"element_types", "errors", "tensors"},
-    "hostile": {"packing", "spec"},
+    "hostile": {"packing", "spec", "workload"},
     "forks": set(),
     "integers": {"errors"},
     "library": {"errors", "files", "forks", "integers", "ops"},

@@ -153,7 +153,8 @@ def test_packing(power_of_two, d_qk, d_v):
     assert rows.shape == (50, d_v + d_v // 32 + 2 * (d_qk - d_v)) and rows.dtype == np.uint8
     scales = np.ascontiguousarray(rows[:, d_v : d_v + d_v // 32]).view(np.float32)
     amax = np.abs(values[:, :d_v]).reshape(50, -1, 128).max(-1)
-    exact = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
+    least = np.float32(1e-4)
+    exact = np.maximum(amax / np.float32(448), least) if power_of_two else np.maximum(amax, least) / np.float32(448)
     if power_of_two:
         assert (np.frexp(scales)[0] == 0.5).all() and (scales >= exact).all() and (scales < 2 * exact).all()
     else:
@@ -167,6 +168,51 @@ def test_packing(power_of_two, d_qk, d_v):
         np.testing.assert_array_equal(meant, unpacked(rows).astype(np.float32))
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 0.03, 0.0437, 0.0447, 0.05469, 0.056, 1.0, 448.0, 3e4])
+def test_powers_of_two_are_those_of_other_packers(name, size):
+    """FlashMLA's rule, in float64: the scale is at least 1e-4 before it is rounded up."""
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).uniform(-size, size, (20, 576)).astype(ml_dtypes.bfloat16)
+    values[:, ::128] = size
+    wide = values.astype(np.float64)
+    groups = wide[:, :512].reshape(20, 4, 128)
+    scale = 2.0 ** np.ceil(np.log2(np.maximum(np.abs(groups).max(-1) / 448, 1e-4)))
+    codes = torch.from_numpy(groups / scale[:, :, None]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    parts = [codes.reshape(20, 512), scale.astype("<f4").view(np.uint8), np.ascontiguousarray(values[:, 512:])]
+    expected = np.concatenate([x.view(np.uint8) for x in parts], 1)
+    given = torch.from_numpy(wide).bfloat16() if name == "torch" else values
+    np.testing.assert_array_equal(np.asarray(dsa_tvm.pack_mla_rows(given, power_of_two=True)), expected)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("d_qk", [512, 576])
+def test_any_layout_packs_and_unpacks_alike(d_qk, power_of_two):
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).standard_normal((50, d_qk)).astype(np.float32)
+    wide = np.zeros((50, 2 * d_qk), np.float32)
+    wide[:, ::2] = values
+    backwards = np.ascontiguousarray(values[::-1])
+    rows = dsa_tvm.pack_mla_rows(values, power_of_two=power_of_two)
+    for x in (np.asfortranarray(values), wide[:, ::2], backwards[::-1]):
+        assert np.array_equal(dsa_tvm.pack_mla_rows(x, power_of_two=power_of_two), rows)
+    strided = torch.from_numpy(wide)[:, ::2]
+    transposed = torch.from_numpy(np.ascontiguousarray(values.T)).T
+    for y in (strided, transposed, transposed.clone().requires_grad_(), torch.from_numpy(backwards).flip(0)):
+        assert np.array_equal(dsa_tvm.pack_mla_rows(y, power_of_two=power_of_two).numpy(), rows)
+    meant = dsa_tvm.unpack_mla_rows(rows)
+    assert np.array_equal(dsa_tvm.unpack_mla_rows(np.asfortranarray(rows)), meant)
+    turned = torch.from_numpy(np.ascontiguousarray(rows.T)).T
+    assert np.array_equal(dsa_tvm.unpack_mla_rows(turned).float().numpy(), meant)
+
+
+def test_no_rows_pack_to_no_rows():
+    torch = pytest.importorskip("torch")
+    for empty in (np.zeros((0, 576), np.float32), torch.zeros(0, 576)):
+        rows = dsa_tvm.pack_mla_rows(empty)
+        assert rows.shape == (0, 656) and dsa_tvm.unpack_mla_rows(rows).shape == (0, 576)
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_torch_packs_alike(power_of_two):
     torch = pytest.importorskip("torch")
@@ -176,6 +222,10 @@ def test_torch_packs_alike(power_of_two):
     meant = dsa_tvm.unpack_mla_rows(rows)
     assert meant.dtype is torch.bfloat16
     np.testing.assert_array_equal(meant.float().numpy(), dsa_tvm.unpack_mla_rows(rows.numpy()))
+
+
+def _torch_zeros(*shape):
+    return pytest.importorskip("torch").zeros(*shape)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +240,15 @@ def test_torch_packs_alike(power_of_two):
             lambda: dsa_tvm.unpack_mla_rows(np.zeros((3, 500), np.uint8)),
             "rows: expected a matrix of at least 528 columns",
         ),
+        (
+            lambda: dsa_tvm.pack_mla_rows(np.zeros((3, 576), np.int32)),
+            "values: expected a floating-point type, got int32",
+        ),
+        (lambda: dsa_tvm.pack_mla_rows(np.zeros((3, 576), np.complex64)), "floating-point type, got complex64"),
+        (lambda: dsa_tvm.unpack_mla_rows(np.zeros((3, 656), np.float32)), "rows: expected uint8, got float32"),
+        (lambda: dsa_tvm.unpack_mla_rows(np.zeros((3, 656), np.int8)), "rows: expected uint8, got int8"),
+        (lambda: dsa_tvm.unpack_mla_rows(_torch_zeros(3, 656)), "rows: expected uint8, got float32"),
+        (lambda: dsa_tvm.pack_mla_rows(_torch_zeros(3, 576).int()), "floating-point type, got int32"),
         (lambda: dsa_tvm.unpack_mla_rows(np.zeros((3, 657), np.uint8)), "rows: expected an even number of bytes"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from ..spec import DIMS, INT32_MAX, OpSpec
+from ..workload import repeated_keys
 from .case import Case, needs_of, replace
 from .samples import Argument, Call, memory_of, place, small_dims
 
@@ -20,6 +21,7 @@ def cases(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
     yield from _lengths(spec)
     yield from _integers(spec, variant)
     yield from _reals(spec, variant)
+    yield from _repetitions(spec)
     yield from _passing(spec, variant)
     yield from _attributes(spec)
 
@@ -110,6 +112,33 @@ def _reals(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
                     call.tensor(name).array.reshape(-1)[where] = value
 
                 yield Case(tensor.name, f"{value} at {where}", one)
+
+
+def _repetitions(spec: OpSpec) -> Iterator[Case]:
+    """Tokens that repeat themselves, in each input and in all of them."""
+    # With that many keys and all of them selected, a sum has thousands of equal addends.
+    many = {"s_kv": 2100} | ({"topk": 2100} if "topk" in spec.dims else {})
+    tokens = {t.name: [i for i, d in enumerate(t.shape) if d in ("s_q", "s_kv")] for t in spec.inputs}
+    repeating = [[name] for name, axes in tokens.items() if axes]
+    for names in (*repeating, [name for name, axes in tokens.items() if axes]):
+
+        def repeat(call: Call, names: list[str] = names) -> None:
+            for name in names:
+                array = call.tensor(name).array
+                for axis in tokens[name]:
+                    array[...] = np.take(array, [0], axis)
+
+        yield Case(", ".join(names), "the same for every token", repeat)
+    if "s_kv" in spec.dims:
+        keys = [t.name for t in spec.inputs if "s_kv" in t.shape]
+        for period in (1, 3):
+
+            def recur(call: Call, period: int = period) -> None:
+                inputs = {name: call.tensor(name).array for name in keys}
+                for name, array in repeated_keys(spec, inputs, period).items():
+                    call.tensor(name).array[...] = array
+
+            yield Case(", ".join(keys), f"{many['s_kv']} keys with a period of {period}", recur, dims=many)
 
 
 def _passing(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:

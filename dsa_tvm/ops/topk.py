@@ -3,6 +3,9 @@
 Larger first, equal values (+0 and -0 are equal) by lower index, NaN never. Only keys in ``[ks, ke)`` take part, and a
 ``-inf`` in there is a value like any other. Emitted in ascending index order, ``-1`` behind: a gather then walks memory
 forward.
+
+torch.topk and vLLM rank NaN first. A NaN has no place in an order, and it means that the score of its token is broken,
+perhaps the token's cached row too, so it must not displace a token whose score is known.
 """
 
 from __future__ import annotations

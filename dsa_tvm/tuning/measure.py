@@ -22,7 +22,7 @@ from .. import gate
 from ..errors import DsaError
 from ..workload import Workload
 from .fleet import Remote
-from .tasks import Effort, Task, irregular
+from .tasks import Effort, Task, irregular, repetitive
 
 DEFAULT, CANDIDATE = 0, 1
 
@@ -52,8 +52,9 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
     RemoteError
     """
     with _opened(library, remote) as (module, device):
-        odd, timed = _problems(task)
-        _checked(module, device, odd, _arguments(odd.work, device), CANDIDATE, 2)
+        *odd, timed = _problems(task)
+        for problem in odd:
+            _checked(module, device, problem, _arguments(problem.work, device), CANDIDATE, 2)
         arguments = _on_this_machine(task) if remote is None else _arguments(timed.work, device)
         written = _checked(module, device, timed, arguments, CANDIDATE, max(effort.threads))
         outputs = [_poisoned(timed.work, device), written]
@@ -99,10 +100,10 @@ class _Problem:
 
 
 @functools.lru_cache(maxsize=1)
-def _problems(task: Task) -> tuple[_Problem, _Problem]:
-    """The latest task's irregular inputs and those that are timed, made once and not for every candidate."""
-    odd, timed = irregular(task), task.inputs()
-    return _Problem.of(odd, range(odd.lengths["s_q"])), _Problem.of(timed, sorted({0, task.s_q - 1}))
+def _problems(task: Task) -> tuple[_Problem, ...]:
+    """The latest task's odd inputs and, last, those that are timed; made once and not for every candidate."""
+    odd = [_Problem.of(work, range(work.lengths["s_q"])) for work in (irregular(task), repetitive(task))]
+    return *odd, _Problem.of(task.inputs(), sorted({0, task.s_q - 1}))
 
 
 def _checked(
@@ -140,7 +141,7 @@ def _in_turns(
 @functools.lru_cache(maxsize=1)
 def _on_this_machine(task: Task) -> list[Any]:
     """The arguments that are timed, which stay where they are from candidate to candidate."""
-    return _arguments(_problems(task)[1].work, tvm.cpu())
+    return _arguments(_problems(task)[-1].work, tvm.cpu())
 
 
 def _arguments(work: Workload, device: Any) -> list[Any]:

@@ -170,6 +170,12 @@ def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workloa
     return task._scaled(replace(work, inputs=inputs))
 
 
+def repetitive(task: Task) -> Workload:
+    """Keys that repeat themselves, on which a kernel shows whose sums are too long a chain of additions."""
+    work = workload.make(task.op, task.preset, 2, 2 * task.preset.topk)
+    return task._scaled(replace(work, inputs=workload.repeated_keys(work.spec, work.inputs, 3)))
+
+
 def irregulars(task: Task) -> list[Workload]:
     """`irregular` inputs that every kernel of a GPU takes part in: which ones do depends on the sizes."""
     # Few and many queries; keys of few are cut into parts.

@@ -20,6 +20,10 @@ STORAGE = {name: name if width == 4 else f"uint{8 * width}" for name, width in W
 #: Elements that are converted or copied at a time. Every width (d_idx, d_qk, d_v) is a multiple of it.
 STEP = 32
 
+#: Products of a dot product that are summed in a row. Longer ones are sums of such sums: the rounding errors of equal
+#: addends all have one sign, so that a chain of n of them may be off by n / 2 roundings.
+CHAIN = 128
+
 #: f32 elements that a vector register of each CPU target holds.
 VECTOR = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "aarch64": 4}
 

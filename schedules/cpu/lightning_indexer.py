@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import STEP, STORAGE, VECTOR, WIDTH, widen
+from .elements import CHAIN, STEP, STORAGE, VECTOR, WIDTH, widen
 
 #: Partial sums over the heads that a key's result is reduced from.
 LANES = 8
@@ -120,8 +120,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     IN_PLACE = c.in_place if k_type == "float32" else 0
 
     @T.macro
-    def add_products(acc, keys, first, qp, i, hb):
-        for d in T.serial(d_idx // UD):
+    def add_products(acc, keys, first, qp, i, hb, part):
+        for d in T.serial(part * (CHAIN // UD), T.min((part + 1) * CHAIN, d_idx) // UD):
             for u in T.unroll(UD):
                 for j in T.unroll(TK):
                     for h in T.vectorized(HV):
@@ -161,6 +161,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
             kp = T.sblock_alloc_buffer((BK, d_idx), "float32")
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
+            # What the earlier parts of products over more than CHAIN entries came to.
+            long = T.sblock_alloc_buffer((TK, HV), "float32")
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
             # Heads past h_idx are zero, so that any head count runs the same tiles. Their products are left out of the
             # sum all the same: with an infinite key they are NaN.
@@ -202,13 +204,24 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                     if start < high and low < stop and low < high:
                         for hb in T.serial(blocks):
                             for t in T.serial((stop - start + TK - 1) // TK):
-                                for j in T.unroll(TK):
-                                    for h in T.vectorized(HV):
-                                        acc[j, h] = T.float32(0)
-                                if t < in_place:
-                                    add_products(acc, K, start + t * TK, qp, i, hb)
-                                else:
-                                    add_products(acc, kp, t * TK, qp, i, hb)
+                                for part in T.serial((d_idx + CHAIN - 1) // CHAIN):
+                                    if part > 0:
+                                        for j in T.unroll(TK):
+                                            for h in T.vectorized(HV):
+                                                long[j, h] = T.if_then_else(
+                                                    part == 1, acc[j, h], long[j, h] + acc[j, h]
+                                                )
+                                    for j in T.unroll(TK):
+                                        for h in T.vectorized(HV):
+                                            acc[j, h] = T.float32(0)
+                                    if t < in_place:
+                                        add_products(acc, K, start + t * TK, qp, i, hb, part)
+                                    else:
+                                        add_products(acc, kp, t * TK, qp, i, hb, part)
+                                if d_idx > CHAIN:
+                                    for j in T.unroll(TK):
+                                        for h in T.vectorized(HV):
+                                            acc[j, h] = acc[j, h] + long[j, h]
                                 for j in T.unroll(TK):
                                     if hb == 0:
                                         for h in T.vectorized(LANES):

@@ -4,6 +4,9 @@ A task takes one query and a range of its heads. Valid keys are gathered and wid
 all heads of the task; invalid indices are dropped there and cost nothing. Scores are a register tile of keys x heads
 (keys broadcast, heads vectorized), the output a register tile of heads x values (weights broadcast, values vectorized).
 Running maximum and sum are kept per head, vectorized over the heads (Milakov and Gimelshein, 2018).
+
+No sum is one chain of thousands of additions, in which the errors of a repetitive text's equal addends would add up:
+each block of keys is summed from zero and added to what the earlier ones gave, and so are the parts of a score.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from ...spec import DIMS
-from .elements import STEP, STORAGE, VECTOR, WIDTH, is_nan, narrow, widen
+from .elements import CHAIN, STEP, STORAGE, VECTOR, WIDTH, is_nan, narrow, widen
 from .exponential import exp_nonpositive
 from .mla_rows import rows_of
+
+#: The sums of 4096 keys are chains of 4096 / block_keys additions of sums of block_keys: both have to be short.
+_LEAST_KEYS = 32
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Decisions:
     Parameters
     ----------
     block_keys : int
-        Keys gathered at a time; a multiple of `tile_keys`.
+        Keys gathered at a time; a multiple of `tile_keys`, and at least 32, so that 4096 keys are at most 128 blocks.
     tile_keys, heads : int
         Register tile of the scores.
     tile_heads, values : int
@@ -54,6 +60,8 @@ class Decisions:
         tiles = self.heads % self.tile_heads or self.block_keys % self.tile_keys or self.task_heads % self.heads
         if tiles or DIMS["d_v"].multiple % self.values or STEP % self.unroll_d:
             raise ValueError(f"sparse_mla: decisions that do not divide: {self}")
+        if self.block_keys < _LEAST_KEYS:
+            raise ValueError(f"sparse_mla: block_keys: expected at least {_LEAST_KEYS}, got {self.block_keys}")
 
 
 DEFAULT = {
@@ -68,7 +76,7 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
     """The values of each decision that are worth trying on `target`."""
     floats = VECTOR[target]
     return {
-        "block_keys": (12, 24, 36, 48, 56, 64, 96, 128),
+        "block_keys": (36, 48, 56, 64, 96, 128),
         "tile_keys": (2, 3, 4, 6, 8, 12, 14) if floats == 16 else (2, 3, 4, 6, 8),
         "heads": tuple(n for n in (8, 16, 32, 64) if floats <= n <= 4 * floats),
         "tile_heads": (2, 4, 8, 16),
@@ -142,6 +150,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
             total = T.sblock_alloc_buffer(((h1 - h0 + HV - 1) // HV, HV), "float32")
             shift = T.sblock_alloc_buffer((HV,), "float32")
             fade = T.sblock_alloc_buffer((HV,), "float32")
+            mass = T.sblock_alloc_buffer((HV,), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
             tile = T.sblock_alloc_buffer((PH, PV), "float32", scope="local")
             at = T.sblock_alloc_buffer((1,), "int64", scope="local")
@@ -184,17 +193,23 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                             kp[keys + j, d * STEP + l] = T.float32(0)
                 for hb in T.serial((h1 - h0 + HV - 1) // HV):
                     for t in T.serial((keys + TK - 1) // TK):
-                        for j in T.unroll(TK):
-                            for h in T.vectorized(HV):
-                                acc[j, h] = T.float32(0)
-                        for d in T.serial(d_qk // UD):
-                            for u in T.unroll(UD):
+                        for part in T.serial((d_qk + CHAIN - 1) // CHAIN):
+                            for j in T.unroll(TK):
+                                for h in T.vectorized(HV):
+                                    acc[j, h] = T.float32(0)
+                            for d in T.serial(part * (CHAIN // UD), T.min((part + 1) * CHAIN, d_qk) // UD):
+                                for u in T.unroll(UD):
+                                    for j in T.unroll(TK):
+                                        for h in T.vectorized(HV):
+                                            acc[j, h] = acc[j, h] + kp[t * TK + j, d * UD + u] * qp[hb, d * UD + u, h]
+                            if part == 0:
                                 for j in T.unroll(TK):
                                     for h in T.vectorized(HV):
-                                        acc[j, h] = acc[j, h] + kp[t * TK + j, d * UD + u] * qp[hb, d * UD + u, h]
-                        for j in T.unroll(TK):
-                            for h in T.vectorized(HV):
-                                score[t * TK + j, h] = acc[j, h]
+                                        score[t * TK + j, h] = acc[j, h]
+                            else:
+                                for j in T.unroll(TK):
+                                    for h in T.vectorized(HV):
+                                        score[t * TK + j, h] = score[t * TK + j, h] + acc[j, h]
                     for h in T.vectorized(HV):
                         fade[h] = top[hb, h]
                     for j in T.serial(keys):
@@ -211,38 +226,42 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                     for h in T.vectorized(HV):
                         fade[h] = exp_nonpositive(fade[h] - shift[h])
                     for h in T.vectorized(HV):
-                        total[hb, h] = total[hb, h] * fade[h]
+                        mass[h] = T.float32(0)
                     for j in T.serial(keys):
                         for h in T.vectorized(HV):
                             score[j, h] = exp_nonpositive(score[j, h] - shift[h])
                         for h in T.vectorized(HV):
-                            total[hb, h] = total[hb, h] + score[j, h]
+                            mass[h] = mass[h] + score[j, h]
+                    for h in T.vectorized(HV):
+                        total[hb, h] = total[hb, h] * fade[h] + mass[h]
                     for dv in T.serial(d_v // PV):
                         for g in T.serial(HV // PH):
                             if h0 + hb * HV + g * PH < h1:
                                 for r in T.unroll(PH):
                                     for l in T.vectorized(PV):
-                                        tile[r, l] = sums[hb * HV + g * PH + r, dv * PV + l] * fade[g * PH + r]
+                                        tile[r, l] = T.float32(0)
                                 for j in T.serial(keys):
                                     for r in T.unroll(PH):
                                         for l in T.vectorized(PV):
                                             tile[r, l] = tile[r, l] + score[j, g * PH + r] * kp[j, dv * PV + l]
                                 for r in T.unroll(PH):
                                     for l in T.vectorized(PV):
-                                        sums[hb * HV + g * PH + r, dv * PV + l] = tile[r, l]
+                                        sums[hb * HV + g * PH + r, dv * PV + l] = (
+                                            sums[hb * HV + g * PH + r, dv * PV + l] * fade[g * PH + r] + tile[r, l]
+                                        )
             for h in T.serial(h1 - h0):
                 best: T.let = top[h // HV, h % HV]
-                mass: T.let = total[h // HV, h % HV]
+                weight: T.let = total[h // HV, h % HV]
                 if seen[0] > T.int64(0):
-                    shift[0] = mass
+                    shift[0] = weight
                     if has_sink == T.int64(1):
-                        shift[0] = mass + T.exp(
+                        shift[0] = weight + T.exp(
                             SINK[h0 + h] - T.Select(best == -T.infinity("float32"), T.float32(0), best)
                         )
                     for d in T.serial(d_v // STEP):
                         for l in T.vectorized(STEP):
                             OUT[m, h0 + h, d * STEP + l] = narrow(sums[h, d * STEP + l] / shift[0], dtype)
-                    LSE[m, h0 + h] = best + T.log(mass)
+                    LSE[m, h0 + h] = best + T.log(weight)
                 else:
                     for d in T.serial(d_v // STEP):
                         for l in T.vectorized(STEP):

@@ -109,8 +109,9 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_lightning_indexer(const dsa_tvm_tensor *q, co
                                                      const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale,
                                                      dsa_tvm_tensor *logits, const dsa_tvm_options *options);
 
-/* Positions of the topk largest logits in [ks, ke) of each row: larger first, equal ones by lower index, NaN never;
- * ascending, -1 behind.
+/* Positions of the topk largest logits in [ks, ke) of each row: larger first, equal ones by lower index; ascending, -1
+ * behind. NaN is never selected, where torch.topk ranks it first: a token whose score is broken must not displace one
+ * whose score is known.
  *   logits   [s_q, s_kv]  float32
  *   ks, ke   [s_q]        int32
  *   topk                  1..4096
