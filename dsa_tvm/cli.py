@@ -42,6 +42,9 @@ def _config(args: argparse.Namespace) -> None:
     for name in asked or (*paths, *flags):
         if name in paths and not os.path.exists(paths[name]):
             raise LibraryError(f"config: expected {paths[name]} to be there; reinstall dsa_tvm")
+        if name == "pkgconfigdir" and asked and (odd := set(paths[name]) & set("'\"\\#")):
+            expected = "config: pkgconfigdir: expected a path that pkg-config can take flags from, got one with"
+            raise LibraryError(f"{expected} {' '.join(sorted(odd))}: {paths[name]}; use --cflags and --libs instead")
         # As pkg-config does it: flags are for a shell to read, paths are as they are.
         answer = paths[name] if name in paths else shlex.join(flags[name])
         print(answer if asked else f"{name}: {answer}")

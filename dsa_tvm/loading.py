@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
+import resource
 import stat
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass
+
+from .errors import LibraryError
 
 #: What the loader knows libraries as. It takes a library of a known name for the one that it has.
 _names: set[str] = set()
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """A library that may be loaded only if it has this digest.
+
+    Parameters
+    ----------
+    path : str
+    sha256 : str
+    """
+
+    path: str
+    sha256: str
 
 
 def open_file(path: str | os.PathLike[str]) -> int:
@@ -26,7 +43,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FileNotFoundError(f"not a regular file: {os.fspath(path)!r}")
+        raise FileNotFoundError(errno.ENOENT, "not a regular file", os.fspath(path))
     return descriptor
 
 
@@ -46,25 +63,27 @@ def load(descriptor: int, path: str) -> ctypes.CDLL:
     Parameters
     ----------
     descriptor : int
-        Taken over.
+        Belongs to this function from here on.
     path : str
         What it was opened as, for a process that cannot read its own ``/proc``.
 
     Raises
     ------
+    LibraryError
+        Without ``/proc``: the path leads to another file by now.
     OSError
-        The loader refuses it, or, without ``/proc``, the path has come to lead to another file.
+        The loader refuses it.
     """
     try:
-        # Whoever closes all descriptors of a process closes ours too; their numbers come again then.
+        # If the caller has closed every descriptor of the process, then ours too, and their numbers come again.
         while (name := f"/proc/{os.getpid()}/fd/{descriptor}") in _names:
             higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, descriptor + 1)
             os.close(descriptor)
             descriptor = higher
         if not _is_same(descriptor, name):
-            if not _is_same(descriptor, path):
-                raise OSError(f"{path}: was replaced while it was loaded")
             name = path
+            if not _is_same(descriptor, path):
+                raise LibraryError(f"library: expected the file that was checked at {path}, got another")
         library = ctypes.CDLL(name)
     except BaseException:
         os.close(descriptor)
@@ -76,27 +95,29 @@ def load(descriptor: int, path: str) -> ctypes.CDLL:
     return library
 
 
-def load_checked(path: str, digest: str) -> ctypes.CDLL:
-    """Load a file if it has this digest. A process may load thousands in this way: none keeps a descriptor.
+def load_checked(file: CheckedFile) -> ctypes.CDLL:
+    """Load a file if it has its digest.
+
+    For worker processes, which load hundreds. Every file keeps a descriptor, so this raises the process's limit.
 
     Raises
     ------
-    ValueError
-        It has another digest.
+    LibraryError
+        It cannot be read, or it has another digest.
     OSError
-        It cannot be read, or the loader refuses it.
+        The loader refuses it.
     """
-    descriptor = open_file(path)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        if (actual := sha256(descriptor)) != digest:
-            raise ValueError(f"expected sha256 {digest}, got {actual} at {path}")
-        # A name of its own in the loader, because the number of the descriptor will be used again.
-        with tempfile.TemporaryDirectory(prefix="dsa-tvm-") as directory:
-            link = Path(directory, Path(path).name)
-            link.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-            return ctypes.CDLL(str(link))
-    finally:
+        descriptor = open_file(file.path)
+        actual = sha256(descriptor)
+    except OSError as error:
+        raise LibraryError(f"library: {error}") from error
+    if actual != file.sha256:
         os.close(descriptor)
+        raise LibraryError(f"library: expected sha256 {file.sha256}, got {actual} at {file.path}")
+    return load(descriptor, file.path)
 
 
 def _is_same(descriptor: int, path: str) -> bool:
