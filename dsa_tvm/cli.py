@@ -19,22 +19,35 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace) -> None:
-    from . import library
+    import os
+    import shlex
 
-    package = Path(__file__).parent
-    lib, include = library.default_path().parent, package / "include"
-    answers = {
-        "cmakedir": package / "lib" / "cmake" / "dsa_tvm",
-        "pkgconfigdir": package / "lib" / "pkgconfig",
+    from . import library, package_files
+    from .errors import LibraryError
+
+    path = os.path.abspath(library.default_path())
+    include = os.path.abspath(package_files.find("include"))
+    lib = os.path.dirname(path)
+    # -Wl, would cut the path at its commas.
+    rpath = ["-Wl,-rpath", "-Xlinker", lib] if "," in lib else [f"-Wl,-rpath,{lib}"]
+    paths = {
+        "cmakedir": os.path.abspath(package_files.find("lib/cmake/dsa_tvm")),
+        "pkgconfigdir": os.path.abspath(package_files.find("lib/pkgconfig")),
         "includedir": include,
         "libdir": lib,
-        "cflags": f"-I{include}",
-        "libs": f"-L{lib} -Wl,-rpath,{lib} -ldsa_tvm",
-        "library": library.default_path(),
+        "library": path,
     }
-    asked = [name for name in answers if getattr(args, name)]
-    for name in asked or answers:
-        print(answers[name] if asked else f"{name}: {answers[name]}")
+    flags = {"cflags": [f"-I{include}"], "libs": [f"-L{lib}", *rpath, "-ldsa_tvm", "-lm"]}
+    asked = [name for name in (*paths, *flags) if getattr(args, name)]
+    for name in asked or (*paths, *flags):
+        if name in paths and not os.path.exists(paths[name]):
+            raise LibraryError(f"config: expected {paths[name]} to be there; reinstall dsa_tvm")
+        if name == "pkgconfigdir" and asked and (odd := set(paths[name]) & set("'\"\\#")):
+            expected = "config: pkgconfigdir: expected a path that pkg-config can take flags from, got one with"
+            raise LibraryError(f"{expected} {' '.join(sorted(odd))}: {paths[name]}; use --cflags and --libs instead")
+        # As pkg-config does it: flags are for a shell to read, paths are as they are.
+        answer = paths[name] if name in paths else shlex.join(flags[name])
+        print(answer if asked else f"{name}: {answer}")
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -121,8 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true")
 
     config = command("config", _config, "where C and CMake projects find the library")
-    for flag in ("cmakedir", "pkgconfigdir", "includedir", "libdir", "cflags", "libs", "library"):
-        config.add_argument(f"--{flag}", action="store_true")
+    for flag in ("cmakedir", "pkgconfigdir", "includedir", "libdir", "library"):
+        config.add_argument(f"--{flag}", action="store_true", help="print this path")
+    for flag in ("cflags", "libs"):
+        config.add_argument(f"--{flag}", action="store_true", help="print these flags, quoted for a shell")
     return parser
 
 

@@ -8,9 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from . import forks
+from . import forks, loading, package_files
 from .errors import ArgumentError, LibraryError
-from .files import sha256
 from .integers import as_integer
 from .ops import OPS
 
@@ -41,11 +40,13 @@ def exported_symbols() -> list[str]:
 def default_path() -> Path:
     """Where the library is looked for: ``$DSA_TVM_LIBRARY``, else the one that was installed with the package."""
     override = os.environ.get("DSA_TVM_LIBRARY")
-    return Path(override) if override else Path(__file__).parent / "lib" / LIBRARY_NAME
+    return Path(override) if override else package_files.find(f"lib/{LIBRARY_NAME}")
 
 
 def verify(path: Path) -> dict:
     """Check a library against the manifest beside it, without loading it.
+
+    A file that has not changed since this process last read it is not read again.
 
     Returns
     -------
@@ -55,32 +56,61 @@ def verify(path: Path) -> dict:
     Raises
     ------
     LibraryError
-        No library or manifest, a manifest that is no JSON object of the right fields, another ABI, size or digest.
+        There is no library or no manifest, the manifest cannot be read, or the ABI, the size or the digest differ.
     """
+    descriptor, manifest = _open_verified(path)
+    os.close(descriptor)
+    return manifest
+
+
+#: The state of files that had the digest beside it.
+_verified: set[tuple] = set()
+
+
+def _open_verified(path: Path) -> tuple[int, dict]:
+    """An open library and its manifest, after `verify`'s checks."""
+    try:
+        descriptor = loading.open_file(path)
+    except OSError as error:
+        got = "none" if isinstance(error, FileNotFoundError) else error.strerror
+        expected = f"library: expected a file at {path}, got {got}"
+        raise LibraryError(f"{expected}; reinstall dsa_tvm or run dsa-tvm build") from error
+    try:
+        return descriptor, _check(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check(descriptor: int, path: Path) -> dict:
     manifest_path = path.parent / MANIFEST_NAME
-    if not path.is_file():
-        raise LibraryError(f"library: expected a file at {path}, got none; reinstall dsa_tvm or run dsa-tvm build")
     try:
         manifest = json.loads(manifest_path.read_bytes())
         abi, size, digest = manifest["abi"], manifest["size"], manifest["sha256"]
     except FileNotFoundError as error:
         raise LibraryError(f"library: expected its manifest at {manifest_path}, got none") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LibraryError(f"library: expected a manifest at {manifest_path}, got one that cannot be read") from error
     if abi != ABI_VERSION:
         raise LibraryError(f"library: expected ABI {ABI_VERSION}, got {abi} in {manifest_path}")
     # Size first: the loader maps a truncated library and dies of SIGBUS, and so would reading on.
-    actual = path.stat().st_size
-    if actual != size:
-        raise LibraryError(f"library: expected {size} bytes, got {actual} at {path}: it is damaged")
-    actual_digest = sha256(path)
-    if actual_digest != digest:
-        raise LibraryError(f"library: expected sha256 {digest}, got {actual_digest} at {path}: it is damaged")
+    found = os.fstat(descriptor)
+    if found.st_size != size:
+        raise LibraryError(f"library: expected {size} bytes, got {found.st_size} at {path}: it is damaged")
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, digest)
+    if state not in _verified:
+        actual = loading.sha256(descriptor)
+        if actual != digest:
+            raise LibraryError(f"library: expected sha256 {digest}, got {actual} at {path}: it is damaged")
+        _verified.add(state)
     return manifest
 
 
 def get_library_path(path: str | os.PathLike[str] | None = None) -> str:
     """Path of the verified library, for ``SessionOptions.register_custom_ops_library``.
+
+    ONNX Runtime opens the path again, and nobody checks what it finds there then. Keep the folder writable for people
+    you trust only.
 
     Parameters
     ----------
@@ -101,16 +131,19 @@ def get_library_path(path: str | os.PathLike[str] | None = None) -> str:
 def load(path: str | None = None) -> ctypes.CDLL:
     """The library, verified, loaded and able to run on this CPU.
 
+    What is loaded is the open file that was verified, whatever happens to its path meanwhile.
+
     Raises
     ------
     LibraryError
         As `verify`; or the loader refuses it; or it has no kernels for this CPU or for ``$DSA_TVM_TARGET``.
     """
-    found = get_library_path(path)
+    found = Path(path) if path is not None else default_path()
+    descriptor, _ = _open_verified(found)
     try:
-        library = ctypes.CDLL(found)
+        library = loading.load(descriptor, str(found))
     except OSError as error:
-        raise LibraryError(f"library: {error}") from error
+        raise LibraryError(f"library: {found}: {error}") from error
     library.dsa_tvm_last_error.restype = ctypes.c_char_p
     library.dsa_tvm_target.restype = ctypes.c_char_p
     library.dsa_tvm_version.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-"""The tests run against the installed package, never against the checkout they lie in."""
+"""The tests run against the installed package, not against a bare checkout in the working directory."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_sessionstart(session):
-    import dsa_tvm
+    from dsa_tvm import package_files
 
-    checkout = Path(__file__).parent.parent / "dsa_tvm"
-    if Path(dsa_tvm.__file__).parent == checkout:
+    # A checkout in the working directory hides the installed package, and has no compiled library.
+    if not package_files.find("lib/libdsa_tvm.so").exists():
         pytest.exit("the tests need the installed package: pip install '.[test]', then run `pytest`", returncode=4)

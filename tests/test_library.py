@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import dsa_tvm
-from dsa_tvm import library
+from dsa_tvm import files, library
 
 USE = "import dsa_tvm; print(dsa_tvm.active_target())"
 
@@ -87,7 +87,7 @@ def test_nothing_there(tmp_path):
 
 def test_a_whole_file_that_is_no_library(copy):
     copy.write_bytes(b"not an ELF file")
-    edit_manifest(copy, size=copy.stat().st_size, sha256=library.sha256(copy))
+    edit_manifest(copy, size=copy.stat().st_size, sha256=files.sha256(copy))
     with pytest.raises(dsa_tvm.LibraryError):
         library.load(str(copy))
 

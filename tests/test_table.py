@@ -13,7 +13,7 @@ import pytest
 from other_library import in_use
 
 import dsa_tvm
-from dsa_tvm import library
+from dsa_tvm import files, library
 from dsa_tvm.compiler import kernel_table, linking, spec_table
 from dsa_tvm.compiler.kernel_table import Kernels
 from dsa_tvm.errors import BuildError
@@ -45,7 +45,7 @@ def rows(tmp_path_factory):
     (work / "table.c").write_text(kernel_table.source([(dsa_tvm.active_target(), tables)]))
     linking.run(["cc", *linking.flags(work), "-c", str(Path(__file__).parent / "c" / "rows.c"), "-o", f"{work}/rows.o"])
     path = linking.link_library([work / "rows.o"], work, "cc")
-    manifest = {"abi": library.ABI_VERSION, "size": path.stat().st_size, "sha256": library.sha256(path)}
+    manifest = {"abi": library.ABI_VERSION, "size": path.stat().st_size, "sha256": files.sha256(path)}
     (work / library.MANIFEST_NAME).write_text(json.dumps(manifest))
     with in_use(path):
         yield

@@ -121,14 +121,13 @@ class Linker:
             (self._target, {self._op: [self._kernels(decisions, suffix)]})
             for decisions, suffix in zip((default_decisions, candidate_decisions), SUFFIXES, strict=True)
         ]
-        exports = linking.export_directory() / "measure.map"
         command = [
             *(self._cc, "-O2", *linking.flags(self._directory), "-shared"),
             # The table comes from standard input, so that nothing is left behind.
             *("-x", "c", "-", "-x", "none"),
             *(*self._objects, str(default_object), str(candidate_object)),
             # Not nodelete: a search loads thousands.
-            *("-Wl,-z,defs", "-Wl,-z,noexecstack", f"-Wl,--version-script={exports}"),
+            *("-Wl,-z,defs", "-Wl,-z,noexecstack", *linking.version_script("measure.map")),
             *("-lm", "-lpthread", "-ldl", "-o", str(out)),
         ]
         linking.run(command, kernel_table.source(sets))

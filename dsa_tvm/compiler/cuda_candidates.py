@@ -132,12 +132,11 @@ def make(kernel: TunedKernel, foundation: Foundation, decisions: Mapping[str, in
         (work / "cuda_table.c").write_text(table)
         library = work / "candidate.so"
         objects = sorted(map(str, foundation.directory.glob("*.o")))
-        exports = linking.export_directory() / "exports.map"
         linking.run(
             [
                 *(foundation.cc, "-O2", *linking.flags(foundation.directory), "-shared"),
                 *(str(work / "cuda_table.c"), *objects),
-                *("-Wl,-z,defs", "-Wl,-z,noexecstack", f"-Wl,--version-script={exports}"),
+                *("-Wl,-z,defs", "-Wl,-z,noexecstack", *linking.version_script("exports.map")),
                 *("-lm", "-lpthread", "-ldl", "-o", str(library)),
             ]
         )

@@ -70,10 +70,15 @@ def _shape(op: str, function: Function | None) -> str:
 
 
 def _image(name: str, path: Path) -> str:
+    file = _quoted(_quoted(str(path)))[1:-1]  # a string of the assembler in one of C
     return (
-        f'__asm__(".pushsection .rodata\\n.balign 64\\n{name}:\\n.incbin \\"{path}\\"\\n.popsection\\n");\n'
+        f'__asm__(".pushsection .rodata\\n.balign 64\\n{name}:\\n.incbin {file}\\n.popsection\\n");\n'
         f'extern const char {name}[] __attribute__((visibility("hidden")));\n'
     )
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path], toolkit: tuple[int, int]) -> str:

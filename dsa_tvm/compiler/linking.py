@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .. import package_files
 from ..errors import BuildError
 from ..library import LIBRARY_NAME
 
@@ -23,10 +24,8 @@ _FLAGS = ("-std=gnu11", "-g0", "-Wall", "-Wextra", "-Werror=implicit-function-de
 
 
 def export_directory() -> Path:
-    """Where the C files are: in the package, or beside it in a source checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "export"
-    return installed if installed.is_dir() else package.parent / "export"
+    """Where the C files are."""
+    return package_files.find("export")
 
 
 def expect_compiler(cc: str) -> None:
@@ -69,6 +68,12 @@ def flags(work: Path) -> list[str]:
     return [*_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp", *(f"-I{path}" for path in includes)]
 
 
+def version_script(name: str) -> list[str]:
+    """How a library exports nothing but what a file of the export directory lists."""
+    # -Wl, would cut the path at its commas.
+    return ["-Xlinker", f"--version-script={export_directory() / name}"]
+
+
 def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     """Compile the C files and link them with compiled kernels.
 
@@ -97,7 +102,7 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
             # nodelete: ONNX Runtime unloads the library with the last SessionOptions, and whoever else does so may
             # have its OpenMP threads alive; each time it came back it would leave some memory behind.
             *("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
-            f"-Wl,--version-script={export / 'exports.map'}",
+            *version_script("exports.map"),
             *("-lm", "-lpthread", *(["-ldl"] if cuda else []), "-o", str(library)),
         ]
     )

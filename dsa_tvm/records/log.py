@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .. import package_files
 from ..errors import RecordError
 from . import journal
 from .record import KINDS, Record, canonical, digest, expect
@@ -220,9 +221,7 @@ def read_directory(directory: Path) -> tuple[list[Record], list[Damage]]:
 
 def default_directory() -> Path:
     """The logs that come with the package."""
-    package = Path(__file__).parent.parent
-    installed = package / "tuning_logs"
-    return installed if installed.is_dir() else package.parent / "tuning_logs"
+    return package_files.find("tuning_logs")
 
 
 def _as_tuple(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import gate
+from .. import gate, loading
 from ..calls import Attribute, Options
 from ..cuda_driver import Memory, Stream
 from ..dlpack import CUDA, View
 from ..element_types import STORAGE, decode, encode
 from ..errors import BuildError, KernelError
+from ..loading import CheckedFile
 from ..spec import DLPACK_TYPES
 from ..tensors import Pack
 from ..workload import Workload
@@ -136,17 +138,20 @@ class Library:
 
     Parameters
     ----------
-    path : str
+    file : str or CheckedFile
+        A file of this process's own, by its path, or one that somebody else could have changed.
 
     Raises
     ------
+    LibraryError
+        It cannot be read, or it is not the one that was built.
     BuildError
         The loader refuses it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, file: str | CheckedFile) -> None:
         try:
-            self._library = ctypes.CDLL(path)
+            self._library = ctypes.CDLL(file) if isinstance(file, str) else _load(file)
         except OSError as error:
             raise BuildError(f"library: {error}") from error
         self._library.dsa_tvm_last_error.restype = ctypes.c_char_p
@@ -201,6 +206,12 @@ class Call:
             # Where a kernel was at fault, the GPU is lost to this process, and this says so.
             self._stream.synchronize()
             raise KernelError(words)
+
+
+@functools.cache
+def _load(file: CheckedFile) -> ctypes.CDLL:
+    """DEFAULT's library comes again with every candidate; it is read once."""
+    return loading.load_checked(file)
 
 
 def _view(memory: Memory, dtype: str, shape: tuple[int, ...]) -> View:

@@ -19,6 +19,7 @@ from .. import gate, workload
 from ..cuda_driver import Event, Gpu, Memory, Stream
 from ..element_types import STORAGE
 from ..gpu_archs import tensor_flops
+from ..loading import CheckedFile
 from ..spec import DLPACK_TYPES
 from .cuda_call import Library, Problem
 from .tasks import Effort, Task, irregulars
@@ -44,12 +45,14 @@ def facts() -> dict[str, Any]:
     return {"name": gpu.name, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors}
 
 
-def measure(default: str, candidate: str, task: Task, effort: Effort) -> dict[str, dict[int, Any]]:
+def measure(
+    default: str | CheckedFile, candidate: str | CheckedFile, task: Task, effort: Effort
+) -> dict[str, dict[int, Any]]:
     """Check and time one candidate.
 
     Parameters
     ----------
-    default, candidate : str
+    default, candidate : str or CheckedFile
         Libraries of `compiler.cuda_candidates`.
     task : Task
     effort : Effort
@@ -65,6 +68,8 @@ def measure(default: str, candidate: str, task: Task, effort: Effort) -> dict[st
     ------
     gate.CheckError
         The candidate's result is wrong.
+    LibraryError
+        A library is not the one that was built.
     KernelError
         The candidate's library refuses a call.
     CudaError

@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import DsaError
 from ..files import sha256, write_atomically
 from ..gpu_archs import is_arch
+from ..loading import CheckedFile
 from ..ops import OPS
 from ..presets import Preset
 from ..records import as_key, spec_hash
@@ -215,8 +216,11 @@ class Prebuilt:
             yield i, WorkerError("BuildError", built.error) if built.error else self._directory / built.file
 
     def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
-        """Measure a library in turns with DEFAULT's."""
-        return ("measure", (str(self._directory / self._family(task).baseline.file), str(library), task, effort))
+        """Measure a library in turns with DEFAULT's. The worker loads both only as they were built."""
+        family = self._family(task)
+        built = next(c for c in family.candidates if c.file == library.name)
+        files = (CheckedFile(str(self._directory / c.file), c.sha256) for c in (family.baseline, built))
+        return ("measure", (*files, task, effort))
 
     def discard(self, library: Path) -> None:
         """They stay: another machine may measure them, too."""
