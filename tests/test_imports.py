@@ -31,6 +31,7 @@ ALLOWED = {
     "functions": {"calls", "ops"},
     "torch_ops": {"calls", "errors", "ops", "spec"},
     "export": {"element_types", "errors", "library", "ops", "packing", "spec"},
+    "models": {"errors", "spec", "torch_ops"},
     "presets": {"errors"},
     "gpu_archs": set(),
     "element_types": set(),
