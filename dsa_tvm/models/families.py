@@ -92,7 +92,7 @@ def _changed(what: str) -> str:
 
 
 def check_family(family: Family) -> None:
-    """Raise `ModelError` unless the classes have the methods that are replaced, with the arguments passed on to them."""
+    """Raise `ModelError` unless the classes have the methods that are replaced, with the arguments passed on."""
     try:
         module = family.module
     except ImportError as error:
