@@ -26,3 +26,10 @@ class BuildError(DsaError, RuntimeError):
 
 class RecordError(DsaError, ValueError):
     """A tuning log cannot be read or written, or a record in it is damaged, foreign or implausible."""
+
+
+class ModelError(DsaError, ValueError):
+    """A model cannot be served: another family, a size or a projection that has no absorbed form, another Transformers.
+
+    The message names what was expected and what came.
+    """

@@ -33,6 +33,7 @@ ALLOWED = {
     "functions": {"calls", "ops", "tensors"},
     "torch_ops": {"calls", "errors", "ops", "spec"},
     "export": {"element_types", "errors", "library", "ops", "packing", "spec", "torch_ops"},
+    "models": {"errors", "spec", "torch_ops"},
     "presets": {"errors"},
     "gpu_archs": set(),
     "element_types": set(),

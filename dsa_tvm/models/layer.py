@@ -1,0 +1,277 @@
+"""The two halves of a DSA layer on our operators: which keys a query attends to, and the attention to them.
+
+Both take the modules as Transformers built them. Attention runs in the absorbed form (DeepSeek-V2, section 2.1.2):
+`kv_b_proj` holds, for each head, W_k [qk_nope, rank] and W_v [v, rank]; instead of expanding the latents of the whole
+cache to keys and values of every head, W_k goes into the query and W_v behind the attention. Queries pass in blocks,
+because the absorbed ones of all heads would take more memory than everything else in the layer.
+
+Selected rows count through the keys of all sequences joined: row = sequence * s_kv + position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .. import torch_ops  # noqa: F401  # registers torch.ops.dsa_tvm
+from ..errors import ArgumentError, ModelError
+from ..spec import DIMS
+from .ranges import unpack
+
+#: An attribute of the attention classes whose `expand_kv` hands the latents on.
+HOOKED = "_dsa_tvm_hooked"
+
+#: What the intermediate results of one block of queries may take. A GPU needs more of them to be busy.
+_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# The only calls of the library, and what an exporter swaps for nodes of its own.
+def indexer_topk(*inputs: torch.Tensor | None, topk: int) -> torch.Tensor:
+    """``torch.ops.dsa_tvm.indexer_topk``."""
+    return torch.ops.dsa_tvm.indexer_topk(*inputs, topk=topk)
+
+
+def sparse_mla(*inputs: torch.Tensor | None, sm_scale: float, d_v: int) -> tuple[torch.Tensor, ...]:
+    """``torch.ops.dsa_tvm.sparse_mla``."""
+    return torch.ops.dsa_tvm.sparse_mla(*inputs, sm_scale=sm_scale, d_v=d_v)
+
+
+@torch.no_grad()
+def select(
+    indexer: Any,
+    rotate: Callable,
+    hidden_states: torch.Tensor,
+    q_latent: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor,
+    cache: Any = None,
+) -> torch.Tensor:
+    """The keys that each query attends to (DeepSeek-V3.2 technical report, equations 1 and 2).
+
+    Parameters
+    ----------
+    indexer : DeepseekV32Indexer or GlmMoeDsaIndexer
+    rotate : callable
+        Rotary position embedding of the family's indexer, ``rotate(q, k, cos, sin, unsqueeze_dim=2)``.
+    hidden_states : tensor [b, s_q, hidden]
+    q_latent : tensor [b, s_q, q_lora_rank]
+    position_embeddings : tuple of two tensors [1 or b, s_q, qk_rope]
+        Cosine and sine.
+    mask : tensor
+        See `ranges.unpack`.
+    cache : transformers.Cache, optional
+
+    Returns
+    -------
+    rows : tensor [b, s_q, topk or s_kv], int32
+        Rows of all sequences joined, ascending, -1 behind. Where s_kv is at most topk nothing is scored.
+    """
+    _check_type(hidden_states)
+    b, s_q, _ = hidden_states.shape
+    rope = indexer.qk_rope_head_dim
+    cos, sin = position_embeddings
+    k = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)
+    k = torch.cat([rotate(k[..., :rope], k[..., :rope], cos, sin, unsqueeze_dim=2)[1], k[..., rope:]], -1).squeeze(2)
+    if cache is not None:
+        k = cache.update_indexer(k, indexer.layer_idx)
+    s_kv, topk = k.shape[1], indexer.index_topk
+    start, end, seen = unpack(mask, s_kv)
+    first_rows = torch.arange(b, device=k.device)[:, None] * s_kv
+    start, end = start.to(k.device) + first_rows, end.to(k.device) + first_rows
+    fits = statically_known_true(s_kv <= topk)
+    width = s_kv if fits else topk
+    if not fits:
+        keys = _widened(k.reshape(b * s_kv, -1), _served("d_idx", k.shape[-1]))
+        # A key whose scale is NaN has no rank and is never selected.
+        k_scale = None if seen is None else torch.where(seen, 1.0, torch.nan).to(k.device).flatten()
+
+    def scored(part: slice) -> torch.Tensor:
+        q = indexer.wq_b(q_latent[:, part]).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+        q_rot = rotate(q[..., :rope], q[..., :1, :rope], cos[:, part], sin[:, part], unsqueeze_dim=2)[0]
+        q = _widened(torch.cat([q_rot, q[..., rope:]], -1).to(keys.dtype), keys.shape[-1])
+        x = hidden_states[:, part].to(indexer.weights_proj.weight.dtype)
+        weights = indexer.weights_proj(x).float() * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+        rows = indexer_topk(
+            q.flatten(0, 1).contiguous(),
+            keys,
+            weights.flatten(0, 1).contiguous(),
+            start[:, part].flatten().to(torch.int32),
+            end[:, part].flatten().to(torch.int32),
+            k_scale,
+            topk=topk,
+        )
+        return rows.view(b, -1, topk)
+
+    def selected(part: slice) -> torch.Tensor:
+        if fits or _all_short(start[:, part], end[:, part], topk):
+            return _whole_ranges(start[:, part], end[:, part], width, seen)
+        return scored(part)
+
+    return _in_blocks(
+        selected, s_q, 3 * b * indexer.n_heads * indexer.head_dim * hidden_states.element_size(), k.device
+    )
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    k_rot: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    indices: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What Transformers' `AttentionInterface` calls: attention of every head to the selected rows.
+
+    Parameters
+    ----------
+    module : DeepseekV32Attention or GlmMoeDsaAttention
+    query : tensor [b, h_q, s_q, qk_nope + qk_rope]
+    latent : tensor [b, 1, s_kv, rank], or [b, 1, s_kv, rank + qk_rope] as `RowCache` keeps them
+    k_rot : tensor [b, 1, s_kv, qk_rope], or empty
+    attention_mask : tensor, optional
+        Not used: `indices` hold to it.
+    scaling : float
+    dropout : float
+        0: there is no dropout.
+    indices : tensor [b, s_q, n], int32
+        What `select` returned.
+    **kwargs
+        `output_attentions` has to be false or absent.
+
+    Returns
+    -------
+    out : tensor [b, s_q, h_q, v], type of `query`
+    None
+        There are no attention weights to return.
+
+    Raises
+    ------
+    ArgumentError
+        Dropout or attention weights are asked for.
+    ModelError
+        A module of another family, or one whose `kv_b_proj` has a bias.
+    """
+    if indices is None or not hasattr(module, HOOKED):
+        raise ModelError(f"dsa_tvm: expected the attention of a DSA model that is served, got {type(module).__name__}")
+    if dropout:
+        raise ArgumentError(f"attention dropout: expected 0, got {dropout}: the operators serve inference only")
+    if kwargs.get("output_attentions"):
+        raise ArgumentError('output_attentions: expected False, got True; attn_implementation="eager" returns weights')
+    _check_type(query)
+    b, h, s_q, _ = query.shape
+    rank, nope, rope = module.kv_lora_rank, module.qk_nope_head_dim, module.qk_rope_head_dim
+    w_k, w_v = _up_projections(module, h, query)
+    kv, rows = _rows(latent, k_rot, indices, rank, rope)
+    d_v, d_qk = _served("d_v", rank), kv.shape[-1]
+
+    def attended(part: slice) -> torch.Tensor:
+        # Heads first, so that each head's tokens of all sequences are one matrix.
+        q_nope, q_rot = query[:, :, part].transpose(0, 1).flatten(1, 2).split([nope, rope], -1)
+        q = torch.cat([_widened(torch.bmm(q_nope, w_k), d_v), _widened(q_rot, d_qk - d_v)], -1)
+        q = q.transpose(0, 1).to(kv.dtype).contiguous()
+        out, _, _ = sparse_mla(q, kv, rows[:, part].flatten(0, 1), sm_scale=scaling, d_v=d_v)
+        out = torch.bmm(out[..., :rank].to(query.dtype).transpose(0, 1), w_v.transpose(1, 2))
+        return out.unflatten(1, (b, -1)).permute(1, 2, 0, 3)
+
+    return _in_blocks(attended, s_q, b * h * (2 * d_qk + d_v) * query.element_size(), query.device), None
+
+
+def _check_type(x: torch.Tensor) -> None:
+    if x.dtype not in _TYPES:
+        raise ArgumentError(f"dsa_tvm: expected a model in float32, bfloat16 or float16, got {x.dtype}")
+
+
+def _in_blocks(
+    compute: Callable[[slice], torch.Tensor], s_q: int, bytes_each: int, device: torch.device
+) -> torch.Tensor:
+    """`compute` of all queries, dimension 1 of its result, with `bytes_each` of memory for each that is under way."""
+    blocks = list(_blocks(s_q, bytes_each, device))
+    if len(blocks) == 1:
+        return compute(blocks[0])
+    first = compute(blocks[0])
+    result = first.new_empty(first.shape[0], s_q, *first.shape[2:])
+    result[:, blocks[0]] = first
+    for part in blocks[1:]:
+        result[:, part] = compute(part)
+    return result
+
+
+def _blocks(s_q: int, bytes_each: int, device: torch.device) -> Iterator[slice]:
+    # A graph would hold every block: whoever compiles a prefill bounds its memory by chunks (prefill_chunk_size).
+    if torch.compiler.is_compiling():
+        yield slice(None)
+        return
+    step = max(1, _BLOCK_BYTES.get(device.type, max(_BLOCK_BYTES.values())) // max(1, bytes_each))
+    for first in range(0, max(1, s_q), step):
+        yield slice(first, min(first + step, s_q))
+
+
+def _all_short(start: torch.Tensor, end: torch.Tensor, topk: int) -> bool:
+    """Whether no range is longer than topk. To look at numbers on a GPU would wait for it, so False there."""
+    if torch.compiler.is_compiling() or start.device.type != "cpu":
+        return False
+    return bool(((end - start) <= topk).all())
+
+
+def _whole_ranges(start: torch.Tensor, end: torch.Tensor, width: int, seen: torch.Tensor | None) -> torch.Tensor:
+    rows = start[..., None] + torch.arange(width, device=start.device)
+    inside = rows < end[..., None]
+    if seen is not None:
+        flags = seen.to(start.device).flatten()
+        inside = inside & flags[rows.clamp(max=flags.shape[0] - 1)]
+    return torch.where(inside, rows, -1).to(torch.int32)
+
+
+def _up_projections(module: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_k [h_q, qk_nope, rank] and W_v [h_q, v, rank] of `kv_b_proj`, whatever module it has become."""
+    projection, rank = module.kv_b_proj, module.kv_lora_rank
+    if getattr(projection, "bias", None) is not None:
+        raise ModelError("kv_b_proj: expected no bias, which has no absorbed form, got one")
+    plain = type(projection) is torch.nn.Linear and "forward" not in projection.__dict__
+    if plain and not projection._forward_hooks and not projection._forward_pre_hooks:
+        weight = projection.weight
+    else:  # quantized, with adapters, offloaded: what it makes of the unit vectors is its matrix
+        weight = projection(torch.eye(rank, dtype=like.dtype, device=like.device)).transpose(0, 1)
+    return weight.unflatten(0, (heads, -1)).split([module.qk_nope_head_dim, module.v_head_dim], 1)
+
+
+def _rows(
+    latent: torch.Tensor, k_rot: torch.Tensor, indices: torch.Tensor, rank: int, rope: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of latent and rope key in one tensor, as the operator reads them, and the indices into it."""
+    parts = [latent.reshape(-1, latent.shape[-1])]
+    if latent.shape[-1] == rank:  # Transformers' own caches keep the two apart
+        parts.append(k_rot.reshape(-1, rope))
+        _, s_q, n = indices.shape
+        if statically_known_true(s_q * n < latent.shape[2]):  # decode: join what is selected, not the whole cache
+            flat = indices.flatten()
+            parts = [part.index_select(0, flat.clamp(min=0)) for part in parts]
+            here = torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device)
+            indices = torch.where(flat >= 0, here, -1).view(indices.shape)
+    d_v = _served("d_v", rank)
+    d_qk = _served("d_qk", d_v + rope)
+    if (d_v, d_qk) != (rank, rank + rope):  # zeros add nothing to a product
+        if len(parts) == 1:
+            parts = list(parts[0].split([rank, rope], -1))
+        parts = [_widened(parts[0], d_v), _widened(parts[1], d_qk - d_v)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).contiguous(), indices
+
+
+def _served(dim: str, length: int) -> int:
+    """The next length that the operators serve, or `length` where none is: the operator then says what it serves."""
+    for value in DIMS[dim].values:
+        if value >= length:
+            return value
+    return length
+
+
+def _widened(x: torch.Tensor, length: int) -> torch.Tensor:
+    return x if x.shape[-1] == length else torch.nn.functional.pad(x, (0, length - x.shape[-1]))

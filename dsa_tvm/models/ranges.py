@@ -1,0 +1,168 @@
+"""The mask of a DSA model as two numbers a query: the first key it may see, and the one behind its last.
+
+Transformers asks the attention implementation for a mask once a forward. Its own are `[b, 1, s_q, s_kv]`; ours is
+`[b, 1, s_q, 2 + n]` int32. The first two columns are the range, in keys of the query's own sequence. Where some keys
+inside of a range are hidden from every query (padding between two turns of a conversation), `n` columns follow:
+row by row they hold one flag a key, 1 for those that may be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..errors import ArgumentError
+
+#: How many entries of a dense mask are looked at in one piece.
+_DENSE_ENTRIES = 1 << 22
+
+_NOT_A_RANGE = (
+    "attention mask: expected the keys that a query sees to be one range (causal, padded, packed sequences), got a "
+    'mask with gaps that differ between queries; attn_implementation="sdpa" takes it'
+)
+
+
+def key_ranges(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What Transformers' `AttentionMaskInterface` calls: the ranges of all queries of a forward.
+
+    Parameters
+    ----------
+    batch_size, q_length, kv_length : int
+        b, s_q and s_kv; s_kv is the capacity where the cache has one.
+    q_offset, kv_offset : int or tensor
+        Positions of the first query and of the first key.
+    mask_function : callable
+        Which keys a query sees; any function whose answer is one range for each query.
+    attention_mask : tensor [b, positions], bool, optional
+        False for padding, which may be anywhere.
+    use_vmap : bool
+        Whether `mask_function` takes single indices only.
+    device : torch.device or str
+    **kwargs
+        What other implementations need.
+
+    Returns
+    -------
+    mask : tensor [b, 1, s_q, 2 + n], int32
+        See the module; n is 0 where no key inside of a range is hidden.
+
+    Raises
+    ------
+    ArgumentError
+        The keys that a query sees are no range.
+    """
+    if mask_function is causal_mask_function:
+        end = (torch.arange(q_length, device=device) + (q_offset + 1 - kv_offset)).clamp(0, kv_length)[None]
+        start = torch.zeros_like(end)
+    else:
+        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+        start, end = _evaluated(sizes, mask_function, use_vmap, device)
+    hidden = None
+    if attention_mask is not None:
+        seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        first, last = _extent(seen)
+        start, end = torch.maximum(start, first[:, None]), torch.minimum(end, last[:, None])
+        # While a graph is traced nobody can look: the flags are part of it then.
+        if torch.compiler.is_compiling() or bool((seen.sum(-1) != last - first).any()):
+            hidden = seen
+    ranges = torch.stack([start, torch.maximum(end, start)], -1).expand(batch_size, q_length, 2).to(torch.int32)
+    if hidden is not None:
+        columns = (kv_length + q_length - 1) // q_length
+        flags = torch.nn.functional.pad(hidden.to(torch.int32), (0, columns * q_length - hidden.shape[1]))
+        ranges = torch.cat([ranges, flags.view(batch_size, q_length, columns)], -1)
+    return ranges.unsqueeze(1)
+
+
+def unpack(mask: torch.Tensor, s_kv: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The ranges, and which keys may be seen at all, of what an indexer gets as its mask.
+
+    Parameters
+    ----------
+    mask : tensor [b, s_q, 2 + n], int32, or [b, s_q, s_kv], bool or floating point
+        What `key_ranges` made, or a mask that the caller of the model made: True or 0 for the keys that are seen.
+    s_kv : int
+
+    Returns
+    -------
+    start, end : tensor [b, s_q], int64
+    seen : tensor [b, s_kv], bool, or None
+        None where all keys inside of the ranges may be seen.
+
+    Raises
+    ------
+    ArgumentError
+        A mask of the caller's that is no range for each query, holds biases, or has another number of keys.
+    """
+    if mask.dtype == torch.int32:
+        start, end = mask[..., 0].long(), mask[..., 1].long()
+        if mask.shape[-1] == 2:
+            return start, end, None
+        return start, end, mask[..., 2:].reshape(mask.shape[0], -1)[:, :s_kv] != 0
+    if mask.shape[-1] != s_kv:
+        raise ArgumentError(f"attention mask: expected {s_kv} keys in its last dimension, got {mask.shape[-1]}")
+    if mask.dtype == torch.bool:
+        return *_ranges(mask), None
+    dense = mask == 0
+    lowest = torch.finfo(mask.dtype).min / 2
+    _require((dense | (mask < lowest)).all(), "attention mask: expected 0 or the lowest number, got a bias")
+    return *_ranges(dense), None
+
+
+def _evaluated(sizes, mask_function, use_vmap, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges of any mask function, from its dense mask, some queries at a time."""
+    batch_size, q_length, kv_length, q_offset, kv_offset = sizes
+    step = q_length
+    if not torch.compiler.is_compiling():
+        step = max(1, _DENSE_ENTRIES // max(1, batch_size * kv_length))
+    pieces = []
+    for first in range(0, q_length, step):
+        dense: Any = sdpa_mask(
+            batch_size=batch_size,
+            q_length=min(step, q_length - first),
+            kv_length=kv_length,
+            q_offset=q_offset + first,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=None,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        pieces.append(_ranges(dense[:, 0]))
+    return torch.cat([p[0] for p in pieces], -1), torch.cat([p[1] for p in pieces], -1)
+
+
+def _ranges(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    start, end = _extent(dense)
+    _require((dense.sum(-1) == end - start).all(), _NOT_A_RANGE)
+    return start, end
+
+
+def _extent(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one past the last True along the last dimension; 0 and 0 where there is none."""
+    positions = torch.arange(seen.shape[-1], dtype=torch.int32, device=seen.device)
+    end = torch.where(seen, positions + 1, 0).amax(-1)
+    start = torch.where(seen, positions, seen.shape[-1]).amin(-1)
+    return torch.minimum(start, end), end
+
+
+def _require(condition: torch.Tensor, message: str) -> None:
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)  # looked at when the graph runs
+    elif not bool(condition):
+        raise ArgumentError(message)

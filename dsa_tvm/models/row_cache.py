@@ -1,0 +1,125 @@
+"""A cache for DSA models that no step copies.
+
+Transformers' `DynamicCache` concatenates at every step, and both of its caches keep latent and rope key apart, while
+the operators read rows that hold both. `RowCache` keeps such rows, in buffers that double when they are full.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicIndexedLayer
+
+#: Tokens that the first buffer has room for.
+FIRST_CAPACITY = 1024
+
+
+class RowLayer(DynamicIndexedLayer):
+    """Rows [b, 1, capacity, rank + qk_rope] and indexer keys [b, capacity, d_idx] of one layer.
+
+    Both are handed out whole, as by a static cache: what is behind the last token is in no query's range.
+    """
+
+    def __init__(self, capacity: int = FIRST_CAPACITY, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.first_capacity = max(1, capacity)
+        self.length = self.indexed = self.capacity = 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that the layer holds."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next `update` will hand out, and the position of the first."""
+        return self._capacity_for(self.length + query_length), 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """Write the rows of new tokens and hand out all of them.
+
+        Parameters
+        ----------
+        key_states : tensor [b, 1, s_q, rank]
+            Latents.
+        value_states : tensor [b, 1, s_q, qk_rope]
+            Rope keys.
+
+        Returns
+        -------
+        rows : tensor [b, 1, capacity, rank + qk_rope]
+        empty : tensor [b, 1, 1, 0]
+            A batch for what repeats or selects one in both.
+        """
+        s_q, rank = key_states.shape[-2:]
+        end = self.length + s_q
+        self.capacity = self._capacity_for(end)
+        width = rank + value_states.shape[-1]
+        self.keys = _with_room(self.keys, key_states, (*key_states.shape[:2], self.capacity, width), 2)
+        self.keys[:, :, self.length : end, :rank] = key_states
+        self.keys[:, :, self.length : end, rank:] = value_states
+        self.values = key_states.new_empty(*key_states.shape[:2], 1, 0)
+        self.length = end
+        self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+        return self.keys, self.values
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Write the indexer keys [b, s_q, d_idx] of new tokens and hand out all of them, [b, capacity, d_idx]."""
+        b, s_q, width = indexer_key_states.shape
+        end = self.indexed + s_q
+        capacity = max(self.capacity, self._capacity_for(end))
+        self.indexer_keys = _with_room(self.indexer_keys, indexer_key_states, (b, capacity, width), 1)
+        self.indexer_keys[:, self.indexed : end] = indexer_key_states
+        self.indexed = end
+        self.is_indexer_initialized = True
+        self.indexer_dtype, self.indexer_device = indexer_key_states.dtype, indexer_key_states.device
+        return self.indexer_keys
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; the number is negative, as Transformers has it.
+
+        Raises
+        ------
+        ValueError
+            A positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+        self.indexed = min(self.indexed, self.length)
+
+    def reset(self) -> None:
+        """Forget all tokens and free the buffers."""
+        super().reset()
+        self.length = self.indexed = self.capacity = 0
+
+    def _capacity_for(self, tokens: int) -> int:
+        capacity = self.capacity or self.first_capacity
+        while capacity < tokens:
+            capacity *= 2
+        return capacity
+
+
+class RowCache(DynamicCache):
+    """A `transformers.DynamicCache` of `RowLayer`: ``model.generate(..., past_key_values=RowCache(model.config))``.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        Of the model.
+    capacity : int
+        Tokens that the first buffers have room for; they double when they are full.
+    """
+
+    def __init__(self, config: Any, capacity: int = FIRST_CAPACITY):
+        super().__init__(config=config)
+        self.layers = [RowLayer(capacity) for _ in self.layers]
+
+
+def _with_room(buffer: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...], dim: int) -> torch.Tensor:
+    if buffer is not None and buffer.shape[dim] >= shape[dim]:
+        return buffer
+    grown = like.new_zeros(shape)
+    if buffer is not None:
+        grown.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+    return grown
