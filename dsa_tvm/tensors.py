@@ -9,15 +9,15 @@ import ctypes
 import functools
 import struct
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from .dlpack import CPU, CUDA, HINT, Fail, Tensor, View, from_producer
+from .dlpack import CPU, CUDA, HINT, Tensor, View, from_producer
 from .errors import ArgumentError
 from .spec import DLPACK_TYPES, OTHER_DLPACK_TYPES, OpSpec, TensorSpec
 
-RefuseType = Callable[[str], NoReturn]
+#: Raises for what was expected, None for the argument's element types, and what was got.
+Refusal = Callable[[str | None, str], NoReturn]
 
 _NAMED_TYPES = {**DLPACK_TYPES, **OTHER_DLPACK_TYPES}
 _KIND_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
@@ -88,9 +88,12 @@ def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "Tensor"):  # it may be in the middle of its import
         return
-    wrapped = _functorch_test(torch)
-    tracing, forward = _is_tracing(torch), torch.autograd.forward_ad._current_level >= 0
-    if not (tracing or forward or wrapped):
+    interpreters, is_wrapped, is_tracing, forward_ad = _probes(torch)
+    # Nobody traces with a module that nobody has imported.
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    tracing = is_tracing() or (proxies is not None and proxies.get_proxy_mode() is not None)
+    transforming, forward = interpreters() is not None, forward_ad._current_level >= 0
+    if not (tracing or forward or transforming):
         return
     instead = f"; use torch.ops.dsa_tvm.{op}, which `import dsa_tvm.torch_ops` registers"
     for name, x in inputs.items():
@@ -99,27 +102,21 @@ def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
         where = f"{op}: {name}: expected"
         if tracing:
             raise ArgumentError(f"{where} a call that torch does not trace, got one while it records a trace{instead}")
-        if forward and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        if forward and forward_ad.unpack_dual(x).tangent is not None:
             raise ArgumentError(
                 f"{where} a tensor without a tangent, got a dual one: there is no forward-mode derivative"
             )
         # Those that require gradients get their own message later.
-        if wrapped and wrapped(x) and not x.requires_grad:
+        if transforming and is_wrapped(x) and not x.requires_grad:
             raise ArgumentError(f"{where} a plain tensor, got one inside a transform of torch.func{instead}")
 
 
-def _is_tracing(torch: Any) -> bool:
-    if torch.jit.is_tracing():
-        return True
-    # Nobody traces with a module that nobody has imported.
-    proxy_tensor = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return proxy_tensor is not None and proxy_tensor.get_proxy_mode() is not None
-
-
-def _functorch_test(torch: Any) -> Any:
-    """What tells whether a tensor is wrapped by `torch.func`; None outside its transforms."""
+@functools.cache
+def _probes(torch: Any) -> tuple[Any, Any, Any, Any]:
+    """What tells of transforms, traces and forward mode: found once, for it is asked in every call."""
     functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor if functorch.peek_interpreter_stack() is not None else None
+    is_wrapped = functorch.is_functorch_wrapped_tensor
+    return functorch.peek_interpreter_stack, is_wrapped, torch.jit.is_tracing, torch.autograd.forward_ad
 
 
 @functools.cache
@@ -129,10 +126,10 @@ def _numpy_type(dtype: Any) -> tuple[int, int] | None:
     return named or ((_KIND_CODES[dtype.kind], dtype.itemsize * 8) if dtype.kind in _KIND_CODES else None)
 
 
-def _from_numpy(x: Any, fail: Fail, refuse_type: RefuseType, writable: bool) -> View:
+def _from_numpy(x: Any, fail: Refusal, writable: bool) -> View:
     dtype = _numpy_type(x.dtype)
     if dtype is None or dtype[1] > 255:
-        refuse_type(str(x.dtype))
+        fail(None, str(x.dtype))
     if not x.dtype.isnative:
         fail("native byte order", f"dtype {x.dtype.str}")
     if writable and not x.flags.writeable:
@@ -159,15 +156,16 @@ def _torch_type(dtype: Any) -> tuple[int, int] | None:
 
 def _data_of_subclass(x: Any) -> int:
     """Address of the data; 0 where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return x.data_ptr()
-        except RuntimeError:
-            return 0
+    fake_tensor = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake_tensor is not None and isinstance(x, fake_tensor.FakeTensor):  # asked for its address, it warns
+        return 0
+    try:
+        return int(x.data_ptr())
+    except RuntimeError:  # a wrapper around other tensors
+        return 0
 
 
-def _from_torch(x: Any, fail: Fail, refuse_type: RefuseType, writable: bool, cuda: bool) -> View:
+def _from_torch(x: Any, fail: Refusal, writable: bool, cuda: bool) -> View:
     import torch
 
     if torch.is_grad_enabled() and x.requires_grad:
@@ -182,10 +180,9 @@ def _from_torch(x: Any, fail: Fail, refuse_type: RefuseType, writable: bool, cud
         fail("a tensor whose conjugate or sign is resolved (resolve_conj, resolve_neg)", "one where it is not")
     dtype = _torch_type(x.dtype)
     if dtype is None:
-        refuse_type(str(x.dtype))
-    # Subclasses that torch dispatches to may be fake, or wrappers around other tensors.
-    plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    data = x.data_ptr() if plain else _data_of_subclass(x)
+        fail(None, str(x.dtype))
+    # Subclasses may be fake, or wrappers around other tensors.
+    data = x.data_ptr() if type(x) is torch.Tensor else _data_of_subclass(x)
     if not data and x.numel():
         fail("a tensor with memory of its own", f"a {type(x).__name__} without")
     strides = None if x.is_contiguous() else x.stride()
@@ -200,6 +197,11 @@ def cuda_stream(tensors: Iterable[Any]) -> int:
         return 0
     on_gpus = (x.device for x in tensors if is_torch(x) and x.is_cuda)
     return next((torch.cuda.current_stream(device).cuda_stream for device in on_gpus), 0)
+
+
+def _refuse(spec: OpSpec, tensor: TensorSpec, expected: str | None, got: str) -> NoReturn:
+    expected = expected or " or ".join(spec.dtypes_of(tensor))
+    raise ArgumentError(f"{spec.name}: {tensor.name}: expected {expected}, got {got}")
 
 
 def as_tensor(
@@ -233,18 +235,12 @@ def as_tensor(
     ArgumentError
         `x` is no tensor, or one that cannot be seen as a DLPack tensor on such a device.
     """
-
-    def fail(expected: str, got: str) -> NoReturn:
-        raise ArgumentError(f"{spec.name}: {tensor.name}: expected {expected}, got {got}")
-
-    def refuse_type(got: str) -> NoReturn:
-        fail(" or ".join(spec.dtypes_of(tensor)), got)
-
+    fail = functools.partial(_refuse, spec, tensor)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(x, numpy.ndarray):
-        return _from_numpy(x, fail, refuse_type, writable)
+        return _from_numpy(x, fail, writable)
     if is_torch(x):
-        return _from_torch(x, fail, refuse_type, writable, cuda)
+        return _from_torch(x, fail, writable, cuda)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return from_producer(x, fail, writable, keep, cuda, stream)
     fail("a tensor (NumPy, torch, or anything with DLPack)", "None" if x is None else type(x).__name__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from .calls import call
 from .errors import ArgumentError
@@ -100,7 +100,7 @@ class _WithoutBackward(torch.autograd.Function):
 
 def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in args if x is not None]
-    if any(unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"dsa_tvm.{spec.name} has no forward-mode derivative: it serves inference only")
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if torch._C._functorch.peek_interpreter_stack() is not None:

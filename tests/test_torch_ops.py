@@ -231,6 +231,12 @@ def test_functions_are_not_traced(trace):
     assert torch.equal(traced(other), dsa_tvm.topk(other, ks, ke, 3))
 
 
+def test_parameters_are_taken(device):
+    q, kv, indices, _ = arguments("sparse_mla", device)
+    kv = torch.nn.Parameter(kv, requires_grad=False)
+    assert equal(dsa_tvm.sparse_mla(q, kv, indices, sm_scale=1), dsa_tvm.sparse_mla(q, kv.data, indices, sm_scale=1))
+
+
 def test_fake_tensors_have_no_memory():
     logits, ks, ke = arguments("topk", "cpu")
     with FakeTensorMode() as mode, pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .*FakeTensor"):
