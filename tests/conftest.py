@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 #: The files whose tests take `cuda_sets`, and with the others that take minutes.
 CUDA_SETS = ("test_cuda_build.py", "test_cuda_doors.py")
-LONGEST = (*CUDA_SETS, "test_tuning.py", "test_build.py", "test_cuda_tuning.py")
+LONGEST = (*CUDA_SETS, "test_tuning.py", "test_build.py", "test_cuda_tuning.py", "test_readme.py", "test_install.py")
 
 
 @pytest.fixture

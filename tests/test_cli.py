@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +46,31 @@ def test_env_never_raises(monkeypatch):
 
 
 def test_config():
-    paths = [Path(line) for line in cli("config", "--cmakedir", "--includedir", "--library").stdout.split()]
+    paths = [Path(line) for line in cli("config", "--cmakedir", "--includedir", "--library").stdout.splitlines()]
     assert (paths[0] / "dsa_tvm-config.cmake").is_file()
     assert (paths[1] / "dsa_tvm" / "dsa_tvm.h").is_file() and paths[2].is_file()
-    assert cli("config", "--libs").stdout.split()[-1] == "-ldsa_tvm"
+    assert cli("config", "--libs").stdout.split()[-2:] == ["-ldsa_tvm", "-lm"]
+
+
+def test_config_quotes_flags_for_a_shell(tmp_path):
+    """Paths are as they are. A comma would be cut by -Wl, and a relative path means another folder to the linker."""
+    lib = tmp_path / "a b's, c"
+    lib.mkdir()
+    shutil.copy(dsa_tvm.get_library_path(), lib)
+    answers = {}
+    for path in (lib / "libdsa_tvm.so", Path(lib.name, "libdsa_tvm.so")):
+        environment = os.environ | {"DSA_TVM_LIBRARY": str(path), "PYTHONSAFEPATH": "1"}
+        done = cli("config", "--libdir", "--libs", env=environment, cwd=tmp_path)
+        libdir, libs = done.stdout.splitlines()
+        assert libdir == str(lib)
+        assert shlex.split(libs) == [f"-L{lib}", "-Wl,-rpath", "-Xlinker", str(lib), "-ldsa_tvm", "-lm"]
+        answers[path] = done.stdout
+    assert len(set(answers.values())) == 1
+
+
+def test_config_says_what_is_missing(tmp_path):
+    done = cli("config", "--library", env=os.environ | {"DSA_TVM_LIBRARY": str(tmp_path / "nowhere.so")})
+    assert done.returncode == 1 and "config: expected" in done.stderr and not done.stdout
 
 
 def test_usage():

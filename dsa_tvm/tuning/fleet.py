@@ -63,7 +63,7 @@ def count(remote: Remote, seconds: float = WAIT_SECONDS) -> int:
         except (OSError, RuntimeError) as error:
             problem = (
                 f"expected a tracker at {where} within {seconds:.0f} s, got {type(error).__name__}: {error}; "
-                f"start one: python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {remote.port}"
+                f"start one: python -m tvm.exec.rpc_tracker --host {remote.host} --port {remote.port}"
             )
         else:
             if found:
@@ -71,7 +71,7 @@ def count(remote: Remote, seconds: float = WAIT_SECONDS) -> int:
             problem = (
                 f"expected a server with the key {remote.key} at the tracker {where} within {seconds:.0f} s, got none; "
                 f"start one on every machine: python -m tvm.exec.rpc_server --tracker {where} --key {remote.key} "
-                "--port 9500 --port-end 9600"
+                "--host ADDRESS --port 9500 --port-end 9600, with its ADDRESS in a network that only you reach"
             )
         if time.monotonic() > deadline:
             raise DsaError(f"rpc: {problem}")
