@@ -219,6 +219,39 @@ def dsa_attention(
     return call(OPS["dsa_attention"], inputs, attrs, out, num_threads)
 
 
+def write_rows(cache, rows, positions, *, out=None, num_threads=0):
+    """Write new rows into a cache of fixed capacity: ``out[b, positions[b, i]] = rows[b, i]``.
+
+    With ``out=cache`` the rows are written where the cache lies, and nothing else is touched: a decode step costs its
+    own rows, whatever the capacity. Otherwise the cache is copied first. The operators that read a cache take its length
+    in use as `ke`, and never look at what lies behind; those of several sequences are read as one,
+    ``cache.reshape(batch * capacity, d_row)``, sequence b from row ``b * capacity`` on.
+
+    Parameters
+    ----------
+    cache : tensor [batch, capacity, d_row], float32, bfloat16, float16, float8_e4m3fn, int8 or uint8
+    rows : tensor [batch, s_new, d_row], type of `cache`
+    positions : tensor [batch, s_new], int32
+        Where each row goes in its sequence. Those outside ``[0, capacity)`` are skipped, such as those of padding. Of
+        equal ones in a sequence the last one wins.
+    out : tensor [batch, capacity, d_row], type of `cache`, optional
+        `cache` itself, or memory that overlaps no input.
+    num_threads : int
+        0 for the process default.
+
+    Returns
+    -------
+    out : tensor [batch, capacity, d_row], type of `cache`
+
+    Raises
+    ------
+    ArgumentError, KernelError, LibraryError
+        See `dsa_tvm.calls.call`.
+    """
+    inputs = {"cache": cache, "rows": rows, "positions": positions}
+    return call(OPS["write_rows"], inputs, {}, out, num_threads)[0]
+
+
 def _default_scale(q: Any) -> float:
     shape = list(getattr(q, "shape", []))
     # Any number will do where the shape is wrong: the library says so.

@@ -160,6 +160,12 @@ static dsa_tvm_status attend_rows(const struct dsa_call *call, const struct kern
   return finish(call, &outcome);
 }
 
+static dsa_tvm_status run_write_rows(const struct dsa_call *call, const struct kernel_set *kernels,
+                                     const struct dsa_executor *executor) {
+  (void)kernels; /* it computes nothing */
+  return dsa_write_rows(call, executor);
+}
+
 static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct kernel_set *kernels,
                                      const struct dsa_executor *executor) {
   return attend_rows(call, kernels, kernels->mla->entry[call->type[0]][call->type[0]], executor);
@@ -227,7 +233,7 @@ dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *e
                                               const struct dsa_executor *) = {
       [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
       [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
-      [OP_DSA_ATTENTION] = run_dsa_attention,
+      [OP_DSA_ATTENTION] = run_dsa_attention,         [OP_WRITE_ROWS] = run_write_rows,
   };
   const struct kernel_set *kernels = dsa_kernels();
   if (!kernels) return DSA_TVM_UNSUPPORTED;
