@@ -136,8 +136,8 @@ def test_decoding_in_place_gives_what_concatenated_caches_give(batch, library):
             np.testing.assert_allclose(out[rows][own], expected, atol=2e-6, rtol=2e-5)
 
 
-def test_not_in_place_the_input_stays(tmp_path):
-    """And in the middle of a graph, where ONNX Runtime may give the node one memory for both, the result is the same."""
+def test_not_in_place_the_input_stays():
+    """In the middle of a graph, where ONNX Runtime may give a node one memory for both, the result is the same."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(dsa_tvm.get_library_path())
     nodes = [
@@ -192,7 +192,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 
 def test_a_step_copies_no_cache():
-    """Neither the rows nor the Reshape behind them: the caches are 410 MB, and a copy of one would show in the peak."""
+    """Neither WriteRows nor the Reshape behind it: a copy of these caches, 26 and 410 MB, would show in the peak."""
     from pathlib import Path
 
     code = _NO_COPIES.format(tests=str(Path(__file__).parent))

@@ -149,7 +149,7 @@ class TestTorch:
 
         cache, rows, positions = self.tensors(dtype="float32")
         cache = cache.nan_to_num().requires_grad_()
-        with pytest.raises(dsa_tvm.ArgumentError, match="write_rows: cache: .*requires_grad"):
+        with pytest.raises(dsa_tvm.ArgumentError, match=r"write_rows: cache: .*requires_grad"):
             torch.ops.dsa_tvm.write_rows_(cache, rows, positions)
         with torch.no_grad():
             torch.ops.dsa_tvm.write_rows_(cache, rows, positions)
