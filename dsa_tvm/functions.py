@@ -223,9 +223,9 @@ def write_rows(cache, rows, positions, *, out=None, num_threads=0):
     """Write new rows into a cache of fixed capacity: ``out[b, positions[b, i]] = rows[b, i]``.
 
     With ``out=cache`` the rows are written where the cache lies, and nothing else is touched: a decode step costs its
-    own rows, whatever the capacity. Otherwise the cache is copied first. The operators that read a cache take its length
-    in use as `ke`, and never look at what lies behind; those of several sequences are read as one,
-    ``cache.reshape(batch * capacity, d_row)``, sequence b from row ``b * capacity`` on.
+    own rows, whatever the capacity. Otherwise the cache is copied first. The operators that read a cache take its
+    length in use as `ke`, or by the indices, and what lies behind it does not count. Caches of several sequences are
+    read as one, ``cache.reshape(batch * capacity, d_row)``: the rows of sequence b start at ``b * capacity``.
 
     Parameters
     ----------

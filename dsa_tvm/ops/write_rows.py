@@ -1,10 +1,10 @@
 """New rows of a cache of fixed capacity: latent rows, rope keys, indexer keys, packed rows or scales.
 
-``out[b, positions[b, i]] = rows[b, i]``, and elsewhere ``out`` is `cache`. A position outside ``[0, capacity)`` is
-skipped. Of equal positions of a sequence the last one wins. Bytes are copied and nothing is computed, so a NaN keeps its
-bits. `out` may be `cache` itself: then the rows are all that is written, however large the cache is.
+``out[b, positions[b, i]] = rows[b, i]``, and elsewhere `out` is `cache`. A position outside ``[0, capacity)`` is
+skipped. Of equal positions of a sequence the last one wins. Bytes are copied and nothing is computed: a NaN keeps its
+bits. `out` may be `cache` itself. Then the rows are all that is written, however large the cache is.
 
-How many rows are in use is not the cache's to know: the operators that read it take that as `ke` or by the indices.
+A cache does not know how many of its rows are in use. The operators that read it are told by `ke` or by the indices.
 """
 
 from __future__ import annotations
