@@ -82,7 +82,7 @@ def _register(spec: OpSpec) -> None:
 
 
 def _register_in_place(spec: OpSpec) -> None:
-    """Register the form of an operator that writes its outputs to inputs and returns nothing. Its name ends in ``_``."""
+    """Register the form of an operator that writes to its inputs and returns nothing; its name ends in ``_``."""
     changed = {t.may_be: t.name for t in spec.outputs}
     name = f"dsa_tvm::{spec.name}_"
     inputs = [f"Tensor(a{i}!) {t.name}" if t.name in changed else f"Tensor {t.name}" for i, t in enumerate(spec.inputs)]
