@@ -13,7 +13,15 @@ from . import forks  # noqa: F401  # has to know of forks from the beginning
 
 if TYPE_CHECKING:
     from .errors import ArgumentError, BuildError, DsaError, KernelError, LibraryError
-    from .functions import dsa_attention, indexer_topk, lightning_indexer, sparse_mla, sparse_mla_fp8, topk
+    from .functions import (
+        dsa_attention,
+        indexer_topk,
+        lightning_indexer,
+        sparse_mla,
+        sparse_mla_fp8,
+        topk,
+        write_rows,
+    )
     from .library import active_target, get_library_path, get_num_threads, set_num_threads
     from .packing import pack_mla_rows, unpack_mla_rows
 
@@ -24,7 +32,10 @@ except PackageNotFoundError:  # a checkout that is not installed: the package's 
 
 _HOMES = {
     "errors": ("ArgumentError", "BuildError", "DsaError", "KernelError", "LibraryError"),
-    "functions": ("dsa_attention", "indexer_topk", "lightning_indexer", "sparse_mla", "sparse_mla_fp8", "topk"),
+    "functions": (
+        *("dsa_attention", "indexer_topk", "lightning_indexer", "sparse_mla", "sparse_mla_fp8", "topk"),
+        "write_rows",
+    ),
     "library": ("active_target", "get_library_path", "get_num_threads", "set_num_threads"),
     "packing": ("pack_mla_rows", "unpack_mla_rows"),
 }
@@ -48,6 +59,7 @@ __all__ = [
     "sparse_mla_fp8",
     "topk",
     "unpack_mla_rows",
+    "write_rows",
 ]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from . import figures, functions, gate, library, presets, workload
 from .errors import ArgumentError
-from .ops import OPS
 from .peers import Skipped, peer
 from .progress import Progress
 from .report import aligned, digits
@@ -105,7 +104,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], list[int], presets.Pr
     for op in args.op or ():
         if not workload.serves(op, args.dtype):
             raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {args.dtype!r}")
-    ops = [op for op in dict.fromkeys(args.op or OPS) if workload.serves(op, args.dtype)]
+    ops = [op for op in dict.fromkeys(args.op or workload.OPERATORS) if workload.serves(op, args.dtype)]
     threads = args.threads or sorted({1, workload.usable_cpus()})
     return ops, list(dict.fromkeys(threads)), preset
 

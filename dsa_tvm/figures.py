@@ -14,8 +14,8 @@ from . import env, presets
 from .errors import ArgumentError, DsaError
 from .files import write_atomically
 from .gate import CheckError
-from .ops import OPS
 from .report import digits
+from .workload import OPERATORS
 
 #: Turns that every contender gets.
 ROUNDS = 3
@@ -64,8 +64,8 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
     ArgumentError
     """
     for op in args.op:
-        if op not in OPS:
-            raise ArgumentError(f"bench: operator: expected one of {', '.join(OPS)}, got {op!r}")
+        if op not in OPERATORS:
+            raise ArgumentError(f"bench: operator: expected one of {', '.join(OPERATORS)}, got {op!r}")
     for name in lengths:
         for value in getattr(args, name):
             if value < 1:

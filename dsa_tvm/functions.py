@@ -330,3 +330,37 @@ def dsa_attention(
     }
     results = _call("dsa_attention", inputs, {"topk": topk, "sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
     return results[0], results[1]
+
+
+def write_rows(
+    cache: Tensor, rows: Tensor, positions: Tensor, *, out: Tensor | None = None, num_threads: SupportsIndex = 0
+) -> Tensor:
+    """Write new rows into a cache of fixed capacity: ``out[b, positions[b, i]] = rows[b, i]``.
+
+    With ``out=cache`` the rows are written where the cache lies, and nothing else is touched: a decode step costs its
+    own rows, whatever the capacity. Otherwise the cache is copied first. The operators that read a cache take its
+    length in use as `ke`, or by the indices, and what lies behind it does not count. Caches of several sequences are
+    read as one, ``cache.reshape(batch * capacity, d_row)``: the rows of sequence b start at ``b * capacity``.
+
+    Parameters
+    ----------
+    cache : tensor [batch, capacity, d_row], float32, bfloat16, float16, float8_e4m3fn, int8 or uint8
+    rows : tensor [batch, s_new, d_row], type of `cache`
+    positions : tensor [batch, s_new], int32
+        Where each row goes in its sequence. Those outside ``[0, capacity)`` are skipped, such as those of padding. Of
+        equal ones in a sequence the last one wins.
+    out : tensor [batch, capacity, d_row], type of `cache`, optional
+        `cache` itself, or memory that overlaps no input.
+    num_threads : int
+        0 for the process default.
+
+    Returns
+    -------
+    out : tensor [batch, capacity, d_row], type of `cache`
+
+    Raises
+    ------
+    ArgumentError, KernelError, LibraryError
+        See `dsa_tvm.calls.call`.
+    """
+    return _call("write_rows", {"cache": cache, "rows": rows, "positions": positions}, {}, out, num_threads)[0]

@@ -131,6 +131,9 @@ class TensorSpec:
     packs : str, optional
         Name of the dimension of the numbers that are packed into each row of bytes, where the tensor is one of those;
         `packing` has what packs them.
+    may_be : str, optional
+        Of an output: name of the input of the same type and shape whose memory it may be, all of it. It then changes
+        that input, and what the operator would have copied stays where it is. All other overlap is refused.
     """
 
     name: str
@@ -138,6 +141,7 @@ class TensorSpec:
     shape: tuple[str, ...]
     optional: bool = False
     packs: str | None = None
+    may_be: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,11 @@ DIMS: Mapping[str, Dim] = {
         Dim("d_v", 64, 1024, (512,), multiple=64, at_most="d_qk"),
         # Bytes: d_v e4m3, an f32 for each 128 of them, d_qk - d_v bf16.
         Dim("d_packed", 132, 1924, parts=(Part("d_qk", 1, 2), Part("d_v", 128, 128 + 4 - 256))),
+        # Of a cache that grows: sequences, rows that each has room for, rows that are new, elements of a row.
+        Dim("batch"),
+        Dim("capacity"),
+        Dim("s_new"),
+        Dim("d_row", 1),
     )
 }
 

@@ -2,7 +2,8 @@
 
 They work under `torch.compile(fullgraph=True)`, `torch.export` and `torch.func.vmap`: each has a fake implementation
 that tells the output shapes, and integer attributes may be symbolic. There are no derivatives: asking for one, in
-reverse or forward mode, raises `NotImplementedError` with the operator's name.
+reverse or forward mode, raises `NotImplementedError` with the operator's name. An operator whose output may be one of
+its inputs has a second form that changes that input and returns nothing: ``write_rows_``.
 """
 
 from __future__ import annotations
@@ -68,12 +69,17 @@ def _check_fake(spec: OpSpec, tensor: TensorSpec, x: torch.Tensor, lengths: dict
             raise ArgumentError(f"{where}: expected {dim} of {known}, got {length}")
 
 
-def _fake(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    inputs, attrs = _named(spec, args, kwargs)
+def _checked_lengths(spec: OpSpec, inputs: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Any]:
     lengths = {a.dim: attrs[a.name] for a in spec.attrs if a.dim}
     for t in spec.inputs:
         if inputs[t.name] is not None:
             _check_fake(spec, t, inputs[t.name], lengths)
+    return lengths
+
+
+def _fake(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs, attrs = _named(spec, args, kwargs)
+    lengths = _checked_lengths(spec, inputs, attrs)
     variable = {t.dtype: inputs[t.name].dtype for t in reversed(spec.inputs) if inputs[t.name] is not None}
     like = inputs[spec.inputs[0].name]
     return _single(
@@ -98,10 +104,14 @@ class _WithoutBackward(torch.autograd.Function):
         raise NotImplementedError(f"dsa_tvm.{ctx.name} has no backward: it serves inference only")
 
 
-def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [x for x in args if x is not None]
+def _refuse_tangents(spec: OpSpec, tensors: list[torch.Tensor]) -> None:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(f"dsa_tvm.{spec.name} has no forward-mode derivative: it serves inference only")
+
+
+def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [x for x in args if x is not None]
+    _refuse_tangents(spec, tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             # An autograd.Function cannot be a node of torch.func's graphs from inside the dispatcher.
@@ -137,5 +147,46 @@ def _register(spec: OpSpec) -> None:
     _LIBRARY.impl(spec.name, autograd, "Autograd", with_keyset=True)
 
 
+def _compute_in_place(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs, attrs = _named(spec, args, kwargs)
+    with torch.no_grad():
+        call(spec, inputs, attrs, tuple(inputs[t.may_be] for t in spec.outputs))
+
+
+def _autograd_in_place(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _refuse_tangents(spec, list(args))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args):
+        raise NotImplementedError(f"dsa_tvm.{spec.name}_ has no backward: what it overwrites has no derivative")
+    with torch._C._AutoDispatchBelowAutograd():
+        operator = getattr(torch.ops.dsa_tvm, f"{spec.name}_").default
+        operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+def _register_in_place(spec: OpSpec) -> None:
+    """Register the form of an operator that writes to its inputs and returns nothing; its name ends in ``_``."""
+    name = f"{spec.name}_"
+    if hasattr(torch.ops.dsa_tvm, name):
+        return
+
+    def compute(*args: Any, **kwargs: Any) -> None:
+        _compute_in_place(spec, args, kwargs)
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        inputs, attrs = _named(spec, args, kwargs)
+        _checked_lengths(spec, inputs, attrs)
+
+    def autograd(keys: Any, *args: Any, **kwargs: Any) -> None:
+        _autograd_in_place(spec, keys, args, kwargs)
+
+    changed = {t.may_be for t in spec.outputs}
+    inputs = [f"Tensor(a{i}!) {t.name}" if t.name in changed else f"Tensor {t.name}" for i, t in enumerate(spec.inputs)]
+    _LIBRARY.define(f"{name}({', '.join(inputs)}) -> ()")
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dsa_tvm::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
 for _spec in OPS.values():
     _register(_spec)
+    if all(t.may_be for t in _spec.outputs):
+        _register_in_place(_spec)

@@ -18,6 +18,9 @@ from .spec import INT32_MAX, OpSpec, completed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+#: The operators that are measured: those that compute something for queries.
+OPERATORS = tuple(op for op, spec in OPS.items() if "s_q" in spec.dims)
+
 
 @dataclass(frozen=True)
 class Workload:

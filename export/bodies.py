@@ -217,6 +217,40 @@ def _dsa_attention(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]
     return out, lse
 
 
+def _write_rows(b: Body, has: Callable[[str], str | None]) -> tuple[str, ...]:
+    """Every row of the result is gathered, from the cache or from the new ones.
+
+    ScatterND would leave open which of the rows with equal positions stays; the largest row number of each position is
+    well defined. Nothing is computed with the rows, but they pass as float32, which holds all types: the operators that
+    move them know no float8.
+    """
+    cache, rows = (b.cast(name, TensorProto.FLOAT) for name in ("cache", "rows"))
+    batch, capacity, s_new = b.length(cache, 0), b.length(cache, 1), b.length(rows, 1)
+    width, one, none = b.length(cache, 2), b.const([1]), b.const(np.int64(-1))
+    at = b.cast("positions", TensorProto.INT64)
+    inside = b("And", b("GreaterOrEqual", at, b.const(np.int64(0))), b("Less", at, capacity))
+    # What is outside goes to a column of its own, which is cut off.
+    at = b("Where", inside, at, capacity)
+    count = b("Range", b.const(0), b("Squeeze", s_new), b.const(1))
+    count = b("Expand", count, b("Concat", batch, s_new, axis=0))
+    last = b("Expand", none, b("Concat", batch, b("Add", capacity, one), axis=0))
+    last = b("ScatterElements", last, at, count, axis=1, reduction="max")
+    last = b("Slice", last, b.const([0]), capacity, one)
+
+    # Rows of the cache come first among all rows, those of `rows` behind them.
+    sequence = b.unsqueeze(b("Range", b.const(0), b("Squeeze", batch), b.const(1)), 1)
+    old = b("Add", b("Mul", sequence, capacity), b("Range", b.const(0), b("Squeeze", capacity), b.const(1)))
+    new = b("Add", b("Add", b("Mul", batch, capacity), b("Mul", sequence, s_new)), last)
+    chosen = b("Where", b("Less", last, b.const(np.int64(0))), old, new)
+    # Gather refuses to take from nothing, even if nothing is to be taken: nobody takes the row at the end.
+    spare = b("ConstantOfShape", b("Concat", one, width, axis=0))
+    flat = [
+        b("Reshape", x, b("Concat", b("Mul", batch, length), width, axis=0), allowzero=1)
+        for x, length in ((cache, capacity), (rows, s_new))
+    ]
+    return (b("CastLike", b("Gather", b("Concat", *flat, spare, axis=0), chosen, axis=0), "cache"),)
+
+
 _BODIES: Mapping[str, Callable[[Body, Callable[[str], str | None]], tuple[str, ...]]] = {
     "lightning_indexer": _lightning_indexer,
     "topk": _topk,
@@ -224,6 +258,7 @@ _BODIES: Mapping[str, Callable[[Body, Callable[[str], str | None]], tuple[str, .
     "sparse_mla": _sparse_mla,
     "sparse_mla_fp8": _sparse_mla_fp8,
     "dsa_attention": _dsa_attention,
+    "write_rows": _write_rows,
 }
 
 

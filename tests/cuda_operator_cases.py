@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from compare import assert_close, tolerance_of
 from gpu_call import Call
-from samples import attention_inputs, indexer_inputs
+from samples import DTYPES, attention_inputs, indexer_inputs
 
 from dsa_tvm import pack_mla_rows
 from dsa_tvm.ops import OPS
@@ -116,6 +116,33 @@ def test_sparse_mla_fp8(s_q, h_q, offset):
     got = run("sparse_mla_fp8", a, attrs, ((s_q, h_q, D_V), a["q"].dtype), (s_q, h_q), (s_q, h_q))
     for tensor, x, expected in zip(spec.outputs, got, spec.reference(**a, **attrs), strict=True):
         assert_close(x, expected, spec.tolerance[tensor.name]["bfloat16"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_write_rows(dtype, offset, in_place):
+    """At addresses that 16 bytes are copied at, and at others; a cache of several blocks."""
+    rng = np.random.default_rng(offset)
+    numpy_type, width = DTYPES.get(dtype, np.dtype(np.uint8)), 656
+
+    def tensor(*shape):
+        size = int(np.prod(shape)) * numpy_type.itemsize
+        memory = rng.integers(0, 256, size + 64, np.uint8)
+        start = -memory.ctypes.data % 16 + offset
+        return memory[start : start + size].view(numpy_type).reshape(shape)
+
+    cache, rows, out = tensor(2, 37, width), tensor(2, 9, width), tensor(2, 37, width)
+    positions = rng.integers(-2, 40, (2, 9)).astype(np.int32)
+    positions[0, 4:] = 5
+    (expected,) = OPS["write_rows"].reference(cache, rows, positions)
+    before = cache.copy()
+    inputs = {"cache": cache, "rows": rows, "positions": positions}
+    call = Call("write_rows", inputs, {}, [cache if in_place else out])
+    assert call.workspace_size() == 0
+    call.run()
+    assert (cache if in_place else out).tobytes() == expected.tobytes()
+    assert in_place or cache.tobytes() == before.tobytes()
 
 
 @pytest.mark.parametrize("s_q", [1, 9])

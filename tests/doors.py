@@ -160,8 +160,9 @@ def as_numpy(x: Any) -> np.ndarray:
     import ml_dtypes
     import torch
 
-    if x.dtype is torch.bfloat16:
-        return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    if x.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        bits = x.view(torch.uint16 if x.dtype is torch.bfloat16 else torch.uint8).numpy()
+        return bits.view(getattr(ml_dtypes, str(x.dtype).removeprefix("torch.")))
     return x.numpy()
 
 
@@ -204,10 +205,12 @@ def memories(call: Call) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def check_memory(call: Call, before: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Raise `AssertionError` if anything but the outputs' own bytes has changed."""
     for name, (memory, old) in before.items():
-        if name in call.outputs:
-            array = call.tensor(name).array
+        for output in call.outputs:
+            array = call.tensor(output).array
             start = array.ctypes.data - memory.ctypes.data
-            old[start : start + array.nbytes] = memory[start : start + array.nbytes]
+            # Its own memory, or that of the input it is.
+            if 0 <= start <= len(memory) - array.nbytes:
+                old[start : start + array.nbytes] = memory[start : start + array.nbytes]
         assert np.array_equal(old, memory), f"memory around or in {name} was written to"
 
 

@@ -81,7 +81,7 @@ def test_a_call_is_enqueued_where_it_is_asked_for(built, recorder):
     assert launches == [launch.format(shared=shared, stream=stream) for stream in (4096, 7)]
     # The kernels come once, in the relaxed mode, and the context is put back each time.
     assert [line for line in lines if line.startswith("capture")] == ["capture mode 2", "capture mode 0"]
-    assert lines.count("image") == 4 and lines.index("image") > lines.index("capture mode 2")
+    assert lines.count("image") == 5 and lines.index("image") > lines.index("capture mode 2")
     assert lines.count("push 0") == lines.count("pop 0") == 3
 
 

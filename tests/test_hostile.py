@@ -55,6 +55,8 @@ def test_hostile(op: str, door_name: str, tried: Counter, record_property: Any) 
 def attempt(door: Door, case: Case, call: Call) -> str:
     """What is wrong with how a door takes a case; "" for nothing."""
     before = memories(call)
+    # In advance: an output may be an input itself.
+    expected = () if case.names else call.reference()
     try:
         outputs = door.run(call)
     except Refused as refusal:
@@ -71,7 +73,7 @@ def attempt(door: Door, case: Case, call: Call) -> str:
         return f"expected an error about {' or '.join(case.names)}, got a result"
     try:
         check_memory(call, before)
-        check_result(call, outputs)
+        check_result(call, outputs, expected)
         if isinstance(door, Functions):
             for mine, theirs in zip(outputs, door.run(call, allocate=True), strict=True):
                 assert bits(mine) == bits(theirs), "another result in outputs of its own"
@@ -80,10 +82,10 @@ def attempt(door: Door, case: Case, call: Call) -> str:
     return ""
 
 
-def check_result(call: Call, outputs: list[np.ndarray]) -> None:
+def check_result(call: Call, outputs: list[np.ndarray], references: tuple[np.ndarray, ...]) -> None:
     """The outputs are the reference's within the operator's tolerance."""
     spec, first = call.spec, call.spec.dtype_of(call.spec.inputs[0], call.variant)
-    for tensor, actual, expected in zip(spec.outputs, outputs, call.reference(), strict=True):
+    for tensor, actual, expected in zip(spec.outputs, outputs, references, strict=True):
         try:
             assert_close(actual, expected, tolerance_of(spec, tensor.name, first))
         except AssertionError as error:

@@ -8,7 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import tolerance_of
+from compare import cosine_difference, tolerance_of
 
 from dsa_tvm import pack_mla_rows
 from dsa_tvm.errors import ArgumentError
@@ -50,14 +50,16 @@ ATTRS = {
     "sparse_mla": {"sm_scale": 0.125, "d_v": 64},
     "sparse_mla_fp8": {"sm_scale": 0.125, "d_v": 128},
     "dsa_attention": {"topk": 8, "sm_scale": 0.125, "d_v": 64},
+    "write_rows": {},
 }
 SIZES = {"s_q": 5, "s_kv": 37, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 160, "topk": 8}
+SIZES |= {"batch": 3, "capacity": 9, "s_new": 7, "d_row": 6}
 ALL_VARIANTS = [pytest.param(op, v, id=f"{op}-{'-'.join(v.values())}") for op in OPS for v in OPS[op].variants]
 EMPTY = [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_kv": 3}, {"s_kv": 1, "s_q": 1}]
 
 
 def evaluate(model, feeds):
-    """Outputs of the model; those of 16 bits as float32."""
+    """Outputs of the model; those that NumPy cannot hold as float32."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 2
@@ -70,10 +72,11 @@ def evaluate(model, feeds):
 
 
 def widened(model):
-    """The model with its 16-bit outputs cast to float32, which NumPy can hold."""
+    """The model with outputs of 16 bits and of float8 cast to float32, which NumPy can hold."""
+    narrow = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
     model = onnx.ModelProto.FromString(model.SerializeToString())
     for output in model.graph.output:
-        if output.type.tensor_type.elem_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16):
+        if output.type.tensor_type.elem_type in narrow:
             output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
             old, output.name = output.name, f"{output.name}_wide"
             model.graph.node.append(onnx.helper.make_node("Cast", [old], [output.name], to=onnx.TensorProto.FLOAT))
@@ -98,6 +101,10 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
             array = rng.integers(-2, sizes["s_kv"] + 2, shape)
         elif tensor.name == "topk_length":
             array = rng.integers(0, sizes["topk"] + 1, shape)
+        elif tensor.name == "positions":
+            array = rng.integers(-2, sizes["capacity"] + 2, shape)
+        elif dtype == np.uint8 and not tensor.packs:
+            array = rng.integers(0, 256, shape)
         elif dtype == np.int8:
             array = rng.integers(-4, 5, shape)
         else:
@@ -109,14 +116,13 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
 def close(got, reference, tolerance):
     """The package's comparison: positions of inf and NaN, then elementwise, then cosine difference."""
     assert got.shape == reference.shape
-    got = got.astype(np.float64)
+    got, reference = got.astype(np.float64), reference.astype(np.float64)
     for kind in (np.isnan, np.isposinf, np.isneginf):
         np.testing.assert_array_equal(kind(got), kind(reference))
     finite = np.isfinite(reference)
     x, y = got[finite], reference[finite]
     assert (np.abs(x - y) <= tolerance.abs + tolerance.rel * np.abs(y)).all()
-    if norm := (x @ x + y @ y):
-        assert 1 - 2 * (x @ y) / norm <= tolerance.cos
+    assert cosine_difference(x, y) <= tolerance.cos
 
 
 def check(op, feeds, variant=None, model=None, **attrs):
@@ -296,7 +302,7 @@ def test_two_nodes_do_what_one_does(optional):
 @pytest.mark.parametrize("op", OPS)
 def test_models_are_valid_onnx(op):
     for variant in OPS[op].variants:
-        model = export.build_model(op, variant, dims={"s_q": 4}, **ATTRS[op])
+        model = export.build_model(op, variant, dims={OPS[op].dims[0]: 4}, **ATTRS[op])
         onnx.checker.check_model(model, full_check=True)
         assert [f.name for f in model.functions] == [OPS[op].onnx_name]
         assert {n.domain for n in model.functions[0].node} == {""}

@@ -33,6 +33,7 @@ TYPES = {
     "uint8": (np.uint8, np.uint8, onnx.TensorProto.UINT8),
 }
 SIZES = {"s_q": 5, "s_kv": 70, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 576, "topk": 8}
+SIZES |= {"batch": 3, "capacity": 9, "s_new": 7, "d_row": 6}
 ATTRS = {"topk": 8, "sm_scale": 0.0625, "d_v": 512}
 EVERYTHING = [pytest.param(op, v, id="-".join((op, *v.values()))) for op in OPS for v in OPS[op].variants]
 
@@ -67,6 +68,10 @@ def make_inputs(op, variant=None, optional=(), **sizes):
             array = rng.integers(0, 4, shape)
         elif tensor.name in ("ke", "indices", "topk_length"):
             array = rng.integers(-2, {"ke": sizes["s_kv"], "indices": sizes["s_kv"]}.get(tensor.name, 8) + 3, shape)
+        elif tensor.name == "positions":
+            array = rng.integers(-2, sizes["capacity"] + 2, shape)
+        elif dtype == "uint8" and not tensor.packs:
+            array = rng.integers(0, 256, shape)
         elif dtype == "int8":
             array = rng.integers(-4, 5, shape)
         else:
@@ -103,9 +108,9 @@ def make_session(model, session_options=None, provider="CPUExecutionProvider"):
 
 
 def widened(model):
-    """The model with its bfloat16 outputs cast to float32: NumPy holds no bfloat16."""
+    """The model with outputs cast to float32 whose types NumPy does not hold."""
     for output in model.graph.output:
-        if output.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16:
+        if output.type.tensor_type.elem_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN):
             output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
             old, output.name = output.name, f"{output.name}_wide"
             model.graph.node.append(onnx.helper.make_node("Cast", [old], [output.name], to=onnx.TensorProto.FLOAT))

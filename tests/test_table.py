@@ -91,6 +91,43 @@ def test_a_group_of_queries_takes_the_rows_of_its_call(num_threads):
         assert (lse == 100 * indexer + 10 * topk + mla).all(), (s_q, s_kv)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+@pytest.mark.usefixtures("rows")
+def test_a_cache_takes_the_rows_of_what_is_in_use(num_threads):
+    """Not of its capacity, and a batch of sequences those that each of them takes."""
+    for batch, s_new, length, capacity in product((1, 3, 20), (1, 5), (33, 34, 51, 101), (101, 1000)):
+        s_q, s_kv = batch * s_new, batch * capacity
+        index, (ks, ke), attention = arguments(s_q, s_kv)
+        ks += np.repeat(np.arange(batch, dtype=np.int32) * capacity, s_new)
+        ke[...] = ks + length
+        indexer, topk = expected("lightning_indexer", s_new, length), expected("topk", s_q, length)
+        case = (batch, s_new, length, capacity)
+        logits = dsa_tvm.lightning_indexer(*index, ks, ke, num_threads=num_threads)
+        assert (logits == indexer).all(), case
+        indices = dsa_tvm.indexer_topk(*index, ks, ke, topk=1, num_threads=num_threads)
+        assert (indices == 10 * indexer + topk).all(), case
+        # The rows of the attention are chosen as those of sparse_mla, whose indices say nothing of a length.
+        mla = expected("sparse_mla", s_q, s_kv)
+        _, lse = dsa_tvm.dsa_attention(*index, ks, ke, *attention, topk=1, num_threads=num_threads)
+        assert (lse == 100 * indexer + 10 * topk + mla).all(), case
+
+
+@pytest.mark.parametrize("s_new", [1, 3])
+@pytest.mark.usefixtures("rows")
+def test_a_query_is_scored_with_the_keys_that_it_sees(s_new):
+    """In whole blocks, of 7 keys: not with those of other sequences, nor with those that are not in use."""
+    batch, length, capacity = 8, 40, 700
+    index, (ks, ke), _ = arguments(batch * s_new, batch * capacity)
+    ks += np.repeat(np.arange(batch, dtype=np.int32) * capacity, s_new)
+    ke[...] = ks + length
+    dsa_tvm.indexer_topk(*index, ks, ke, topk=1, num_threads=1)
+    # Two queries are scored at a time, perhaps of different sequences.
+    assert (index[2].reshape(-1) == 42).all()
+    nobody = np.zeros_like(ks)
+    dsa_tvm.indexer_topk(*index, nobody, nobody, topk=1, num_threads=1)
+    assert (index[2].reshape(-1) == 42).all()
+
+
 @pytest.mark.usefixtures("rows")
 def test_types_without_a_kernel_are_an_error():
     half = np.zeros((2, 9, 512), np.float16)

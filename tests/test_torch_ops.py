@@ -25,6 +25,7 @@ KWARGS = {
     "sparse_mla": {"sm_scale": 0.04, "d_v": 512},
     "sparse_mla_fp8": {"sm_scale": 0.04, "d_v": 512},
     "dsa_attention": {"topk": 16, "sm_scale": 0.04, "d_v": 512},
+    "write_rows": {},
 }
 
 
@@ -41,6 +42,7 @@ def arguments(name, device, s_q=3, s_kv=200, dtype=torch.float32, key_dtype=None
         "sparse_mla": (q, kv, indices, torch.randn(4)),
         "sparse_mla_fp8": (q.bfloat16(), dsa_tvm.pack_mla_rows(kv), indices, torch.randn(4)),
         "dsa_attention": (*index, ks, ke, q, kv, torch.rand(s_kv), torch.randn(4)),
+        "write_rows": (kv[None], q[None, :, 0].contiguous(), torch.randint(-2, s_kv, (1, s_q), dtype=torch.int32)),
     }[name]
     return tuple(x.to(device) for x in made)
 

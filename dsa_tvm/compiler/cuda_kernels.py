@@ -16,7 +16,16 @@ from typing import Any
 
 from ..gpu_archs import FEW_HEADS, HOPPER
 from ..ops import OPS, sparse_mla_fp8
-from ..schedules.cuda import combine, hopper_indexer, hopper_mla, lightning_indexer, packed_gather, sparse_mla, topk
+from ..schedules.cuda import (
+    combine,
+    hopper_indexer,
+    hopper_mla,
+    lightning_indexer,
+    packed_gather,
+    sparse_mla,
+    topk,
+    write_rows,
+)
 from ..spec import Dim
 
 #: Key of a module's DEFAULT for every GPU that has no decisions of its own.
@@ -209,10 +218,18 @@ def _attention(
     return Kernel("attend", c, make, c.shared_bytes(types, d_qk, d_v), facts, variant, lengths, limits, hopper)
 
 
+def _write_rows(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
+    # Rows of any type are bytes.
+    facts = {"copy_bytes": write_rows.COPY_BYTES, "rows": write_rows.ROWS}
+    yield Kernel("copy", None, write_rows.copy_ir, 0, facts)
+    yield Kernel("write", None, write_rows.tensor_ir, 0, facts)
+
+
 #: Operator to a function of the architecture, or `ANY`, the dimensions with their served values, and `Chosen`.
 OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim], Chosen], Iterator[Kernel]]] = {
     "lightning_indexer": _lightning_indexer,
     "topk": _topk,
     "sparse_mla": _sparse_mla,
     "sparse_mla_fp8": _sparse_mla_fp8,
+    "write_rows": _write_rows,
 }

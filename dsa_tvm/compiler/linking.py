@@ -14,7 +14,7 @@ from ..errors import BuildError
 from ..library import LIBRARY_NAME
 
 #: What runs a checked call.
-CORE = ("check.c", "device.c", "error.c", "kernels.c", "operators.c", "stages.c", "threads.c")
+CORE = ("check.c", "device.c", "error.c", "kernels.c", "operators.c", "rows.c", "stages.c", "threads.c")
 _DOORS = ("api.c", "choose.c", "ort.c", "ort_cuda.c", "ort_kernel.c", "ort_schema.c")
 CUDA = ("cuda.c", "cuda_driver.c", "cuda_operators.c", "cuda_pool.c", "cuda_stages.c")
 #: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.

@@ -35,10 +35,11 @@ def header(dims: Mapping[str, Dim], version: str) -> str:
     )
 
 
-def _tensor(tensor: TensorSpec) -> str:
+def _tensor(op: OpSpec, tensor: TensorSpec) -> str:
     dtype = f"-1 - {_TYPE_VARS.index(tensor.dtype)}" if tensor.dtype in _TYPE_VARS else f"DTYPE_{tensor.dtype.upper()}"
     shape = ", ".join(f"DIM_{d.upper()}" for d in tensor.shape)
-    return f'{{"{tensor.name}", {dtype}, {len(tensor.shape)}, {{{shape}}}, {int(tensor.optional)}}}'
+    may_be = [t.name for t in op.inputs].index(tensor.may_be) if tensor.may_be else -1
+    return f'{{"{tensor.name}", {dtype}, {len(tensor.shape)}, {{{shape}}}, {int(tensor.optional)}, {may_be}}}'
 
 
 def _attr(attr: AttrSpec) -> str:
@@ -53,7 +54,7 @@ def _op(op: OpSpec) -> str:
     return (
         f'  {{"{op.name}", "{op.onnx_name}",\n'
         f"   {len(op.inputs)}, {len(op.outputs)}, {len(op.attrs)}, {len(op.variants)},\n"
-        f"   {rows([_tensor(t) for t in op.inputs])},\n   {rows([_tensor(t) for t in op.outputs])},\n"
+        f"   {rows([_tensor(op, t) for t in op.inputs])},\n   {rows([_tensor(op, t) for t in op.outputs])},\n"
         f"   {rows([_attr(a) for a in op.attrs])},\n   variants_{op.name}}}"
     )
 

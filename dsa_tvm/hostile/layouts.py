@@ -113,7 +113,9 @@ def shared_memory(spec: OpSpec) -> Iterator[Case]:
                 def apply(call: Call, pair: tuple[str, str] = (output.name, other.name), kind: str = kind) -> None:
                     _overlap(call.tensor(pair[0]), call.tensor(pair[1]), kind)
 
-                yield Case(output.name, f"{kind} as {other.name}", apply, (output.name,), frozenset({"outputs"}))
+                # What may be in place has a result.
+                blamed = () if kind == "same memory" and other.name == output.may_be else (output.name,)
+                yield Case(output.name, f"{kind} as {other.name}", apply, blamed, frozenset({"outputs"}))
 
 
 def _overlap(output: Argument, other: Argument, kind: str) -> None:

@@ -22,7 +22,7 @@ CANARY = 0xA5
 ALIGNMENT = 64
 
 # All different, so that two lengths taken for each other are noticed. A length with served values is the first of them.
-_LENGTHS = {"s_q": 3, "s_kv": 11, "h_idx": 2, "topk": 5, "h_q": 4}
+_LENGTHS = {"s_q": 3, "s_kv": 11, "h_idx": 2, "topk": 5, "h_q": 4, "batch": 2, "capacity": 7, "s_new": 4, "d_row": 5}
 _FLOAT_ATTR = 0.0625
 
 
@@ -98,8 +98,8 @@ def valid_arguments(
             numbers = rng.standard_normal((*shape[:-1], lengths[tensor.packs]))
             values: np.ndarray = pack_mla_rows(numbers, lengths["d_v"])
         elif dtype == np.int32:
-            # Positions of keys, and one past the last of them.
-            values = rng.integers(0, lengths.get("s_kv", 1) + 1, shape)
+            # Positions of keys or of rows of a cache, and one past the last of them.
+            values = rng.integers(0, lengths.get("s_kv", lengths.get("capacity", 1)) + 1, shape)
             integers.setdefault(tensor.shape, []).append(tensor.name)
         elif dtype == np.int8:
             values = rng.integers(-4, 5, shape)

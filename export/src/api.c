@@ -123,6 +123,12 @@ dsa_tvm_status dsa_tvm_sparse_mla_fp8(const dsa_tvm_tensor *q, const dsa_tvm_ten
                  OUTPUTS(out, max_logits, lse), options);
 }
 
+dsa_tvm_status dsa_tvm_write_rows(const dsa_tvm_tensor *cache, const dsa_tvm_tensor *rows,
+                                  const dsa_tvm_tensor *positions, dsa_tvm_tensor *out,
+                                  const dsa_tvm_options *options) {
+  return execute(OP_WRITE_ROWS, INPUTS(cache, rows, positions), NULL, OUTPUTS(out), options);
+}
+
 dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, const dsa_tvm_tensor *index_k,
                                      const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks, const dsa_tvm_tensor *ke,
                                      const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,

@@ -257,12 +257,18 @@ dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *o
     dsa_tvm_status status = check_tensor(call, &op->outputs[i], outputs[i], &call->out[i]);
     if (status != DSA_TVM_OK) return status;
     const char *shared = NULL;
-    for (int j = 0; j < op->num_inputs; j++)
-      if (call->present[j] && dsa_overlap(&call->out[i], &call->in[j])) shared = op->inputs[j].name;
+    int may_be = op->outputs[i].may_be;
+    for (int j = 0; j < op->num_inputs; j++) {
+      if (!call->present[j] || !dsa_overlap(&call->out[i], &call->in[j])) continue;
+      /* They have one type and one shape, so that they begin and end together. */
+      if (j != may_be || call->out[i].data != call->in[j].data) shared = op->inputs[j].name;
+    }
     for (int j = 0; j < i; j++)
       if (dsa_overlap(&call->out[i], &call->out[j])) shared = op->outputs[j].name;
     if (shared)
-      return INVALID("%s: %s: expected memory that does not overlap `%s`, got an overlap", op->name, name, shared);
+      return INVALID("%s: %s: expected memory that does not overlap `%s`%s%s%s, got an overlap", op->name, name, shared,
+                     may_be < 0 ? "" : " or is all of `", may_be < 0 ? "" : op->inputs[may_be].name,
+                     may_be < 0 ? "" : "`");
   }
   return DSA_TVM_OK;
 }

@@ -34,6 +34,10 @@ struct cuda_sparse_mla {
   int split_keys, stats; /* the fewest keys of a part, and the numbers that it leaves for each head beside its sums */
 };
 
+struct cuda_write_rows {
+  int copy_bytes, rows; /* of a block */
+};
+
 struct cuda_shape {
   int threads;      /* 0: the set lacks this kernel */
   int shared_bytes; /* the most that a launch takes */
@@ -41,6 +45,7 @@ struct cuda_shape {
     struct cuda_lightning_indexer lightning_indexer;
     struct cuda_topk topk;
     struct cuda_sparse_mla sparse_mla, sparse_mla_fp8;
+    struct cuda_write_rows write_rows;
   } of;
 };
 

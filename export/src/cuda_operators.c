@@ -122,6 +122,19 @@ static dsa_tvm_status attend_rows(struct cuda_call *c, int packed) {
 static dsa_tvm_status run_sparse_mla(struct cuda_call *c) { return attend_rows(c, 0); }
 static dsa_tvm_status run_sparse_mla_fp8(struct cuda_call *c) { return attend_rows(c, 1); }
 
+static dsa_tvm_status run_write_rows(struct cuda_call *c) {
+  const struct dsa_call *call = c->call;
+  struct cuda_writing w = {.cache = call->in[0].data,
+                           .rows = call->in[1].data,
+                           .positions = call->in[2].data,
+                           .out = call->out[0].data,
+                           .batch = call->dim[DIM_BATCH],
+                           .capacity = call->dim[DIM_CAPACITY],
+                           .s_new = call->dim[DIM_S_NEW],
+                           .row_bytes = call->dim[DIM_D_ROW] * (call->in[0].dtype.bits / 8)};
+  return dsa_cuda_write_rows(c, &w);
+}
+
 static dsa_tvm_status run_dsa_attention(struct cuda_call *c) {
   const struct dsa_call *call = c->call;
   int64_t s_q = call->dim[DIM_S_Q], topk = call->dim[DIM_TOPK], h_q = call->dim[DIM_H_Q];
@@ -156,7 +169,7 @@ static dsa_tvm_status run_dsa_attention(struct cuda_call *c) {
 static dsa_tvm_status (*const run[NUM_OPS])(struct cuda_call *) = {
     [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
     [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
-    [OP_DSA_ATTENTION] = run_dsa_attention,
+    [OP_DSA_ATTENTION] = run_dsa_attention,         [OP_WRITE_ROWS] = run_write_rows,
 };
 
 static int is_aligned(const struct dsa_call *call) {

@@ -173,3 +173,22 @@ dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention 
 }
 #undef ATTEND
 #undef COMBINE
+
+static int all_wide(const void *from, const void *to, int64_t bytes) {
+  return ((uintptr_t)from | (uintptr_t)to | (uint64_t)bytes) % 16 == 0;
+}
+
+dsa_tvm_status dsa_cuda_write_rows(struct cuda_call *c, const struct cuda_writing *w) {
+  const struct cuda_shape *copy = dsa_shape_write_rows_copy(c), *write = dsa_shape_write_rows_write(c);
+  if (!copy || !write) return dsa_cuda_unserved(c);
+  int64_t bytes = w->batch * w->capacity * w->row_bytes, count = w->batch * w->s_new;
+  dsa_tvm_status status = DSA_TVM_OK;
+  if (c->measuring || !bytes) return status;
+  if (w->out != w->cache)
+    status = dsa_launch_write_rows_copy(c, divide_up(bytes, copy->of.write_rows.copy_bytes), 1, 0, w->cache, w->out,
+                                        bytes, all_wide(w->cache, w->out, bytes));
+  if (status != DSA_TVM_OK || !count) return status;
+  return dsa_launch_write_rows_write(c, divide_up(count, write->of.write_rows.rows), 1, 0, w->rows, w->positions, w->out,
+                                     count, w->s_new, w->capacity, w->row_bytes,
+                                     all_wide(w->rows, w->out, w->row_bytes));
+}

@@ -33,4 +33,12 @@ struct cuda_attention {
 };
 dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a);
 
+/* New rows of a cache, which is copied first where `out` is not the cache itself. */
+struct cuda_writing {
+  const void *cache, *rows, *positions;
+  void *out;
+  int64_t batch, capacity, s_new, row_bytes;
+};
+dsa_tvm_status dsa_cuda_write_rows(struct cuda_call *c, const struct cuda_writing *w);
+
 #endif

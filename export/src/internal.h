@@ -45,6 +45,7 @@ struct tensor_spec {
   int ndim;
   int dims[MAX_NDIM];
   int optional;
+  int may_be; /* of an output: the input whose memory it may be, or -1 */
 };
 
 struct attr_spec {
@@ -112,6 +113,9 @@ extern const int dsa_has_cuda;
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options);
 dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream);
 dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
+
+/* rows.c: new rows of a cache, a checked call too. */
+dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_executor *executor);
 
 /* threads.c: OpenMP. */
 struct dsa_executor dsa_openmp_executor(int32_t num_threads);

@@ -96,17 +96,22 @@ static int64_t group_size(const struct dsa_call *call, const struct kernel_set *
   return minimum(call->dim[DIM_S_Q], group);
 }
 
-/* The caller frees scoring.logits.data. */
+/* The caller calls indexing_end. */
 static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *call, int k_scale,
                                      const struct kernel_set *kernels, const struct dsa_executor *executor,
                                      struct dsa_outcome *outcome) {
   x->group = group_size(call, kernels, executor->threads);
   x->scoring = scoring_of(call, k_scale, kernels, outcome);
-  x->scoring.only_visible = 1;
   x->logits_shape[0] = x->group;
   x->logits_shape[1] = call->dim[DIM_S_KV];
+  /* Of a row that is longer than what a query sees, the rest is never touched, and so takes no memory. */
   void *logits = malloc((size_t)(x->group * call->dim[DIM_S_KV] + 1) * sizeof(float));
-  if (!logits) return no_memory(call, "logits");
+  x->scoring.visible = malloc((size_t)(x->group + 1) * sizeof *x->scoring.visible);
+  if (!logits || !x->scoring.visible) {
+    free(logits);
+    free(x->scoring.visible);
+    return no_memory(call, "logits");
+  }
   x->scoring.logits = workspace(logits, DSA_TVM_FLOAT, x->logits_shape, 2);
   x->selection = (struct selection){.outcome = outcome,
                                     .kernel = kernels->topk->entry,
@@ -114,6 +119,11 @@ static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *
                                     .ks = x->scoring.ks,
                                     .ke = x->scoring.ke};
   return DSA_TVM_OK;
+}
+
+static void indexing_end(struct indexing *x) {
+  free(x->scoring.logits.data);
+  free(x->scoring.visible);
 }
 
 static void index_group(struct indexing *x, int64_t m0, int64_t m1, int64_t out0, const struct kernel_set *kernels,
@@ -134,7 +144,7 @@ static dsa_tvm_status run_indexer_topk(const struct dsa_call *call, const struct
   x.selection.indices = view(&call->out[0]);
   for (int64_t m = 0; m < call->dim[DIM_S_Q] && !outcome.failed; m += x.group)
     index_group(&x, m, minimum(m + x.group, call->dim[DIM_S_Q]), m, kernels, executor);
-  free(x.scoring.logits.data);
+  indexing_end(&x);
   return finish(call, &outcome);
 }
 
@@ -158,6 +168,12 @@ static dsa_tvm_status attend_rows(const struct dsa_call *call, const struct kern
   if (!a.has_length) a.length.dtype.code = DSA_TVM_INT;
   dsa_attend(&a, call->dim[DIM_S_Q], kernels->mla, executor);
   return finish(call, &outcome);
+}
+
+static dsa_tvm_status run_write_rows(const struct dsa_call *call, const struct kernel_set *kernels,
+                                     const struct dsa_executor *executor) {
+  (void)kernels; /* it computes nothing */
+  return dsa_write_rows(call, executor);
 }
 
 static dsa_tvm_status run_sparse_mla(const struct dsa_call *call, const struct kernel_set *kernels,
@@ -207,17 +223,45 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
   }
   free(max_logits);
   free(indices);
-  free(x.scoring.logits.data);
+  indexing_end(&x);
   return status;
 }
 
-/* The rows for a call: by its own lengths, for those of a group of queries depend on the number of threads, on which no
+/* What an indexer's kernel is chosen by: the most keys that a query sees, and the most queries next to each other whose
+ * keys meet. A cache may be larger than what is in use, and hold many sequences: a decode step of a batch is one of
+ * single queries, with the bits that each sequence would get alone. */
+struct demand {
+  int64_t queries, keys;
+};
+static struct demand demand_of(const struct dsa_call *call) {
+  static const int8_t ranges[NUM_OPS] = {
+      [OP_LIGHTNING_INDEXER] = 3, [OP_TOPK] = 1, [OP_INDEXER_TOPK] = 3, [OP_DSA_ATTENTION] = 3};
+  int i = ranges[call->op - dsa_ops];
+  struct demand most = {0, 0};
+  if (!i) return most;
+  const int32_t *ks = call->in[i].data, *ke = call->in[i + 1].data;
+  int64_t queries = 0, n0 = 0, n1 = 0;
+  for (int64_t m = 0; m < call->dim[DIM_S_Q]; m++) {
+    int64_t start = ks[m] > 0 ? ks[m] : 0, stop = minimum(ke[m], call->dim[DIM_S_KV]);
+    if (start >= stop) continue;
+    int meets = queries && start < n1 && n0 < stop;
+    n0 = meets && n0 < start ? n0 : start;
+    n1 = meets && n1 > stop ? n1 : stop;
+    queries = meets ? queries + 1 : 1;
+    if (queries > most.queries) most.queries = queries;
+    if (stop - start > most.keys) most.keys = stop - start;
+  }
+  return most;
+}
+
+/* The rows for a call: by its own arguments, for those of a group of queries depend on the number of threads, on which no
  * bit of a result may. */
 static struct kernel_set pick(const struct kernel_set *kernels, const struct dsa_call *call) {
   int64_t s_q = call->dim[DIM_S_Q], s_kv = call->dim[DIM_S_KV];
+  struct demand most = demand_of(call);
   struct kernel_set rows = *kernels;
-  while (s_q > rows.indexer->s_q || s_kv > rows.indexer->s_kv) rows.indexer++;
-  while (s_q > rows.topk->s_q || s_kv > rows.topk->s_kv) rows.topk++;
+  while (most.queries > rows.indexer->s_q || most.keys > rows.indexer->s_kv) rows.indexer++;
+  while (s_q > rows.topk->s_q || most.keys > rows.topk->s_kv) rows.topk++;
   while (s_q > rows.mla->s_q || s_kv > rows.mla->s_kv) rows.mla++;
   return rows;
 }
@@ -227,7 +271,7 @@ dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *e
                                               const struct dsa_executor *) = {
       [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
       [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
-      [OP_DSA_ATTENTION] = run_dsa_attention,
+      [OP_DSA_ATTENTION] = run_dsa_attention,         [OP_WRITE_ROWS] = run_write_rows,
   };
   const struct kernel_set *kernels = dsa_kernels();
   if (!kernels) return DSA_TVM_UNSUPPORTED;

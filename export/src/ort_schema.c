@@ -132,6 +132,22 @@ static OrtStatus *infer_shapes(const OrtCustomOp *op, OrtShapeInferContext *cont
   return NULL;
 }
 
+/* ONNX Runtime asks for the pairs without saying of which operator. */
+static size_t first_in_first(int **inputs, int **outputs) {
+  static int first;
+  *inputs = *outputs = &first;
+  return 1;
+}
+
+static void release_nothing(int *inputs, int *outputs) { (void)inputs, (void)outputs; }
+
+/* Where the output may be an input, ONNX Runtime gives a node the same memory for both if nobody else needs that input. */
+static void offer_in_place(OrtCustomOp *op, const struct op_spec *spec) {
+  if (spec->outputs[0].may_be != 0) return;
+  op->GetMayInplace = first_in_first;
+  op->ReleaseMayInplace = release_nothing;
+}
+
 void dsa_ort_describe(struct ort_op *op, const struct ort_runtime *runtime, const struct op_spec *spec,
                       const int8_t *types, int on_gpu) {
   *op = (struct ort_op){
@@ -156,4 +172,5 @@ void dsa_ort_describe(struct ort_op *op, const struct ort_runtime *runtime, cons
       .types = types,
       .on_gpu = on_gpu,
   };
+  offer_in_place(&op->base, spec);
 }

@@ -2,24 +2,74 @@
  * depend on the number of threads or on where the cuts fall. */
 #include "stages.h"
 
-static int any_visible(const struct scoring *s, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-  const int32_t *ks = s->ks.data, *ke = s->ke.data;
-  for (int64_t m = m0; m < m1; m++)
-    if (ks[m] < ke[m] && ks[m] < n1 && n0 < ke[m]) return 1;
-  return 0;
+static int sees(const struct scoring *s, int64_t m, int64_t n0, int64_t n1) {
+  int32_t ks = ((const int32_t *)s->ks.data)[m], ke = ((const int32_t *)s->ke.data)[m];
+  return ks < ke && ks < n1 && n0 < ke;
 }
 
-static void score_task(void *arg, int64_t index) {
-  struct scoring *s = arg;
-  int64_t m0 = s->m0 + index / s->key_tasks * s->rows, m1 = minimum(m0 + s->rows, s->m1);
-  int64_t n0 = index % s->key_tasks * s->keys, n1 = minimum(n0 + s->keys, s->s_kv);
-  if (s->only_visible && !any_visible(s, m0, m1, n0, n1)) return;
+static void score(struct scoring *s, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const struct tvm_any args[] = {dsa_arg_tensor(&s->q),  dsa_arg_tensor(&s->k),       dsa_arg_tensor(&s->weights),
                                  dsa_arg_tensor(&s->ks), dsa_arg_tensor(&s->ke),      dsa_arg_tensor(&s->k_scale),
                                  dsa_arg_tensor(&s->logits), dsa_arg_int(m0),         dsa_arg_int(m1),
                                  dsa_arg_int(n0),        dsa_arg_int(n1),             dsa_arg_int(m0 - s->m0),
                                  dsa_arg_int(s->scaled)};
   dsa_call_kernel(s->outcome, s->kernel, args, sizeof args / sizeof args[0]);
+}
+
+static void score_task(void *arg, int64_t index) {
+  struct scoring *s = arg;
+  int64_t m0 = s->m0 + index / s->key_tasks * s->rows, n0 = index % s->key_tasks * s->keys;
+  score(s, m0, minimum(m0 + s->rows, s->m1), n0, minimum(n0 + s->keys, s->s_kv));
+}
+
+static void score_visible_task(void *arg, int64_t index) {
+  struct scoring *s = arg;
+  int64_t low = 0, high = s->num_visible;
+  while (high - low > 1) {
+    int64_t middle = (low + high) / 2;
+    *(s->visible[middle].first_task <= index ? &low : &high) = middle;
+  }
+  const struct visible *v = &s->visible[low];
+  int64_t n0 = v->n0 + (index - v->first_task) * s->keys, n1 = minimum(n0 + s->keys, v->n1), m0 = v->m0, m1 = v->m1;
+  /* A query that sees none of these costs its packing, and its row of logits. */
+  while (m0 < m1 && !sees(s, m0, n0, n1)) m0++;
+  while (m0 < m1 && !sees(s, m1 - 1, n0, n1)) m1--;
+  if (m0 < m1) score(s, m0, m1, n0, n1);
+}
+
+/* What the queries see, in whole blocks of keys, and how many keys that is. Those of a cache that is larger than what is
+ * in use, and those of other sequences, are left out. Queries of a task whose keys meet are scored together. */
+static int64_t find_visible(struct scoring *s, int64_t block) {
+  const int32_t *ks = s->ks.data, *ke = s->ke.data;
+  struct visible *v = NULL;
+  int64_t keys = 0;
+  s->num_visible = 0;
+  for (int64_t m = s->m0; m < s->m1; m++) {
+    if ((m - s->m0) % s->rows == 0) v = NULL;
+    int64_t n0 = ks[m] > 0 ? ks[m] / block * block : 0, n1 = minimum(ke[m], s->s_kv);
+    if (ks[m] >= n1 || n1 <= 0) continue;
+    n1 = minimum(divide_up(n1, block) * block, s->s_kv);
+    if (!v || n1 < v->n0 || v->n1 < n0) {
+      v = &s->visible[s->num_visible++];
+      *v = (struct visible){m, m, n0, n0, 0};
+    }
+    keys -= v->n1 - v->n0;
+    v->m1 = m + 1;
+    if (n0 < v->n0) v->n0 = n0;
+    if (n1 > v->n1) v->n1 = n1;
+    keys += v->n1 - v->n0;
+  }
+  return keys;
+}
+
+/* Numbers the tasks of `s->keys` keys each, and tells how many there are. */
+static int64_t number_tasks(struct scoring *s) {
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < s->num_visible; i++) {
+    s->visible[i].first_task = tasks;
+    tasks += divide_up(s->visible[i].n1 - s->visible[i].n0, s->keys);
+  }
+  return tasks;
 }
 
 void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct dsa_executor *executor) {
@@ -31,11 +81,15 @@ void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct
   int64_t wanted = executor->threads > 1 ? cut->tasks_per_thread * executor->threads : 1;
   /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
   s->keys = cut->task_keys;
-  if (row_tasks * divide_up(s->s_kv, s->keys) < wanted)
-    s->keys = divide_up(divide_up(s->s_kv * row_tasks, wanted), block) * block;
+  int64_t keys = s->visible ? find_visible(s, block) : s->s_kv * row_tasks;
+  if ((s->visible ? number_tasks(s) : row_tasks * divide_up(s->s_kv, s->keys)) < wanted)
+    s->keys = divide_up(divide_up(keys, wanted), block) * block;
   if (s->keys < cut->min_keys) s->keys = divide_up(cut->min_keys, block) * block;
   s->key_tasks = divide_up(s->s_kv, s->keys);
-  executor->parallel_for(executor->state, row_tasks * s->key_tasks, score_task, s);
+  if (s->visible)
+    executor->parallel_for(executor->state, number_tasks(s), score_visible_task, s);
+  else
+    executor->parallel_for(executor->state, row_tasks * s->key_tasks, score_task, s);
 }
 
 static void select_task(void *arg, int64_t index) {

@@ -7,6 +7,12 @@
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* Queries next to each other, and the keys that some of them see; the rest of the keys is nobody's. */
+struct visible {
+  int64_t m0, m1, n0, n1;
+  int64_t first_task;
+};
+
 /* Scoring: queries [m0, m1) against all keys, written to the rows of `logits` from row 0 on. */
 struct scoring {
   struct dsa_outcome *outcome;
@@ -14,7 +20,9 @@ struct scoring {
   dsa_tvm_tensor q, k, weights, ks, ke, k_scale, logits;
   int64_t m0, m1, rows, keys, key_tasks, s_kv;
   int scaled;
-  int only_visible; /* nobody reads a logit outside [ks, ke) */
+  /* Where nobody reads a logit outside [ks, ke): room for one of each query. NULL: all logits are written. */
+  struct visible *visible;
+  int64_t num_visible;
 };
 void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct dsa_executor *executor);
 

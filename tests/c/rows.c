@@ -10,21 +10,24 @@ static float *row_of(const struct tvm_any *tensor, int64_t row) {
 
 #define KERNEL(name) int __tvm_ffi_##name(void *self, const struct tvm_any *args, int32_t n, struct tvm_any *result)
 
+/* The weights count the keys that each query is scored with. */
 static int index_keys(const struct tvm_any *args, int row) {
   int64_t queries = args[8].value.i - args[7].value.i;
   for (int64_t i = 0; i < queries; i++) {
     float *logits = row_of(&args[6], args[11].value.i + i);
     for (int64_t n = args[9].value.i; n < args[10].value.i; n++) logits[n] = (float)row;
+    *row_of(&args[2], args[7].value.i + i) += (float)(args[10].value.i - args[9].value.i);
   }
   return 0;
 }
 
-/* 10 times what stands in the logits, which is the indexer's row, plus its own. */
+/* 10 times what stands in the logits of the first key, which is the indexer's row, plus its own. */
 static int select_keys(const struct tvm_any *args, int row) {
   int64_t queries = args[5].value.i - args[4].value.i;
   for (int64_t i = 0; i < queries; i++) {
     int32_t *indices = (int32_t *)row_of(&args[3], args[7].value.i + i);
-    indices[0] = 10 * (int32_t)row_of(&args[0], args[6].value.i + i)[0] + row;
+    int32_t first = *(int32_t *)row_of(&args[1], args[4].value.i + i);
+    indices[0] = 10 * (int32_t)row_of(&args[0], args[6].value.i + i)[first] + row;
   }
   return 0;
 }

@@ -166,6 +166,17 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, 
                                                  int64_t d_v, dsa_tvm_tensor *out, dsa_tvm_tensor *lse,
                                                  const dsa_tvm_options *options);
 
+/* New rows of a cache of fixed capacity: out[b, positions[b, i]] = rows[b, i], elsewhere out is the cache. The operators
+ * above take the length in use as ke, or by the indices, and read nothing behind it.
+ *   cache      [batch, capacity, d_row]  float32, bfloat16, float16, float8_e4m3fn, int8 or uint8
+ *   rows       [batch, s_new, d_row]     type of cache
+ *   positions  [batch, s_new]            int32; outside [0, capacity): skipped; of equal ones the last one wins
+ *   out        [batch, capacity, d_row]  type of cache, written; at the address of the cache only the rows are, and
+ *                                        anywhere else it must not overlap an input */
+DSA_TVM_API dsa_tvm_status dsa_tvm_write_rows(const dsa_tvm_tensor *cache, const dsa_tvm_tensor *rows,
+                                              const dsa_tvm_tensor *positions, dsa_tvm_tensor *out,
+                                              const dsa_tvm_options *options);
+
 /* An attribute of dsa_tvm_call: an integer or a real number, as the operator has it. */
 typedef union dsa_tvm_attr {
   int64_t i;

@@ -244,7 +244,7 @@ DSA_DEVICE void dsa_widen_e4m3_16(void *first, void *second, const void *from, f
   dsa_put_e4m3_as_bf16(first, second, raw.x, scale, swapped);
 }
 
-/* 16 aligned bytes within shared memory; and 4 bytes from any address to it, zeros where `valid` is 0. */
+/* 16 aligned bytes; and 4 bytes from any address to shared memory, zeros where `valid` is 0. */
 DSA_DEVICE void dsa_move_16(void *to, const void *from) { *(DsaFourWords *)to = *(const DsaFourWords *)from; }
 DSA_DEVICE void dsa_copy_4_bytes(void *to, const void *from, int valid) {
   for (int e = 0; e < 4; e++) ((unsigned char *)to)[e] = valid ? ((const unsigned char *)from)[e] : 0;

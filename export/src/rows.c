@@ -1,0 +1,61 @@
+/* New rows of a cache: bytes are copied, and nothing is computed. */
+#include <string.h>
+
+#include "stages.h"
+
+/* What a task copies at least: less is not worth waking a thread for. */
+enum { TASK_BYTES = 256 << 10 };
+
+struct writing {
+  const char *cache, *rows;
+  const int32_t *positions;
+  char *out;
+  int64_t batch, capacity, s_new, row_bytes, cache_bytes;
+  int64_t shares; /* tasks that the rows of a sequence are shared out to */
+};
+
+static void copy_task(void *arg, int64_t index) {
+  struct writing *w = arg;
+  int64_t start = index * TASK_BYTES, bytes = minimum(TASK_BYTES, w->cache_bytes - start);
+  memcpy(w->out + start, w->cache + start, (size_t)bytes);
+}
+
+/* A row of the cache belongs to one task, which takes the new rows in their order: so the last one of a position is what
+ * stays there, for any number of tasks. Neighbours belong to different ones, because positions mostly follow each other. */
+static void write_task(void *arg, int64_t index) {
+  struct writing *w = arg;
+  int64_t b = index / w->shares, share = index % w->shares;
+  const int32_t *positions = w->positions + b * w->s_new;
+  const char *rows = w->rows + b * w->s_new * w->row_bytes;
+  char *out = w->out + b * w->capacity * w->row_bytes;
+  for (int64_t i = 0; i < w->s_new; i++) {
+    int64_t p = positions[i];
+    if (p < 0 || p >= w->capacity || (w->shares > 1 && p % w->shares != share)) continue;
+    memcpy(out + p * w->row_bytes, rows + i * w->row_bytes, (size_t)w->row_bytes);
+  }
+}
+
+static void run(const struct dsa_executor *executor, int64_t bytes, int64_t count, dsa_task task, struct writing *w) {
+  if (executor->threads > 1 && bytes > TASK_BYTES)
+    executor->parallel_for(executor->state, count, task, w);
+  else
+    for (int64_t i = 0; i < count; i++) task(w, i);
+}
+
+dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_executor *executor) {
+  struct writing w = {.cache = call->in[0].data,
+                      .rows = call->in[1].data,
+                      .positions = call->in[2].data,
+                      .out = call->out[0].data,
+                      .batch = call->dim[DIM_BATCH],
+                      .capacity = call->dim[DIM_CAPACITY],
+                      .s_new = call->dim[DIM_S_NEW],
+                      .row_bytes = call->dim[DIM_D_ROW] * (call->in[0].dtype.bits / 8)};
+  w.cache_bytes = w.batch * w.capacity * w.row_bytes;
+  if (!w.cache_bytes) return DSA_TVM_OK;
+  if (w.out != w.cache) run(executor, w.cache_bytes, divide_up(w.cache_bytes, TASK_BYTES), copy_task, &w);
+  int64_t bytes = w.s_new * w.row_bytes;
+  w.shares = minimum(executor->threads, divide_up(bytes, TASK_BYTES));
+  if (bytes) run(executor, w.batch * bytes, w.batch * w.shares, write_task, &w);
+  return DSA_TVM_OK;
+}
