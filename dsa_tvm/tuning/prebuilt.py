@@ -247,3 +247,7 @@ class Listed:
         """They are not asked for again."""
         for decisions, _ in trials:
             self._left.pop(as_key(decisions), None)
+
+    def skip(self, decisions: Decisions) -> None:
+        """It is not asked for again."""
+        self._left.pop(as_key(decisions), None)

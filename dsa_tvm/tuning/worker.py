@@ -8,6 +8,7 @@ standard error, which the parent keeps for a crash's last words.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
 import pickle
@@ -21,6 +22,17 @@ from ..cuda_driver import CudaError
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+#: The kind of a failure that is not the candidate's fault.
+SURROUNDINGS = "surroundings"
+#: What the system says where it has too little of something, or where a disk fails or is cleared.
+EXHAUSTED = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+        *(errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE),
+        # Somebody cleared the directory for temporary files.
+        errno.ENOENT,
+    }
+)
 
 
 def send(file: IO[bytes], message: Any) -> None:
@@ -41,7 +53,10 @@ def receive(file: IO[bytes]) -> Any:
     head = file.read(LENGTH.size)
     if len(head) < LENGTH.size:
         raise EOFError
-    data = file.read(LENGTH.unpack(head)[0])
+    length = LENGTH.unpack(head)[0]
+    data = file.read(length)
+    if len(data) < length:
+        raise EOFError
     return pickle.loads(data)
 
 
@@ -109,6 +124,11 @@ def main() -> None:
             # What this process still has on the GPU is worth nothing.
             print(error, flush=True)
             os._exit(1)
+        except MemoryError as error:
+            answer = ("failed", (SURROUNDINGS, f"out of memory: {error}"))
+        except OSError as error:
+            kind = SURROUNDINGS if error.errno in EXHAUSTED else type(error).__name__
+            answer = ("failed", (kind, str(error)))
         except Exception as error:
             answer = ("failed", (type(error).__name__, str(error)))
         send(answers, answer)

@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from ..errors import DsaError
-from .worker import receive, send
+from ..machine import available_memory
+from .worker import SURROUNDINGS, receive, send
 
 #: Importing TVM takes five seconds on an idle machine.
 _START_SECONDS = 180.0
 
 Request = tuple[str, tuple[Any, ...]]
+
+
+#: Candidates proposed, built and measured at a time.
+BATCH = 8
+#: What a worker takes that has TVM loaded and compiles.
+_WORKER_BYTES = 400 << 20
+#: How often a request is tried whose worker met its surroundings, and the seconds before each further try.
+_PAUSES = (1.0, 5.0)
+#: Nobody's own fault sends these: the kernel that runs out of memory, an administrator, a limit of CPU time, a session
+#: that ends.
+_FROM_OUTSIDE = frozenset(
+    {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU, signal.SIGXFSZ}
+)
+#: What compilers, linkers, LLVM, the loader and CUDA say where the disk is full or there is no memory.
+_COMPLAINTS = re.compile(
+    r"no space left on device|no such file or directory|disk quota exceeded|read-only file system|input/output error"
+    r"|too many open files|resource temporarily unavailable|cannot create thread|killed signal terminated|signal 9\b"
+    r"|cannot allocate memory|memory allocation failure|out of memory|out_of_memory|memory exhausted|std::bad_alloc"
+    r"|\bMemoryError\b",
+    re.IGNORECASE,
+)
+
+
+def complaint(words: str) -> str:
+    """The first line of `words` in which a program complains of a full disk, missing memory and the like; or ""."""
+    return next((line for line in words.splitlines() if _COMPLAINTS.search(line)), "")
 
 
 class WorkerError(DsaError):
@@ -32,13 +59,43 @@ class WorkerError(DsaError):
     Parameters
     ----------
     kind : str
-        Type of the exception in the worker; ``"crashed"`` or ``"timed out"`` where the worker itself went.
+        Type of the exception in the worker; ``"crashed"`` or ``"timed out"`` where the worker itself went;
+        `worker.SURROUNDINGS` where the disk was full, there was no memory, or somebody else ended the worker.
     message : str
     """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
-        self.kind = kind
+        # A compiler's exit status does not tell a wrong program from a full disk: only its words do.
+        told = kind not in ("CheckError", "timed out") and complaint(message)
+        self.kind = SURROUNDINGS if told else kind
+
+    @property
+    def is_surroundings(self) -> bool:
+        """Whether what was asked for has not happened: asking again may go well."""
+        return self.kind == SURROUNDINGS
+
+
+def patiently(action: Callable[[], Any], pauses: Sequence[float] = (0.0, *_PAUSES)) -> Any:
+    """Do something until its outcome is not that it met its surroundings, waiting before each try.
+
+    Parameters
+    ----------
+    action : callable
+        Its result may be a `WorkerError`.
+    pauses : sequence of float
+        Seconds before each try.
+
+    Returns
+    -------
+    The last result.
+    """
+    for pause in pauses:
+        time.sleep(pause)
+        outcome = action()
+        if not (isinstance(outcome, WorkerError) and outcome.is_surroundings):
+            break
+    return outcome
 
 
 class Worker:
@@ -73,6 +130,9 @@ class Worker:
             self.start()
             process = self._process
             assert process is not None and process.stdin is not None
+            # What it said of earlier requests is not the cause of what comes. It shares the place in the file.
+            self._words.seek(0)
+            self._words.truncate()
             try:
                 send(process.stdin, request)
             except OSError:
@@ -92,10 +152,15 @@ class Worker:
         if self._process is not None:
             _kill(self._process)
             self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout, self._words):
+            for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
+                    # What was not sent is of no use to a process that is gone.
+                    with suppress(BrokenPipeError):
+                        stream.close()
             self._process = None
+        if self._words is not None:
+            self._words.close()
+            self._words = None
 
     def start(self) -> None:
         """Start the process, unless it runs.
@@ -109,28 +174,39 @@ class Worker:
             if self._process is not None and self._process.poll() is None:
                 return
             self.stop()
-            self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by `stop`
-            self._process = subprocess.Popen(
-                # Not the package of a checkout that the job was started in.
-                [sys.executable, "-P", "-m", "dsa_tvm.tuning.worker", self._role],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._words,
-                env=self._environment,
-                # Ctrl-C is for the job, which ends its workers itself.
-                start_new_session=True,
-            )
+            try:
+                # In memory: a worker that met a full disk could not say so there.
+                self._words = os.fdopen(os.memfd_create("words"), "w+b")
+                self._process = subprocess.Popen(
+                    # Not the package of a checkout that the job was started in.
+                    [sys.executable, "-P", "-m", "dsa_tvm.tuning.worker", self._role],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._words,
+                    env=self._environment,
+                    # Ctrl-C is for the job, which ends its workers itself.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                # A limit on processes or open files, or no memory.
+                self.stop()
+                raise WorkerError(SURROUNDINGS, f"no worker process can be started: {error}") from error
             try:
                 self._answer(_START_SECONDS)
             except WorkerError as error:
+                if error.is_surroundings:
+                    raise
                 raise DsaError(f"tune: expected a worker process to start, got: {error}") from error
 
     def _answer(self, seconds: float) -> Any:
         process = self._process
         assert process is not None and process.stdout is not None
         deadline = time.monotonic() + seconds
+        # Not select(), which takes no descriptor above 1023.
+        waiting = select.poll()
+        waiting.register(process.stdout, select.POLLIN)
         # The first byte is waited for; what follows it comes at once.
-        while not select.select([process.stdout], [], [], 0.2)[0]:
+        while not waiting.poll(200):
             if time.monotonic() > deadline:
                 self.stop()
                 raise WorkerError("timed out", f"timed out after {seconds:.0f} s")
@@ -143,10 +219,22 @@ class Worker:
         assert self._process is not None
         status = self._process.wait()
         self._words.seek(0)
-        last = self._words.read().decode(errors="replace").strip().splitlines()[-1:]
+        words = self._words.read().decode(errors="replace").strip()
         self.stop()
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return WorkerError("crashed", f"crashed: {how}{''.join(f' ({line})' for line in last)}")
+        said = "".join(f" ({line})" for line in [complaint(words) or words.rpartition("\n")[2]] if line)
+        if -status in _FROM_OUTSIDE:
+            likely = "; the kernel does so where memory runs out" if -status == signal.SIGKILL else ""
+            return WorkerError(SURROUNDINGS, f"ended from outside: {signal.Signals(-status).name}{said}{likely}")
+        return WorkerError(
+            "crashed", f"crashed: {_signal_name(-status) if status < 0 else f'exit status {status}'}{said}"
+        )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -156,8 +244,16 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def pool_size(wanted: int) -> int:
+    """How many workers to have: at most those that a job has requests for, and that there is memory for."""
+    return max(1, min(wanted, BATCH, available_memory() // _WORKER_BYTES))
+
+
 class Workers:
     """Several workers, used as a context manager; leaving it kills them all.
+
+    A request whose worker met its surroundings (`WorkerError.is_surroundings`) is tried again a few times, when the
+    others are done and with no other beside it, because what was short may have been what the others held.
 
     Parameters
     ----------
@@ -225,5 +321,12 @@ class Workers:
                 free.put(worker)
 
         futures = {self._threads.submit(answer, request): i for i, request in enumerate(requests)}
+        again: list[int] = []
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            outcome = future.result()
+            if isinstance(outcome, WorkerError) and outcome.is_surroundings:
+                again.append(futures[future])
+            else:
+                yield futures[future], outcome
+        for i in again:
+            yield i, patiently(lambda i=i: self._threads.submit(answer, requests[i]).result(), _PAUSES)
