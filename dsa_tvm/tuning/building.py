@@ -17,11 +17,12 @@ from ..compiler.candidates import Linker
 from ..errors import BuildError
 from ..machine import usable_cpus
 from ..schedules import CPU, space
+from .failures import WorkerError, no_default, patiently
 from .fleet import Remote
 from .search import Search
-from .source import Decisions, no_default
+from .source import Decisions
 from .tasks import Effort, Task
-from .workers import Request, WorkerError, Workers, patiently
+from .workers import Request, Workers
 
 
 class Builder:

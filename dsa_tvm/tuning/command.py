@@ -16,10 +16,11 @@ from ..machine import THREADS, usable_cpus
 from ..progress import Progress
 from ..records import gpu, selection
 from . import cuda_command, fleet
+from .failures import WorkerError
 from .fleet import Remote
 from .summary import summary
 from .tasks import Task, parse_shape
-from .workers import WorkerError, Workers, pool_size
+from .workers import Workers, pool_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

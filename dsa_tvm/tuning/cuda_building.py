@@ -13,11 +13,12 @@ import tvm
 from ..compiler import cuda_candidates, cuda_kernels
 from ..compiler.cuda_candidates import Foundation, TunedKernel
 from ..compiler.cuda_space import Space
+from .failures import WorkerError, no_default
 from .fleet import Remote
 from .search import Search
-from .source import Decisions, no_default
+from .source import Decisions
 from .tasks import Effort, Task
-from .workers import Request, WorkerError, Workers
+from .workers import Request, Workers
 
 
 class CudaBuilder:

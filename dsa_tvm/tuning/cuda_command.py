@@ -17,12 +17,13 @@ from ..presets import Preset
 from ..progress import Progress
 from ..records import gpu
 from . import cuda_prebuild, prebuilt
+from .failures import WorkerError
 from .job import Job, Options
 from .prebuilt import Prebuilt
 from .source import Source
 from .summary import summary
 from .tasks import Task
-from .workers import WorkerError, Workers, pool_size
+from .workers import Workers, pool_size
 
 if TYPE_CHECKING:
     from .cuda_building import CudaBuilder

@@ -14,11 +14,11 @@ from ..files import owned
 from ..progress import Progress
 from ..records import Log, spec_hash
 from . import prebuilt
+from .failures import Losses, WorkerError, failure, no_default
 from .prebuilt import Built, Contents, Family
-from .source import Losses, failure, no_default
 from .tasks import Task
 from .trials import Trials
-from .workers import BATCH, WorkerError
+from .workers import BATCH
 
 if TYPE_CHECKING:
     from .cuda_building import CudaBuilder

@@ -16,11 +16,12 @@ from ..errors import DsaError, RecordError
 from ..progress import Progress
 from ..records import DATE_FORMAT, Log, Record, as_key, spec_hash
 from . import fleet
+from .failures import Losses, WorkerError, failure
 from .fleet import Remote
-from .source import Decisions, Losses, Proposer, Source, failure
+from .source import Decisions, Proposer, Source
 from .tasks import Effort, Task
 from .trials import Trials
-from .workers import BATCH, Request, WorkerError, Workers
+from .workers import BATCH, Request, Workers
 
 #: Trials that are measured again at the end.
 FINALISTS = 4

@@ -21,10 +21,11 @@ from ..ops import OPS
 from ..presets import Preset
 from ..records import as_key, spec_hash
 from ..records.record import digest
+from .failures import WorkerError
 from .fleet import Remote
 from .source import Decisions
 from .tasks import Effort, Task
-from .workers import Request, WorkerError
+from .workers import Request
 
 _NAME = "job.json"
 _FORMAT = "dsa_tvm candidates 1"

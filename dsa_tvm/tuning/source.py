@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..errors import DsaError
+from .failures import WorkerError
 from .fleet import Remote
 from .tasks import Effort, Task
-from .workers import Request, WorkerError
+from .workers import Request
 
 Decisions = Mapping[str, int]
 
@@ -61,55 +61,3 @@ class Source(Protocol):
     def discard(self, library: Path) -> None:
         """The job needs a library no more."""
         ...
-
-
-def no_default(title: str, outcome: WorkerError) -> DsaError:
-    """The error of a task whose DEFAULT there is no library of."""
-    what = "DEFAULT was not compiled" if outcome.is_surroundings else "DEFAULT does not compile"
-    return DsaError(f"tune: {title}: {what}: {outcome}")
-
-
-#: A job stops when so many candidates in a row could not be tried.
-_MOST_LOST = 3
-
-
-class Losses:
-    """Candidates that could not be tried, because the disk was full, there was no memory, or somebody ended a worker.
-
-    They have no record: nothing is known of them. A few do not stop a job; several in a row do.
-
-    Parameters
-    ----------
-    say : callable
-        Takes a line for every candidate that was lost.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._row = say, 0
-
-    def add(self, title: str, outcome: WorkerError) -> None:
-        """Another one.
-
-        Raises
-        ------
-        DsaError
-            It is the last of several in a row.
-        """
-        self._row += 1
-        if self._row == _MOST_LOST:
-            raise DsaError(
-                f"tune: {title}: {_MOST_LOST} candidates in a row could not be tried; the last: {outcome}; what was "
-                "measured is kept, and the same command goes on from there"
-            )
-        self._say(f"{title}: a candidate could not be tried and has no record: {outcome}")
-
-    def end(self) -> None:
-        """One was tried."""
-        self._row = 0
-
-
-def failure(outcome: Any) -> str:
-    """Why there is no library or no time: the reason that a record keeps."""
-    if outcome.kind == "CheckError":
-        return f"wrong result: {outcome}"
-    return str(outcome) if outcome.kind in ("crashed", "timed out") else f"{outcome.kind}: {outcome}"

@@ -8,7 +8,6 @@ standard error, which the parent keeps for a crash's last words.
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib
 import os
 import pickle
@@ -19,20 +18,10 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from ..cuda_driver import CudaError
+from .failures import EXHAUSTED, SURROUNDINGS
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
-#: The kind of a failure that is not the candidate's fault.
-SURROUNDINGS = "surroundings"
-#: What the system says where it has too little of something, or where a disk fails or is cleared.
-EXHAUSTED = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
-        *(errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE),
-        # Somebody cleared the directory for temporary files.
-        errno.ENOENT,
-    }
-)
 
 
 def send(file: IO[bytes], message: Any) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
-import re
 import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from types import TracebackType
@@ -19,7 +19,8 @@ from typing import Any
 
 from ..errors import DsaError
 from ..machine import available_memory
-from .worker import SURROUNDINGS, receive, send
+from .failures import FROM_OUTSIDE, PAUSES, SURROUNDINGS, WorkerError, complaint, patiently
+from .worker import receive, send
 
 #: Importing TVM takes five seconds on an idle machine.
 _START_SECONDS = 180.0
@@ -31,71 +32,6 @@ Request = tuple[str, tuple[Any, ...]]
 BATCH = 8
 #: What a worker takes that has TVM loaded and compiles.
 _WORKER_BYTES = 400 << 20
-#: How often a request is tried whose worker met its surroundings, and the seconds before each further try.
-_PAUSES = (1.0, 5.0)
-#: Nobody's own fault sends these: the kernel that runs out of memory, an administrator, a limit of CPU time, a session
-#: that ends.
-_FROM_OUTSIDE = frozenset(
-    {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU, signal.SIGXFSZ}
-)
-#: What compilers, linkers, LLVM, the loader and CUDA say where the disk is full or there is no memory.
-_COMPLAINTS = re.compile(
-    r"no space left on device|no such file or directory|disk quota exceeded|read-only file system|input/output error"
-    r"|too many open files|resource temporarily unavailable|cannot create thread|killed signal terminated|signal 9\b"
-    r"|cannot allocate memory|memory allocation failure|out of memory|out_of_memory|memory exhausted|std::bad_alloc"
-    r"|\bMemoryError\b",
-    re.IGNORECASE,
-)
-
-
-def complaint(words: str) -> str:
-    """The first line of `words` in which a program complains of a full disk, missing memory and the like; or ""."""
-    return next((line for line in words.splitlines() if _COMPLAINTS.search(line)), "")
-
-
-class WorkerError(DsaError):
-    """A request failed.
-
-    Parameters
-    ----------
-    kind : str
-        Type of the exception in the worker; ``"crashed"`` or ``"timed out"`` where the worker itself went;
-        `worker.SURROUNDINGS` where the disk was full, there was no memory, or somebody else ended the worker.
-    message : str
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        # A compiler's exit status does not tell a wrong program from a full disk: only its words do.
-        told = kind not in ("CheckError", "timed out") and complaint(message)
-        self.kind = SURROUNDINGS if told else kind
-
-    @property
-    def is_surroundings(self) -> bool:
-        """Whether what was asked for has not happened: asking again may go well."""
-        return self.kind == SURROUNDINGS
-
-
-def patiently(action: Callable[[], Any], pauses: Sequence[float] = (0.0, *_PAUSES)) -> Any:
-    """Do something until its outcome is not that it met its surroundings, waiting before each try.
-
-    Parameters
-    ----------
-    action : callable
-        Its result may be a `WorkerError`.
-    pauses : sequence of float
-        Seconds before each try.
-
-    Returns
-    -------
-    The last result.
-    """
-    for pause in pauses:
-        time.sleep(pause)
-        outcome = action()
-        if not (isinstance(outcome, WorkerError) and outcome.is_surroundings):
-            break
-    return outcome
 
 
 class Worker:
@@ -222,7 +158,7 @@ class Worker:
         words = self._words.read().decode(errors="replace").strip()
         self.stop()
         said = "".join(f" ({line})" for line in [complaint(words) or words.rpartition("\n")[2]] if line)
-        if -status in _FROM_OUTSIDE:
+        if -status in FROM_OUTSIDE:
             likely = "; the kernel does so where memory runs out" if -status == signal.SIGKILL else ""
             return WorkerError(SURROUNDINGS, f"ended from outside: {signal.Signals(-status).name}{said}{likely}")
         return WorkerError(
@@ -320,6 +256,9 @@ class Workers:
             finally:
                 free.put(worker)
 
+        def alone(request: Request) -> Any:
+            return self._threads.submit(answer, request).result()
+
         futures = {self._threads.submit(answer, request): i for i, request in enumerate(requests)}
         again: list[int] = []
         for future in as_completed(futures):
@@ -329,4 +268,4 @@ class Workers:
             else:
                 yield futures[future], outcome
         for i in again:
-            yield i, patiently(lambda i=i: self._threads.submit(answer, requests[i]).result(), _PAUSES)
+            yield i, patiently(functools.partial(alone, requests[i]), PAUSES)
