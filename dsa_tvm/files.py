@@ -138,7 +138,7 @@ def owned(directory: Path) -> Iterator[None]:
     BlockingIOError
         Another one is in there.
     """
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

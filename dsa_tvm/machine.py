@@ -40,7 +40,9 @@ class Memory:
 
 def in_units(number: int) -> str:
     """A number of bytes for messages."""
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+    if number >= 2**30:
+        return f"{number / 2**30:.1f} GiB"
+    return f"{number / 2**20:.0f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"
 
 
 def usable_cpus(proc: Path = _PROC) -> int:
