@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING
 from . import presets, records
 from .compiler import kernel_table, linking, resources, spec_table
 from .errors import BuildError
-from .files import sha256, write_atomically
+from .extras import expect_installed
+from .files import expect_writable_directory, scratch, sha256, write_atomically
 from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
 from .spec import DIMS, with_values
 
@@ -108,6 +108,11 @@ def build(
     measured, damage = records.read_directory(logs) if logs else ([], [])
     for line in damage:
         progress(f"leaving out {line}")
+    try:
+        expect_writable_directory(out)
+    except OSError as error:
+        raise BuildError(f"out: expected a directory to write to, got {error}") from error
+    expect_installed("build", "build", "tvm")
     # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     import tvm
@@ -119,9 +124,8 @@ def build(
         from .compiler import cuda, cuda_part, cuda_plan
 
         archs = cuda.check_archs(archs)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
+        cuda.expect_served(archs, dims, served or {})
+    with scratch() as work:
         built = objects.compile_objects(rows, work, progress)
         spec_table.write(work, dims, version)
         # The targets are named from the oldest to the newest; the library takes the first that runs.
