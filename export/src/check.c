@@ -181,7 +181,14 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   if ((status = check_layout(op, spec->name, x, &count)) != DSA_TVM_OK) return status;
   if (count && !x->data) return INVALID("%s: %s: expected data, got a null pointer", op, spec->name);
   *checked = *x;
-  checked->data = (char *)x->data + (x->data ? x->byte_offset : 0);
+  /* As integers: a hostile offset must not wrap to other memory, nor a tensor reach beyond the last address. */
+  uintptr_t address = (uintptr_t)x->data;
+  uint64_t bytes = (uint64_t)count * (x->dtype.bits / 8u);
+  if (x->data && (x->byte_offset > UINTPTR_MAX - address || bytes > UINTPTR_MAX - address - x->byte_offset))
+    return INVALID("%s: %s: expected memory below the end of the address space, got %llu bytes at %p + %llu", op,
+                   spec->name, (unsigned long long)bytes, x->data, (unsigned long long)x->byte_offset);
+  if (x->data) address += x->byte_offset;
+  checked->data = (void *)address;
   checked->byte_offset = 0;
   checked->device.device_id = 0; /* there is one CPU, whatever its number; the kernels want all numbers equal */
   checked->strides = NULL;
