@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "float_mode.h"
 #include "internal.h"
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
@@ -210,9 +211,22 @@ int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
   return na && nb && a0 < b0 + nb && b0 < a0 + na;
 }
 
-static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, dsa_tvm_attr attr) {
-  if (spec->is_float && !isfinite((float)attr.f)) /* the kernels compute in float */
-    return INVALID("%s: %s: expected a finite number in float32, got %g", call->op->name, spec->name, attr.f);
+/* The kernels compute in float. The rounding is done here, so that all kernels get the same number whatever the caller's
+ * floating-point mode is. */
+static double rounded(double x) {
+  const struct dsa_float_mode mode = dsa_enter_float_mode();
+  volatile float nearest = (float)x;
+  dsa_leave_float_mode(mode);
+  return nearest;
+}
+
+static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, int i) {
+  const dsa_tvm_attr attr = call->attr[i];
+  if (spec->is_float) {
+    call->attr[i].f = rounded(attr.f);
+    if (!isfinite(call->attr[i].f))
+      return INVALID("%s: %s: expected a finite number in float32, got %g", call->op->name, spec->name, attr.f);
+  }
   if (spec->dim < 0) return DSA_TVM_OK;
   return bind(call, spec->name, spec->dim, attr.i);
 }
@@ -225,7 +239,7 @@ dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *con
   dsa_find_device(call, inputs);
   for (int i = 0; i < op->num_attrs; i++) {
     call->attr[i] = attrs[i];
-    if ((status = check_attr(call, &op->attrs[i], attrs[i])) != DSA_TVM_OK) return status;
+    if ((status = check_attr(call, &op->attrs[i], i)) != DSA_TVM_OK) return status;
   }
   for (int i = 0; i < op->num_inputs; i++) {
     call->present[i] = inputs[i] != NULL;
