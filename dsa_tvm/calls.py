@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from . import forks, library
+from . import library
 from .dlpack import CPU, CUDA
 from .errors import ArgumentError, KernelError, LibraryError
 from .integers import as_integer
@@ -167,8 +167,7 @@ def call(
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    # What is no number of threads is refused in a child, too.
-    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() and num_threads >= 0 else num_threads)
+    options = Options(ctypes.sizeof(Options), num_threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
         workspace, options.workspace_size = _workspace(lib, arguments, device[1], stream)

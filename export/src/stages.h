@@ -7,6 +7,10 @@
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* The threads that a stage of so much work takes, on an executor that allows more. Short work takes one: to have others
+ * begin, and to wait for what they have begun, takes longer than it saves, and much longer where CPUs are busy. */
+int dsa_stage_threads(const struct dsa_executor *executor, int64_t nanoseconds);
+
 /* Scoring: queries [m0, m1) against all keys, written to the rows of `logits` from row 0 on. */
 struct scoring {
   struct dsa_outcome *outcome;
