@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from . import library
+from . import frames, library
 from .dlpack import CPU, CUDA
 from .errors import ArgumentError, KernelError, LibraryError
 from .integers import as_integer
@@ -131,6 +131,12 @@ def call(
         The library is missing, damaged or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     lib = library.load()
+    done = frames.call(frames.entry(lib), spec, inputs, attrs, out, num_threads)
+    if done is not None:
+        status, results = done
+        if status:
+            _raise(lib, status)
+        return results
     num_threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
     cuda = library.has_cuda(lib)

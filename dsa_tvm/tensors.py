@@ -68,13 +68,13 @@ def note_written(tensors: Iterable[Any]) -> None:
 
 
 @functools.cache
-def _numpy_type(dtype: Any) -> tuple[int, int]:
+def numpy_type(dtype: Any) -> tuple[int, int]:
     """DLPack (code, bits) of a NumPy type; cached, because NumPy works out a type's name anew each time."""
     return DLPACK_TYPES.get(dtype.name) or (_KIND_CODES.get(dtype.kind, -1), dtype.itemsize * 8)
 
 
 def _from_numpy(x: Any, fail, writable: bool) -> View:
-    dtype = _numpy_type(x.dtype)
+    dtype = numpy_type(x.dtype)
     if dtype[0] < 0 or dtype[1] > 255:
         fail("a numeric array", f"dtype {x.dtype}")
     if not x.dtype.isnative:
@@ -91,7 +91,7 @@ def _from_numpy(x: Any, fail, writable: bool) -> View:
 
 
 @functools.cache
-def _torch_type(dtype: Any) -> tuple[int, int]:
+def torch_type(dtype: Any) -> tuple[int, int]:
     """DLPack (code, bits) of a torch type."""
     name, bits = str(dtype).removeprefix("torch."), dtype.itemsize * 8
     # Quantized ones and others are opaque, and so is what has fewer bits than its storage.
@@ -116,7 +116,7 @@ def _from_torch(x: Any, fail, writable: bool, cuda: bool) -> View:
         fail("a resolved tensor", "one with its conjugate or negative bit set")
     strides = None if x.is_contiguous() else x.stride()
     device = (CUDA, x.device.index) if x.is_cuda else (CPU, 0)
-    return View(x.data_ptr(), device, _torch_type(x.dtype), x.shape, strides)
+    return View(x.data_ptr(), device, torch_type(x.dtype), x.shape, strides)
 
 
 def cuda_stream(tensors: Iterable[Any]) -> int:
