@@ -87,6 +87,7 @@ def test_default_number_of_threads():
     for value in ("", "0", "-1", "x", "3x"):
         assert threads({"OMP_NUM_THREADS": value}) == default
     assert threads({"OMP_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "2"}) == 2
+    assert threads({"OMP_THREAD_LIMIT": "3"}, "import dsa_tvm; dsa_tvm.set_num_threads(9)") == 3
 
 
 def test_a_quota_of_this_machine(tmp_path):

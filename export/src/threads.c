@@ -57,7 +57,7 @@ static pthread_t handles[MOST_THREADS];
 
 static atomic_int process_threads; /* what dsa_tvm_set_num_threads set */
 static atomic_int usable_cpus;     /* 0: not known yet */
-static int threads_set, threads_limit; /* by OMP_NUM_THREADS and OMP_THREAD_LIMIT */
+static int threads_set, threads_limit = MOST_THREADS; /* by OMP_NUM_THREADS and OMP_THREAD_LIMIT */
 
 /* A child has none of its parent's threads, and perhaps a mutex that one of them holds. It begins again. */
 static void after_fork_in_child(void) {
@@ -90,7 +90,7 @@ __attribute__((constructor)) static void begin(void) {
   threads_limit = from_environment("OMP_THREAD_LIMIT", MOST_THREADS);
 }
 
-static int bounded(int threads) { return threads < MOST_THREADS ? threads : MOST_THREADS; }
+static int bounded(int threads) { return threads < threads_limit ? threads : threads_limit; }
 
 void dsa_tvm_set_num_threads(int32_t num_threads) {
   process_threads = num_threads > 0 ? bounded(num_threads) : 0;
@@ -100,8 +100,7 @@ void dsa_tvm_set_num_threads(int32_t num_threads) {
 int32_t dsa_tvm_get_num_threads(void) {
   int threads = process_threads;
   if (threads) return threads;
-  threads = threads_set ? threads_set : bounded(dsa_process_cpus());
-  return threads < threads_limit ? threads : threads_limit;
+  return bounded(threads_set ? threads_set : dsa_process_cpus());
 }
 
 static int64_t nanoseconds(void) {

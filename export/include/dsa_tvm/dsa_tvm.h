@@ -11,7 +11,8 @@
  *
  * The library has threads of its own, which it starts when a call first needs them and which all callers share. A call
  * computes on the calling thread and on those that come in time. Where the system gives no thread it computes alone, and
- * short calls always do. A child made by fork starts threads of its own.
+ * short calls always do. A child made by fork starts threads of its own. A thread that has computed keeps up to 1 MiB of
+ * workspace for the next call until it ends.
  */
 #ifndef DSA_TVM_H_
 #define DSA_TVM_H_
@@ -104,8 +105,8 @@ DSA_TVM_API const char *dsa_tvm_last_error(void);
 
 /* The most threads that a call uses by default, the calling one included. 0 (the start value) stands for
  * OMP_NUM_THREADS as it was when the library was loaded; without it, for the CPUs of the process: those of its affinity
- * mask, or of the CPU quota of its cgroup where that is less. Setting 0 looks at them again. More than 1024 count as
- * 1024. */
+ * mask, or of the CPU quota of its cgroup where that is less. Setting 0 looks at them again. More than 1024, or than
+ * OMP_THREAD_LIMIT, count as that. */
 DSA_TVM_API void dsa_tvm_set_num_threads(int32_t num_threads);
 DSA_TVM_API int32_t dsa_tvm_get_num_threads(void);
 
