@@ -9,8 +9,6 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from . import forks  # noqa: F401  # has to know of forks from the beginning
-
 if TYPE_CHECKING:
     from .errors import ArgumentError, BuildError, DsaError, KernelError, LibraryError
     from .functions import (

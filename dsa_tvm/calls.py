@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, SupportsIndex
 
-from . import forks, library
+from . import frames, library
 from .dlpack import CPU, CUDA
 from .errors import ArgumentError, KernelError, LibraryError
 from .integers import as_integer
@@ -135,7 +135,13 @@ def call(
         The library is missing, damaged or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     lib = library.load()
-    threads = _integer(spec.name, "num_threads", num_threads, 32)
+    done = frames.call(frames.entry(lib), spec, inputs, attrs, out, num_threads)
+    if done is not None:
+        status, results = done
+        if status:
+            _raise(lib, status)
+        return results
+    num_threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
     cuda = library.has_cuda(lib)
     given_out = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -171,8 +177,7 @@ def call(
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    # Invalid thread counts are also rejected after a fork.
-    options = Options(ctypes.sizeof(Options), 1 if forks.in_child() and threads >= 0 else threads)
+    options = Options(ctypes.sizeof(Options), num_threads)
     if device[0] == CUDA:
         # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
         workspace, options.workspace_size = _workspace(spec.name, lib, arguments, device[1], stream)

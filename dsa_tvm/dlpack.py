@@ -129,7 +129,8 @@ def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: boo
     if tensor.lanes != 1:
         fail("a scalar element type", f"vectors of {tensor.lanes} elements")
     n = tensor.ndim
+    address = tensor.data + tensor.byte_offset if tensor.data else 0
+    if address >= 2**64:
+        fail("an address of 64 bits", f"data {tensor.data:#x} and byte_offset {tensor.byte_offset}")
     strides = tensor.strides[:n] if tensor.strides else None
-    return View(
-        (tensor.data or 0) + tensor.byte_offset, (kind, number), (tensor.code, tensor.bits), tensor.shape[:n], strides
-    )
+    return View(address, (kind, number), (tensor.code, tensor.bits), tensor.shape[:n], strides)

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from . import forks, loading, package_files
+from . import loading, package_files
 from .errors import ArgumentError, LibraryError
 from .integers import as_integer
 from .ops import OPS
@@ -178,9 +178,15 @@ def active_target() -> str:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of every later call in this process; 0 for as many as OpenMP gives.
+    """Set how many threads later calls in this process use at most, the calling one included.
 
-    A process forked from one that had imported this package computes on the calling thread alone, whatever is set.
+    Short calls use one. Results do not depend on the number. Nodes in ONNX Runtime use the session's threads instead.
+
+    Parameters
+    ----------
+    num_threads : int
+        More than 1024 count as 1024. 0 stands for ``$OMP_NUM_THREADS`` as it was when the library was loaded, else for
+        the CPUs of this process: those of its affinity mask, or of its cgroup's CPU quota where that is less.
 
     Raises
     ------
@@ -196,6 +202,5 @@ def set_num_threads(num_threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads a call uses now."""
-    library = load()
-    return 1 if forks.in_child() else library.dsa_tvm_get_num_threads()
+    """How many threads a call uses at most, unless its ``num_threads`` says otherwise."""
+    return load().dsa_tvm_get_num_threads()

@@ -120,14 +120,14 @@ def _probes(torch: Any) -> tuple[Any, Any, Any, Any]:
 
 
 @functools.cache
-def _numpy_type(dtype: Any) -> tuple[int, int] | None:
+def numpy_type(dtype: Any) -> tuple[int, int] | None:
     """DLPack (code, bits) of a NumPy type, if it has one; cached, because NumPy works out the name anew each time."""
     named = _NAMED_TYPES.get(dtype.name)
     return named or ((_KIND_CODES[dtype.kind], dtype.itemsize * 8) if dtype.kind in _KIND_CODES else None)
 
 
 def _from_numpy(x: Any, fail: Refusal, writable: bool) -> View:
-    dtype = _numpy_type(x.dtype)
+    dtype = numpy_type(x.dtype)
     if dtype is None or dtype[1] > 255:
         fail(None, str(x.dtype))
     if not x.dtype.isnative:
@@ -144,7 +144,7 @@ def _from_numpy(x: Any, fail: Refusal, writable: bool) -> View:
 
 
 @functools.cache
-def _torch_type(dtype: Any) -> tuple[int, int] | None:
+def torch_type(dtype: Any) -> tuple[int, int] | None:
     """DLPack (code, bits) of a torch type; None for quantized types and those with fewer bits than their storage."""
     name, bits = str(dtype).removeprefix("torch."), dtype.itemsize * 8
     if name in _NAMED_TYPES:
@@ -178,7 +178,7 @@ def _from_torch(x: Any, fail: Refusal, writable: bool, cuda: bool) -> View:
         fail("a tensor on the CPU" + " or on a CUDA GPU" * cuda, f"one on {x.device}{HINT if x.is_cuda else ''}")
     if x.is_conj() or x.is_neg():
         fail("a tensor whose conjugate or sign is resolved (resolve_conj, resolve_neg)", "one where it is not")
-    dtype = _torch_type(x.dtype)
+    dtype = torch_type(x.dtype)
     if dtype is None:
         fail(None, str(x.dtype))
     # Subclasses may be fake, or wrappers around other tensors.

@@ -230,7 +230,7 @@ def test_aarch64_runs_under_emulation(tmp_path):
     assert done.returncode == 0, done.stderr
     include = Path(dsa_tvm.__file__).parent / "include"
     program = tmp_path / "embed"
-    link = [f"-L{tmp_path}", "-ldsa_tvm", "-lm", "-lgomp", f"-Wl,-rpath,{tmp_path}"]
+    link = [f"-L{tmp_path}", "-ldsa_tvm", "-lm", f"-Wl,-rpath,{tmp_path}"]
     subprocess.run([AARCH64_CC, str(HERE / "c" / "embed.c"), f"-I{include}", *link, "-o", str(program)], check=True)
     done = subprocess.run(
         [EMULATOR, "-L", "/usr/aarch64-linux-gnu", str(program)], capture_output=True, text=True, timeout=120

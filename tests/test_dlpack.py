@@ -10,6 +10,7 @@ import pytest
 
 import dsa_tvm
 from dsa_tvm import dlpack
+from dsa_tvm.dlpack import Tensor, _capsule_pointer
 from dsa_tvm.ops import OPS
 from dsa_tvm.tensors import as_tensor
 
@@ -189,3 +190,15 @@ def test_overlapping_memory_is_named():
 def test_things_that_are_no_tensors(thing):
     with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected a tensor"):
         dsa_tvm.topk(thing, N * 0, N, 3)
+
+
+@pytest.mark.parametrize("offset", [2**64 - 64, 2**64 - 1])
+def test_an_offset_that_wraps_around_is_refused(offset):
+    class Wrapping(Foreign):
+        def __dlpack__(self, **kwargs):
+            capsule = self.array.__dlpack__()
+            Tensor.from_address(_capsule_pointer(capsule, b"dltensor")).byte_offset = offset
+            return capsule
+
+    with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected an address of 64 bits, got data 0x"):
+        dsa_tvm.topk(Wrapping(LOGITS), N * 0, N, 3)

@@ -14,7 +14,7 @@ from ..errors import BuildError
 from ..library import LIBRARY_NAME
 
 #: What runs a checked call.
-CORE = ("check.c", "device.c", "error.c", "kernels.c", "operators.c", "rows.c", "stages.c", "threads.c")
+CORE = ("check.c", "cpus.c", "device.c", "error.c", "kernels.c", "operators.c", "rows.c", "stages.c", "threads.c")
 _DOORS = ("api.c", "choose.c", "ort.c", "ort_cuda.c", "ort_kernel.c", "ort_schema.c")
 CUDA = ("cuda.c", "cuda_driver.c", "cuda_operators.c", "cuda_pool.c", "cuda_stages.c")
 #: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.
@@ -65,7 +65,7 @@ def flags(work: Path) -> list[str]:
     """How every C file is compiled, except for which machine and how well; `work` holds specs.h."""
     export = export_directory()
     includes = (str(work), str(export / "src"), str(export / "include"))
-    return [*_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp", *(f"-I{path}" for path in includes)]
+    return [*_FLAGS, "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
 
 
 def version_script(name: str) -> list[str]:
@@ -99,8 +99,8 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
             *(str(export / "src" / name) for name in sources),
             *(str(work / name) for name in (*GENERATED, *([_GENERATED_CUDA] if cuda else []))),
             *map(str, objects),
-            # nodelete: ONNX Runtime unloads the library with the last SessionOptions, and whoever else does so may
-            # have its OpenMP threads alive; each time it came back it would leave some memory behind.
+            # nodelete: ONNX Runtime unloads the library with the last SessionOptions, while threads of ours sleep in
+            # its code; and each time it came back it would leave some memory behind.
             *("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
             *version_script("exports.map"),
             *("-lm", "-lpthread", *(["-ldl"] if cuda else []), "-o", str(library)),

@@ -86,7 +86,11 @@ def structures(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> 
     name, ndim = tensor.name, len(tensor.shape)
     shape = [small_dims(spec).get(d, 1) for d in tensor.shape]
     fields: list[dict[str, object]] = [{"data": None}, {"shape": None}, {"data": None, "byte_offset": 2**64 - 64}]
-    fields += [{"byte_offset": n} for n in range(1, numpy_dtype(spec.dtype_of(tensor, variant)).itemsize)]
+    # Those that wrap around, to the memory before the tensor: all of it, or its end alone.
+    fields += [
+        {"byte_offset": n} for n in (*range(1, numpy_dtype(spec.dtype_of(tensor, variant)).itemsize), 2**64 - 64)
+    ]
+    fields += [{"data": 2**64 - 64, "byte_offset": 56}]
     fields += [{"ndim": n} for n in (-1, -(2**31), INT32_MAX, 0)]
     fields += [{"device_type": n} for n in (0, 2, 7, -1, -(2**31), INT32_MAX)]
     fields += [{"lanes": n} for n in (0, 2, 65535)]

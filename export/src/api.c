@@ -30,7 +30,7 @@ static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const
   if (status == DSA_TVM_OK) status = dsa_check_outputs(&call, outputs);
   if (status != DSA_TVM_OK) return status;
   if (call.device_type == CUDA_DEVICE) return dsa_cuda_run(&call, &how);
-  struct dsa_executor executor = dsa_openmp_executor(how.num_threads);
+  struct dsa_executor executor = dsa_pool_executor(how.num_threads);
   return dsa_run(&call, &executor);
 }
 

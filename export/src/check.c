@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "float_mode.h"
 #include "internal.h"
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
@@ -196,7 +197,14 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   if ((status = check_layout(op, spec->name, x, &count)) != DSA_TVM_OK) return status;
   if (count && !x->data) return INVALID("%s: %s: expected data, got a null pointer", op, spec->name);
   *checked = *x;
-  checked->data = (char *)x->data + (x->data ? x->byte_offset : 0);
+  /* As integers: a hostile offset must not wrap to other memory, nor a tensor reach beyond the last address. */
+  uintptr_t address = (uintptr_t)x->data;
+  uint64_t bytes = (uint64_t)count * (x->dtype.bits / 8u);
+  if (x->data && (x->byte_offset > UINTPTR_MAX - address || bytes > UINTPTR_MAX - address - x->byte_offset))
+    return INVALID("%s: %s: expected memory below the end of the address space, got %llu bytes at %p + %llu", op,
+                   spec->name, (unsigned long long)bytes, x->data, (unsigned long long)x->byte_offset);
+  if (x->data) address += x->byte_offset;
+  checked->data = (void *)address;
   checked->byte_offset = 0;
   checked->device.device_id = 0; /* there is one CPU, whatever its number; the kernels want all numbers equal */
   checked->strides = NULL;
@@ -218,9 +226,22 @@ int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
   return na && nb && a0 < b0 + nb && b0 < a0 + na;
 }
 
-static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, dsa_tvm_attr attr) {
-  if (spec->is_float && !isfinite((float)attr.f)) /* the kernels compute in float */
-    return INVALID("%s: %s: expected a finite float32, got %g", call->op->name, spec->name, attr.f);
+/* The kernels compute in float. The rounding is done here, so that all kernels get the same number whatever the caller's
+ * floating-point mode is. */
+static double rounded(double x) {
+  const struct dsa_float_mode mode = dsa_enter_float_mode();
+  volatile float nearest = (float)x;
+  dsa_leave_float_mode(mode);
+  return nearest;
+}
+
+static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *spec, int i) {
+  const dsa_tvm_attr attr = call->attr[i];
+  if (spec->is_float) {
+    call->attr[i].f = rounded(attr.f);
+    if (!isfinite(call->attr[i].f))
+      return INVALID("%s: %s: expected a finite number in float32, got %g", call->op->name, spec->name, attr.f);
+  }
   if (spec->dim < 0) return DSA_TVM_OK;
   return bind(call, spec->name, spec->dim, attr.i);
 }
@@ -233,7 +254,7 @@ dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *con
   dsa_find_device(call, inputs);
   for (int i = 0; i < op->num_attrs; i++) {
     call->attr[i] = attrs[i];
-    if ((status = check_attr(call, &op->attrs[i], attrs[i])) != DSA_TVM_OK) return status;
+    if ((status = check_attr(call, &op->attrs[i], i)) != DSA_TVM_OK) return status;
   }
   for (int i = 0; i < op->num_inputs; i++) {
     call->present[i] = inputs[i] != NULL;

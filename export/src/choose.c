@@ -5,19 +5,13 @@
 #include <string.h>
 
 #include "internal.h"
+#include "x86_level.h"
 
 static int cpu_runs(const char *target) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  int v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt");
-  int v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2");
-  int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  if (!strcmp(target, "x86-64-v2")) return v2;
-  if (!strcmp(target, "x86-64-v3")) return v3;
-  return !strcmp(target, "x86-64-v4") && v4;
+  const struct x86_features features = x86_features_here();
+  int level = x86_level(&features);
+  return !strncmp(target, "x86-64-v", 8) && target[8] >= '2' && target[8] <= '0' + level && !target[9];
 #elif defined(__aarch64__)
   return !strcmp(target, "aarch64");
 #else

@@ -65,6 +65,9 @@ dsa_tvm_status dsa_check_workspace(const struct dsa_call *call, const dsa_tvm_op
   if ((uintptr_t)options->workspace % CUDA_ALIGNMENT)
     return INVALID("%s: workspace: expected an address that is a multiple of %d, got %p", op, CUDA_ALIGNMENT,
                    options->workspace);
+  if (needed > UINTPTR_MAX - (uintptr_t)options->workspace)
+    return INVALID("%s: workspace: expected memory below the end of the address space, got %llu bytes at %p", op,
+                   (unsigned long long)needed, options->workspace);
   int64_t length = (int64_t)needed;
   dsa_tvm_tensor memory = {.data = options->workspace, .ndim = 1, .dtype = {DSA_TVM_INT, 8, 1}, .shape = &length};
   const char *shared = NULL;

@@ -2,6 +2,7 @@
 #ifndef DSA_TVM_INTERNAL_H_
 #define DSA_TVM_INTERNAL_H_
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -67,11 +68,11 @@ extern const struct dtype_spec dsa_dtypes[NUM_DTYPES];
 extern const struct dim_spec dsa_dims[NUM_DIMS];
 extern const struct op_spec dsa_ops[NUM_OPS];
 
-/* Runs task(arg, 0), ..., task(arg, count - 1), in any order, on several threads perhaps, and waits for them. */
+/* Runs task(arg, 0), ..., task(arg, count - 1), in any order, on up to `threads` threads, and waits for them. */
 typedef void (*dsa_task)(void *arg, int64_t index);
 struct dsa_executor {
-  int threads;
-  void (*parallel_for)(void *state, int64_t count, dsa_task task, void *arg);
+  int threads; /* the most that a call may use */
+  void (*parallel_for)(void *state, int threads, int64_t count, dsa_task task, void *arg);
   void *state;
 };
 
@@ -117,10 +118,13 @@ dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 /* rows.c: new rows of a cache, a checked call too. */
 dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_executor *executor);
 
-/* threads.c: OpenMP. */
-struct dsa_executor dsa_openmp_executor(int32_t num_threads);
-int dsa_default_threads(void);
+/* threads.c: the library's own threads. 0: the process default. */
+struct dsa_executor dsa_pool_executor(int32_t num_threads);
 int dsa_process_cpus(void); /* that this process may use */
+/* A loop on an executor's threads; with one thread, or one task, on the calling thread. */
+void dsa_parallel_for(const struct dsa_executor *executor, int threads, int64_t count, dsa_task task, void *arg);
+/* Before the library is unloaded: waits so long for its threads to end. */
+void dsa_stop_threads(int seconds);
 
 /* TVM's calling convention: packed arguments. */
 enum { TVM_NONE = 0, TVM_INT = 1, TVM_FLOAT = 3, TVM_TENSOR_POINTER = 7, TVM_TENSOR_OBJECT = 70 };
@@ -174,9 +178,9 @@ struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor);
 struct tvm_any dsa_arg_int(int64_t value);
 struct tvm_any dsa_arg_float(double value);
 
-/* What the first kernel that failed said, for the thread that started the work. */
+/* What the first kernel that failed said, for the thread that started the work. Tasks that come later are left out. */
 struct dsa_outcome {
-  int failed;
+  atomic_int failed;
   dsa_tvm_status status;
   char message[512];
 };

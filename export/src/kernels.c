@@ -1,11 +1,31 @@
 /* Calls of compiled kernels, and the few services their code asks of its host. */
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "float_mode.h"
 #include "internal.h"
+
+enum { WORKSPACE_ALIGNMENT = 64 }; /* what the generated code assumes */
+
+/* In front of a workspace, which is in one of its thread's two lists. */
+struct workspace {
+  struct workspace *previous, *next;
+  size_t bytes;
+  char padding[WORKSPACE_ALIGNMENT - 2 * sizeof(struct workspace *) - sizeof(size_t)];
+};
 
 static _Thread_local char kernel_message[512];
 static _Thread_local int out_of_memory;
+
+/* What the thread's kernel has: one that fails leaves its workspaces behind. And what its earlier kernels had: fresh
+ * memory from the system costs a page fault every 4 KiB, more than a small kernel takes. It is freed when the thread
+ * ends. */
+enum { MOST_KEPT_BYTES = 1 << 20 };
+static _Thread_local struct workspace *held, *kept;
+static _Thread_local size_t kept_bytes;
+static pthread_key_t at_thread_end;
+static int keeps;
 
 /* The one function TVM's generated code links to: it reports a failed check of its own. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t num_parts) {
@@ -14,17 +34,74 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int
     if (parts[i]) used += (size_t)snprintf(kernel_message + used, sizeof kernel_message - used, "%s", parts[i]);
 }
 
+static void put(struct workspace **list, struct workspace *w) {
+  w->previous = NULL;
+  w->next = *list;
+  if (w->next) w->next->previous = w;
+  *list = w;
+}
+
+static void take(struct workspace **list, struct workspace *w) {
+  if (w->next) w->next->previous = w->previous;
+  if (w->previous)
+    w->previous->next = w->next;
+  else
+    *list = w->next;
+}
+
+static void free_kept(void *unused) {
+  (void)unused;
+  while (kept) {
+    struct workspace *w = kept;
+    take(&kept, w);
+    free(w);
+  }
+  kept_bytes = 0;
+}
+
+static struct workspace *fresh(size_t bytes) {
+  struct workspace *w = aligned_alloc(WORKSPACE_ALIGNMENT, sizeof *w + bytes);
+  if (!w && kept) {
+    free_kept(NULL);
+    w = aligned_alloc(WORKSPACE_ALIGNMENT, sizeof *w + bytes);
+  }
+  if (w) w->bytes = bytes;
+  return w;
+}
+
 static void *allocate(int device_type, int device_id, uint64_t bytes, int type_code, int type_bits) {
   (void)device_type, (void)device_id, (void)type_code, (void)type_bits;
-  /* 64: what the generated code assumes of a workspace. A size near 2**64 must not wrap to a small one. */
-  void *p = bytes < UINT64_MAX / 2 ? aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64)) : NULL;
-  if (!p) out_of_memory = 1;
-  return p;
+  struct workspace *w = NULL;
+  /* A size near 2**64 must not wrap to a small one. */
+  if (bytes < UINT64_MAX / 2) {
+    size_t whole = (size_t)((bytes + WORKSPACE_ALIGNMENT - 1) / WORKSPACE_ALIGNMENT * WORKSPACE_ALIGNMENT);
+    for (w = kept; w && (w->bytes < whole || w->bytes / 2 > whole); w = w->next) continue;
+    if (w) {
+      take(&kept, w);
+      kept_bytes -= w->bytes;
+    } else {
+      w = fresh(whole);
+    }
+  }
+  if (!w) {
+    out_of_memory = 1;
+    return NULL;
+  }
+  put(&held, w);
+  return w + 1;
 }
 
 static int release(int device_type, int device_id, void *p) {
   (void)device_type, (void)device_id;
-  free(p);
+  if (!p) return 0;
+  struct workspace *w = (struct workspace *)p - 1;
+  take(&held, w);
+  if (keeps && w->bytes <= MOST_KEPT_BYTES - kept_bytes && !pthread_setspecific(at_thread_end, w)) {
+    put(&kept, w);
+    kept_bytes += w->bytes;
+  } else {
+    free(w);
+  }
   return 0;
 }
 
@@ -35,6 +112,14 @@ extern int (*__TVMBackendFreeWorkspace)(int, int, void *) __attribute__((weak));
 __attribute__((constructor)) static void offer_services(void) {
   if (&__TVMBackendAllocWorkspace) __TVMBackendAllocWorkspace = allocate;
   if (&__TVMBackendFreeWorkspace) __TVMBackendFreeWorkspace = release;
+  keeps = !pthread_key_create(&at_thread_end, free_kept);
+}
+
+/* A library made for measuring is unloaded: threads that end later must not call into it. */
+__attribute__((destructor)) static void withdraw_services(void) {
+  if (keeps) pthread_key_delete(at_thread_end);
+  keeps = 0;
+  free_kept(NULL);
 }
 
 struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor) {
@@ -52,19 +137,29 @@ struct tvm_any dsa_arg_float(double value) {
   return any;
 }
 
+static void report(struct dsa_outcome *outcome) {
+  /* Several tasks may fail at once; the first one's message is kept. */
+  if (atomic_exchange(&outcome->failed, 1)) return;
+  outcome->status = out_of_memory ? DSA_TVM_OUT_OF_MEMORY : DSA_TVM_INTERNAL;
+  snprintf(outcome->message, sizeof outcome->message, "%s",
+           out_of_memory ? "no memory for the workspace of a task" : kernel_message);
+}
+
 void dsa_call_kernel(struct dsa_outcome *outcome, dsa_kernel kernel, const struct tvm_any *args, int num_args) {
   struct tvm_any result = {0, 0, {0}};
+  if (outcome->failed) return;
   kernel_message[0] = '\0';
   out_of_memory = 0;
-  /* A library made for measuring lacks most kernels. */
-  if (!kernel) snprintf(kernel_message, sizeof kernel_message, "no kernel for these element types in this library");
-  if (kernel && kernel(NULL, args, num_args, &result) == 0) return;
-  /* Several tasks may fail at once; the first one's message is kept. */
-#pragma omp critical(dsa_outcome)
-  if (!outcome->failed) {
-    outcome->failed = 1;
-    outcome->status = out_of_memory ? DSA_TVM_OUT_OF_MEMORY : DSA_TVM_INTERNAL;
-    snprintf(outcome->message, sizeof outcome->message, "%s",
-             out_of_memory ? "no memory for the workspace of a task" : kernel_message);
+  if (!kernel) {
+    /* A library made for measuring lacks most kernels. */
+    snprintf(kernel_message, sizeof kernel_message, "no kernel for these element types in this library");
+    report(outcome);
+    return;
   }
+  const struct dsa_float_mode mode = dsa_enter_float_mode();
+  int failed = kernel(NULL, args, num_args, &result);
+  dsa_leave_float_mode(mode);
+  if (!failed) return;
+  while (held) release(CPU_DEVICE, 0, held + 1);
+  report(outcome);
 }

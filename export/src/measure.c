@@ -1,8 +1,6 @@
 /* The door of a library made for measuring: one operator, with the default kernels and a candidate's, for TVM's runtime
  * to call on this machine or through its RPC on another. */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <omp.h>
+#include <time.h>
 
 #include "internal.h"
 #include "measure.h"
@@ -22,11 +20,14 @@ static _Thread_local int64_t chosen;
 
 const struct kernel_set *dsa_kernels(void) { return &dsa_kernel_sets[chosen]; }
 
-/* TVM unloads a library with the last reference to it, and OpenMP with it: its idle threads would be without code. */
-__attribute__((constructor)) static void keep_openmp(void) {
-  Dl_info openmp;
-  if (dladdr((void *)(uintptr_t)omp_get_wtime, &openmp))
-    dlopen(openmp.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+/* TVM unloads a library with the last reference to it: idle threads would be without code. At the end of a process, where
+ * this runs too, a kernel that hangs must not be waited for. */
+__attribute__((destructor)) static void stop_threads(void) { dsa_stop_threads(1); }
+
+static double seconds_now(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 static int returned(dsa_tvm_status status) {
@@ -82,7 +83,7 @@ static dsa_tvm_status run(const struct tvm_any *args, int32_t threads) {
   if (status == DSA_TVM_OK) status = dsa_check_inputs(&call, (const dsa_tvm_tensor *const *)inputs, attrs);
   if (status == DSA_TVM_OK) status = dsa_check_outputs(&call, outputs);
   if (status != DSA_TVM_OK) return status;
-  struct dsa_executor executor = dsa_openmp_executor(threads);
+  struct dsa_executor executor = dsa_pool_executor(threads);
   return dsa_run(&call, &executor);
 }
 
@@ -109,11 +110,11 @@ DSA_TVM_API int __tvm_ffi_time(void *self, const struct tvm_any *args, int32_t n
   int64_t threads, number;
   dsa_tvm_status status = read_head(args, num_args, 3, &threads);
   if (status == DSA_TVM_OK) status = read_int(&args[2], "number", 1, INT32_MAX, &number);
-  double start = omp_get_wtime();
+  double start = seconds_now();
   for (int64_t i = 0; status == DSA_TVM_OK && i < number; i++) status = run(args + 3, (int32_t)threads);
   if (status != DSA_TVM_OK) return returned(status);
   result->type_index = TVM_FLOAT;
-  result->value.f = (omp_get_wtime() - start) / (double)number;
+  result->value.f = (seconds_now() - start) / (double)number;
   return 0;
 }
 
@@ -135,6 +136,6 @@ DSA_TVM_API int __tvm_ffi_peak(void *self, const struct tvm_any *args, int32_t n
 DSA_TVM_API int __tvm_ffi_cpus(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result) {
   (void)self, (void)args, (void)num_args;
   result->type_index = TVM_INT;
-  result->value.i = omp_get_num_procs();
+  result->value.i = dsa_process_cpus();
   return 0;
 }

@@ -105,7 +105,8 @@ static void run_task(void *arg, size_t index) {
   loop->task(loop->arg, (int64_t)index);
 }
 
-static void session_for(void *state, int64_t count, dsa_task task, void *arg) {
+static void session_for(void *state, int threads, int64_t count, dsa_task task, void *arg) {
+  (void)threads; /* the session decides */
   const struct session_pool *pool = state;
   struct loop loop = {task, arg};
   /* 0 batches: threads take one task after the other, so that tasks of different lengths even out. */

@@ -36,10 +36,7 @@ static void write_task(void *arg, int64_t index) {
 }
 
 static void run(const struct dsa_executor *executor, int64_t bytes, int64_t count, dsa_task task, struct writing *w) {
-  if (executor->threads > 1 && bytes > TASK_BYTES)
-    executor->parallel_for(executor->state, count, task, w);
-  else
-    for (int64_t i = 0; i < count; i++) task(w, i);
+  dsa_parallel_for(executor, bytes > TASK_BYTES ? executor->threads : 1, count, task, w);
 }
 
 dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_executor *executor) {

@@ -7,6 +7,36 @@ static int sees(const struct scoring *s, int64_t m, int64_t n0, int64_t n1) {
   return ks < ke && ks < n1 && n0 < ke;
 }
 
+/* What the stages take on one thread of an Ice Lake Xeon (x86-64-v4), measured; on slower machines calls take threads
+ * somewhat later than they might. A second thread was worth its wake-up, about 10 us, from 80 us of work on. */
+enum { PICOSECONDS_A_PRODUCT = 10, PICOSECONDS_A_LOGIT = 1000, LEAST_NANOSECONDS = 40000 };
+
+/* Integers, and no overflow: this runs in the caller's floating-point mode, which may have traps. */
+static int64_t product(int64_t a, int64_t b) {
+  int64_t c;
+  return __builtin_mul_overflow(a, b, &c) ? INT64_MAX : c;
+}
+
+/* Of so many pairs of a query and a key. */
+static int64_t scoring_time(const struct scoring *s, int64_t pairs) {
+  int64_t products = product(pairs, s->q.shape[1] * s->q.shape[2]);
+  return product(products, PICOSECONDS_A_PRODUCT) / 1000;
+}
+
+static int64_t selection_time(const struct selection *s, int64_t queries) {
+  return product(product(queries, s->logits.shape[1]), PICOSECONDS_A_LOGIT) / 1000;
+}
+
+static int64_t attention_time(const struct attention *a, int64_t queries) {
+  int64_t products = product(product(queries, a->h_q), product(a->indices.shape[1], 2 * a->q.shape[2]));
+  return product(products, PICOSECONDS_A_PRODUCT) / 1000;
+}
+
+int dsa_stage_threads(const struct dsa_executor *executor, int64_t nanoseconds) {
+  int64_t threads = nanoseconds / LEAST_NANOSECONDS;
+  return threads < executor->threads ? (threads > 1 ? (int)threads : 1) : executor->threads;
+}
+
 static void score(struct scoring *s, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const struct tvm_any args[] = {dsa_arg_tensor(&s->q),  dsa_arg_tensor(&s->k),       dsa_arg_tensor(&s->weights),
                                  dsa_arg_tensor(&s->ks), dsa_arg_tensor(&s->ke),      dsa_arg_tensor(&s->k_scale),
@@ -72,24 +102,36 @@ static int64_t number_tasks(struct scoring *s) {
   return tasks;
 }
 
+/* Pairs of a query and a key that are scored. */
+static int64_t pairs_of(const struct scoring *s) {
+  if (!s->visible) return product(s->m1 - s->m0, s->s_kv);
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < s->num_visible; i++) {
+    const struct visible *v = &s->visible[i];
+    pairs += (v->m1 - v->m0) * (v->n1 - v->n0);
+  }
+  return pairs;
+}
+
 void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct dsa_executor *executor) {
   int64_t queries = s->m1 - s->m0, block = cut->block_keys;
   if (!queries || !s->s_kv) return;
   s->rows = minimum(cut->rows, queries);
   int64_t row_tasks = divide_up(queries, s->rows);
+  int64_t keys = s->visible ? find_visible(s, block) : s->s_kv * row_tasks;
   /* Several tasks for each thread, so that dynamic scheduling evens out those of different lengths. */
-  int64_t wanted = executor->threads > 1 ? cut->tasks_per_thread * executor->threads : 1;
+  int threads = dsa_stage_threads(executor, scoring_time(s, pairs_of(s)));
+  int64_t wanted = threads > 1 ? cut->tasks_per_thread * threads : 1;
   /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
   s->keys = cut->task_keys;
-  int64_t keys = s->visible ? find_visible(s, block) : s->s_kv * row_tasks;
   if ((s->visible ? number_tasks(s) : row_tasks * divide_up(s->s_kv, s->keys)) < wanted)
     s->keys = divide_up(divide_up(keys, wanted), block) * block;
   if (s->keys < cut->min_keys) s->keys = divide_up(cut->min_keys, block) * block;
   s->key_tasks = divide_up(s->s_kv, s->keys);
   if (s->visible)
-    executor->parallel_for(executor->state, number_tasks(s), score_visible_task, s);
+    dsa_parallel_for(executor, threads, number_tasks(s), score_visible_task, s);
   else
-    executor->parallel_for(executor->state, row_tasks * s->key_tasks, score_task, s);
+    dsa_parallel_for(executor, threads, row_tasks * s->key_tasks, score_task, s);
 }
 
 static void select_task(void *arg, int64_t index) {
@@ -102,7 +144,7 @@ static void select_task(void *arg, int64_t index) {
 }
 
 void dsa_select(struct selection *s, int64_t queries, const struct dsa_executor *executor) {
-  executor->parallel_for(executor->state, queries, select_task, s);
+  dsa_parallel_for(executor, dsa_stage_threads(executor, selection_time(s, queries)), queries, select_task, s);
 }
 
 static void attend_task(void *arg, int64_t index) {
@@ -128,11 +170,12 @@ static void attend_task(void *arg, int64_t index) {
 
 void dsa_attend(struct attention *a, int64_t queries, const struct mla_kernel *cut,
                 const struct dsa_executor *executor) {
+  int threads = dsa_stage_threads(executor, attention_time(a, queries));
   int64_t tile = cut->heads;
   a->heads = cut->task_heads;
   /* Few queries: fewer heads to a task, down to one register tile, until every thread has work. */
-  while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < executor->threads)
+  while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < threads)
     a->heads = divide_up(a->heads / 2, tile) * tile;
   a->head_tasks = divide_up(a->h_q, a->heads);
-  executor->parallel_for(executor->state, queries * a->head_tasks, attend_task, a);
+  dsa_parallel_for(executor, threads, queries * a->head_tasks, attend_task, a);
 }

@@ -12,6 +12,9 @@ struct visible {
   int64_t m0, m1, n0, n1;
   int64_t first_task;
 };
+/* The threads that a stage of so much work takes, on an executor that allows more. Short work takes one: to have others
+ * begin, and to wait for what they have begun, takes longer than it saves, and much longer where CPUs are busy. */
+int dsa_stage_threads(const struct dsa_executor *executor, int64_t nanoseconds);
 
 /* Scoring: queries [m0, m1) against all keys, written to the rows of `logits` from row 0 on. */
 struct scoring {

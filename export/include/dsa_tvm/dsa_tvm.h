@@ -2,8 +2,17 @@
  *
  * C99. Needs nothing else at run time: no TVM, no Python. Tensors are DLPack tensors: contiguous, at any address their
  * element type allows, all of a call on the CPU or all on one GPU. Every function checks its arguments before it
- * computes; on an error the outputs are untouched and dsa_tvm_last_error() says which argument of which operator was
- * expected to be what. All functions may be called from any number of threads at once.
+ * computes: where it returns DSA_TVM_INVALID_ARGUMENT, the outputs are untouched and dsa_tvm_last_error() says which
+ * argument of which operator was expected to be what. After DSA_TVM_OUT_OF_MEMORY and DSA_TVM_INTERNAL the outputs may be
+ * partly written. All functions may be called from any number of threads at once.
+ *
+ * Results are the same bits for any number of threads, and in any floating-point mode of the caller: everything is
+ * computed in round-to-nearest with denormal numbers, and the caller's mode and flags are put back.
+ *
+ * The library has threads of its own, which it starts when a call first needs them and which all callers share. A call
+ * computes on the calling thread and on those that come in time. Where the system gives no thread it computes alone, and
+ * short calls always do. A child made by fork starts threads of its own. A thread that has computed keeps up to 1 MiB of
+ * workspace for the next call until it ends.
  */
 #ifndef DSA_TVM_H_
 #define DSA_TVM_H_
@@ -27,10 +36,11 @@ extern "C" {
 typedef enum dsa_tvm_status {
   DSA_TVM_OK = 0,
   DSA_TVM_INVALID_ARGUMENT = 1, /* an argument has the wrong rank, shape, type, device, layout or value */
-  DSA_TVM_OUT_OF_MEMORY = 2,    /* no memory for the workspace */
+  DSA_TVM_OUT_OF_MEMORY = 2,    /* no memory for the workspace; outputs may be partly written */
   DSA_TVM_UNSUPPORTED = 3,      /* this CPU, this GPU or the value of DSA_TVM_TARGET has no kernels in this library; or
                                    there is no CUDA driver */
-  DSA_TVM_INTERNAL = 4          /* a kernel failed although its arguments were right: please report it */
+  DSA_TVM_INTERNAL = 4          /* a kernel failed although its arguments were right: please report it; outputs may be
+                                   partly written */
 } dsa_tvm_status;
 
 /* DLPack's DLDataTypeCode values of the element types that are used here. */
@@ -70,7 +80,7 @@ typedef struct dsa_tvm_tensor {
  * first one too, can be captured in a CUDA graph, except the first one in a second context of that GPU. */
 typedef struct dsa_tvm_options {
   uint32_t size;           /* sizeof(dsa_tvm_options), so that fields can be added */
-  int32_t num_threads;     /* 0: the process default, see dsa_tvm_set_num_threads */
+  int32_t num_threads;     /* at most so many; 0: the process default, see dsa_tvm_set_num_threads */
   void *stream;            /* a CUstream or cudaStream_t; NULL: the default stream */
   void *workspace;         /* memory of the GPU, at a multiple of 256, that is the call's own until it has run */
   uint64_t workspace_size; /* at least what dsa_tvm_workspace_size tells */
@@ -93,7 +103,10 @@ DSA_TVM_API const char *dsa_tvm_cuda_archs(void);
 /* What went wrong in the calling thread's last failed call; "" when nothing has. Valid until its next call. */
 DSA_TVM_API const char *dsa_tvm_last_error(void);
 
-/* The process's default number of threads. 0 (the start value): as many as OpenMP gives. */
+/* The most threads that a call uses by default, the calling one included. 0 (the start value) stands for
+ * OMP_NUM_THREADS as it was when the library was loaded; without it, for the CPUs of the process: those of its affinity
+ * mask, or of the CPU quota of its cgroup where that is less. Setting 0 looks at them again. More than 1024, or than
+ * OMP_THREAD_LIMIT, count as that. */
 DSA_TVM_API void dsa_tvm_set_num_threads(int32_t num_threads);
 DSA_TVM_API int32_t dsa_tvm_get_num_threads(void);
 
@@ -120,7 +133,9 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_topk(const dsa_tvm_tensor *logits, const dsa_
                                         const dsa_tvm_tensor *ke, int64_t topk, dsa_tvm_tensor *indices,
                                         const dsa_tvm_options *options);
 
-/* Both of the above, with a workspace of at most 4 * min(s_q, 32 * threads) * s_kv bytes for the logits. */
+/* Both of the above; only the logits of a group of queries are held at a time. On the CPU these are at most
+ * 4 * min(s_q, 32 * threads) * s_kv bytes, and no more than 256 MiB where 32 queries take less than that. In ONNX Runtime
+ * `threads` are the CPUs of the process. On a GPU dsa_tvm_workspace_size tells. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
                                                 const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
                                                 const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale, int64_t topk,
