@@ -150,7 +150,7 @@ def _register(spec: OpSpec) -> None:
 def _compute_in_place(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inputs, attrs = _named(spec, args, kwargs)
     with torch.no_grad():
-        call(spec, inputs, attrs, tuple(inputs[t.may_be] for t in spec.outputs))
+        call(spec, inputs, attrs, tuple(inputs[t.may_be] for t in spec.outputs if t.may_be))
 
 
 def _autograd_in_place(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
