@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -96,6 +98,32 @@ def test_times(attention, load):
     # A clock that rises in between is all that may lift a kernel above the limit.
     assert 1 < rate < 1e4 and flops / min(seconds) < 1.5e9 * rate
     assert module["peak"](2, 20) > 0.5 * rate and module["cpus"]() >= 1
+
+
+UNLOAD = """
+import gc, os, sys
+import numpy as np, tvm, tvm_ffi
+def tasks():
+    return set(os.listdir("/proc/self/task"))
+module = tvm_ffi.load_module(sys.argv[1], keep_module_alive=False)
+shapes = ((99, 41, 576), (9, 576), (99, 77), (99, 41, 512), (99, 41), (99, 41))
+q, kv, indices, *outputs = (
+    tvm.runtime.tensor(np.zeros(shape, np.int32 if i == 2 else np.float32)) for i, shape in enumerate(shapes)
+)
+before = tasks()
+module["call"](0, 2, q, kv, indices, None, None, 0.125, 512, *outputs)
+started = tasks() - before
+assert started
+del module
+gc.collect()
+assert sys.argv[1] not in open("/proc/self/maps").read() and not started & tasks()
+"""
+
+
+def test_its_threads_end_with_it(attention):
+    """A search loads and unloads thousands."""
+    done = subprocess.run([sys.executable, "-c", UNLOAD, str(attention)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def changed(position, value):
