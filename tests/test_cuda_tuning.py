@@ -266,6 +266,14 @@ def test_no_driver(directory, tmp_path):
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_directory_from_before_presets_held_the_scale(directory):
+    path = directory / "job.json"
+    document = json.loads(path.read_text())
+    del document["sum"], document["preset"]["sm_scale"]
+    path.write_text(json.dumps(document | {"sum": prebuilt.digest(document)}))
+    assert prebuilt.load(directory).preset.lengths == PRESET.lengths
+
+
 def test_damaged_directory(directory, tmp_path):
     path = directory / "job.json"
     whole = path.read_bytes()

@@ -143,7 +143,10 @@ def load(directory: Path) -> Contents:
         if digest(document) != stated:
             raise ValueError("its checksum is another")
         del document["format"]
-        document["preset"] = Preset(**document["preset"])
+        sizes = document["preset"]
+        # Written before presets held the scale, which no candidate depends on: it was this one then.
+        sizes.setdefault("sm_scale", sizes["d_qk"] ** -0.5)
+        document["preset"] = Preset(**sizes)
         document["families"] = [_family(f, document["target"], document["preset"]) for f in document["families"]]
         contents = Contents(**document)
         if not is_arch(contents.target):
