@@ -291,6 +291,14 @@ def anywhere(document):
             value[key] = kept
 
 
+def test_a_directory_from_before_presets_held_the_scale(directory):
+    path = directory / "job.json"
+    document = json.loads(path.read_text())
+    del document["sum"], document["preset"]["sm_scale"]
+    path.write_text(json.dumps(document | {"sum": prebuilt.digest(document)}))
+    assert prebuilt.load(directory).preset.lengths == PRESET.lengths
+
+
 def test_damaged_directory(directory, tmp_path):
     path = directory / "job.json"
     whole = path.read_bytes()

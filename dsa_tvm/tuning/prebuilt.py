@@ -7,6 +7,7 @@ that was stopped at any instant goes on and a damaged directory is known. The li
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,10 +161,13 @@ def load(directory: Path) -> Contents:
 
 
 def _preset(fields: dict[str, Any]) -> Preset:
-    preset = Preset(**fields)
-    for name, length in asdict(preset).items():
-        if name in DIMS and not (type(length) is int and DIMS[name].admits(length)):
+    # Directories made before presets held the scale lack it; no candidate depends on it.
+    preset = Preset(**{"sm_scale": 1.0} | fields)
+    for name, length in preset.lengths.items():
+        if type(length) is not int or not DIMS[name].admits(length):
             raise ValueError(f"no {name}: {reprlib.repr(length)}")
+    if type(preset.sm_scale) is not float or not math.isfinite(preset.sm_scale):
+        raise ValueError(f"no sm_scale: {reprlib.repr(preset.sm_scale)}")
     return preset
 
 
