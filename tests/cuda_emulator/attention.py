@@ -117,6 +117,14 @@ def check(emulator, name, arguments, sm_scale=None, **options):
     return compare(attend(emulator, name, arguments, sm_scale, **options), arguments, dtype, sm_scale, d_v)
 
 
+def check_last_valid(check, arguments, topk, position):
+    """One valid index among `topk`, which threads look for in several passes of several loads each."""
+    arguments["indices"] = np.full((1, topk), -1, np.int32)
+    arguments["indices"][0, position] = 5
+    out, _, lse = check(arguments)
+    assert out.any() and np.isfinite(lse).all()
+
+
 def check_narrow_sums(emulator, check, arguments):
     """Cut off as they are by the first tensor cores, whose sums kept the least, also where it all adds up."""
     with emulator.narrow_sums(23):

@@ -29,15 +29,6 @@ struct F16 {
     return (float)x;
   }
 };
-struct Tf32 {
-  static constexpr int PER_REGISTER = 1;
-  static float get(unsigned r, int) {
-    r &= ~0x1FFFu;
-    float x;
-    memcpy(&x, &r, 4);
-    return x;
-  }
-};
 struct S8 {
   static constexpr int PER_REGISTER = 4;
   static int get(unsigned r, int e) { return (int8_t)(r >> 8 * e); }

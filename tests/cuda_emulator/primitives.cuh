@@ -130,7 +130,6 @@ DSA_DEVICE void dsa_ldmatrix_x4_trans(unsigned *r, const void *row) { ldmatrix("
 
 DSA_DEVICE void dsa_mma_bf16(float *c, const unsigned *a, const unsigned *b) { mma<Bf16>("mma.bf16", c, a, b); }
 DSA_DEVICE void dsa_mma_f16(float *c, const unsigned *a, const unsigned *b) { mma<F16>("mma.f16", c, a, b); }
-DSA_DEVICE void dsa_mma_tf32(float *c, const unsigned *a, const unsigned *b) { mma<Tf32>("mma.tf32", c, a, b); }
 DSA_DEVICE void dsa_mma_e4m3(float *c, const unsigned *a, const unsigned *b) { mma<E4m3>("mma.e4m3", c, a, b); }
 DSA_DEVICE void dsa_mma_s8(int *c, const unsigned *a, const unsigned *b) { mma<S8>("mma.s8", c, a, b); }
 

@@ -22,6 +22,7 @@ from cuda_emulator.attention import (
     TYPES,
     attend,
     check,
+    check_last_valid,
     check_narrow_sums,
     inputs,
     symbols,
@@ -76,6 +77,12 @@ def test_repetitive_rows(emulator, name, distinct, topk, parts):
         # As tensor cores do, which cut off what a sum has no place for.
         with emulator.narrow_sums(23):
             check(emulator, name, arguments, parts=parts)
+
+
+@pytest.mark.parametrize("position", [0, 255, 256, 2047, 2048, 4095])
+@pytest.mark.parametrize("name", TYPES)
+def test_the_last_valid_index(emulator, name, position):
+    check_last_valid(partial(check, emulator, name), inputs(name, s_q=1, h_q=3), 4096, position)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -43,10 +43,6 @@ extern "C" __global__ void __launch_bounds__(32) product_f16(ushort* a, ushort* 
   DSA_SHARED_POOL(pool);
   product<16>((char*)pool, a, b, c, dsa_mma_f16);
 }
-extern "C" __global__ void __launch_bounds__(32) product_tf32(float* a, float* b, float* c) {
-  DSA_SHARED_POOL(pool);
-  product<8>((char*)pool, a, b, c, dsa_mma_tf32);
-}
 extern "C" __global__ void __launch_bounds__(32) product_s8(uchar* a, uchar* b, int* c) {
   DSA_SHARED_POOL(pool);
   product<32>((char*)pool, a, b, c, dsa_mma_s8);
@@ -107,7 +103,6 @@ def emulator(tmp_path_factory):
     [
         ("bf16", ml_dtypes.bfloat16, 16, np.float32),
         ("f16", np.float16, 16, np.float32),
-        ("tf32", np.float32, 8, np.float32),
         ("s8", np.int8, 32, np.int32),
         ("e4m3", ml_dtypes.float8_e4m3fn, 32, np.float32),
     ],

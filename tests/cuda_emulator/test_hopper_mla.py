@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from samples import repeat_rows
 
 from cuda_emulator import Emulator
 
@@ -13,7 +14,7 @@ pytest.importorskip("tvm")
 
 from dsa_tvm.schedules.cuda import source
 
-from cuda_emulator.attention import SPEC, check_narrow_sums, compare
+from cuda_emulator.attention import SPEC, check_last_valid, check_narrow_sums, compare
 from cuda_emulator.hopper_mla_launch import D_V, KERNELS, attend, check, inputs, symbols
 from dsa_tvm import pack_mla_rows, unpack_mla_rows
 
@@ -40,6 +41,23 @@ def test_lengths(emulator, name, topk):
 @pytest.mark.parametrize("name", ["bf16", "f16"])
 def test_sums_of_tensor_cores(emulator, name):
     check_narrow_sums(emulator, partial(check, emulator, name), inputs(name, s_q=1, s_kv=700, h_q=20, topk=600))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("parts", [1, 32])
+def test_repetitive_rows(emulator, name, parts):
+    """4096 equal rows, also with sums that are cut off as by tensor cores."""
+    arguments = inputs(name, s_kv=50, h_q=2, topk=4096)
+    repeat_rows(arguments["kv"], 1)
+    arguments["indices"][:] = np.arange(4096) % 50
+    check(emulator, name, arguments, parts=parts)
+    with emulator.narrow_sums(23):
+        check(emulator, name, arguments, parts=parts)
+
+
+@pytest.mark.parametrize("position", [0, 383, 384, 3071, 3072, 4095])
+def test_the_last_valid_index(emulator, position):
+    check_last_valid(partial(check, emulator, "bf16"), inputs("bf16", h_q=3), 4096, position)
 
 
 @pytest.mark.parametrize("name", KERNELS)

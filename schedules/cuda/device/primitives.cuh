@@ -101,7 +101,6 @@ DSA_DEVICE void dsa_ldmatrix_x4_trans(unsigned *r, const void *row) {
   }
 DSA_MMA(dsa_mma_bf16, float, "f", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 DSA_MMA(dsa_mma_f16, float, "f", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
-DSA_MMA(dsa_mma_tf32, float, "f", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 DSA_MMA(dsa_mma_s8, int, "r", "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32")
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
 DSA_MMA(dsa_mma_e4m3, float, "f", "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32")
