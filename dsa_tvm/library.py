@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from . import loading, package_files
+from . import loading, package_files, verified
 from .errors import ArgumentError, LibraryError
 from .integers import as_integer
 from .ops import OPS
@@ -46,7 +46,7 @@ def default_path() -> Path:
 def verify(path: Path) -> dict:
     """Check a library against the manifest beside it, without loading it.
 
-    A file that has not changed since this process last read it is not read again.
+    A file that has not changed since it was last verified is not read again, see `verified`.
 
     Returns
     -------
@@ -61,10 +61,6 @@ def verify(path: Path) -> dict:
     descriptor, manifest = _open_verified(path)
     os.close(descriptor)
     return manifest
-
-
-#: The state of files that had the digest beside it.
-_verified: set[tuple] = set()
 
 
 def _open_verified(path: Path) -> tuple[int, dict]:
@@ -97,12 +93,11 @@ def _check(descriptor: int, path: Path) -> dict:
     found = os.fstat(descriptor)
     if found.st_size != size:
         raise LibraryError(f"library: expected {size} bytes, got {found.st_size} at {path}: it is damaged")
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, digest)
-    if state not in _verified:
+    if not verified.is_known(found, digest):
         actual = loading.sha256(descriptor)
         if actual != digest:
             raise LibraryError(f"library: expected sha256 {digest}, got {actual} at {path}: it is damaged")
-        _verified.add(state)
+        verified.remember(found, digest)
     return manifest
 
 

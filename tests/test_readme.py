@@ -69,7 +69,8 @@ def test_snippet(readme, snippet, places, servers):
     for words, reason in NOT_RUN.items():
         if words in snippet.text:
             pytest.skip(reason)
-    if "--target sm_90a" in snippet.text or "--target cuda" in snippet.text:
+    needs_nvcc = "--target sm_90a" in snippet.text or "--target cuda" in snippet.text
+    if needs_nvcc:
         if not shutil.which("nvcc"):
             pytest.skip("needs nvcc")
         snippets.write_command(places.tools / "nvcc", f'exec "{shutil.which("nvcc")}" "$@"')
@@ -82,7 +83,7 @@ def test_snippet(readme, snippet, places, servers):
     if any(name in snippet.text for name in SERVERS):
         servers.enter_context(place.started(snippet))
         return
-    said = place.run(snippet, seconds=240)
+    said = place.run(snippet, seconds=1800 if needs_nvcc else 600)
     if "./embed" in snippet.text:
         assert said.endswith("ok\n")
 
