@@ -6,6 +6,7 @@ file in its place; whoever then gets the lock of the old one takes the new one i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ..files import sync_directory, write_atomically
+from ..files import expect_writable_directory, sync_directory, write_atomically
 
 #: Bytes of a line. What is longer is cut there when it is read, so that no file can fill the memory.
 MAX_LINE = 2**20
@@ -62,9 +63,11 @@ def lines(path: Path) -> Iterator[bytes]:
     Raises
     ------
     OSError
-        As of `open` and reading.
+        As of `open` and reading, or it is no regular file.
     """
-    with open(path, "rb") as file:
+    # Opening a FIFO would wait for somebody who writes into it.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        _expect_regular(path, file.fileno())
         # Not while a line is being appended, which would seem torn. What the file holds now never changes later.
         fcntl.flock(file, fcntl.LOCK_SH)
         size = os.fstat(file.fileno()).st_size
@@ -83,16 +86,36 @@ def rewrite(path: Path, change: Callable[[Iterator[bytes]], bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as descriptor, open(path, "rb") as file:
         status = os.fstat(descriptor)
-        # A link stays one: what it leads to is replaced.
-        write_atomically(path.resolve(), change(_split(file, status.st_size)), stat.S_IMODE(status.st_mode))
+        write_atomically(path, change(_split(file, status.st_size)), stat.S_IMODE(status.st_mode))
+
+
+def expect_appendable(path: Path) -> None:
+    """Find out before long work whether `append` will do.
+
+    Raises
+    ------
+    OSError
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        pass
+    else:
+        try:
+            _expect_regular(path, file)
+        finally:
+            os.close(file)
+    # Where there is a log already, too: a full disk shows only when something is written.
+    expect_writable_directory(Path(os.path.realpath(path)).parent)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """A descriptor for appending, made when it does not exist, with nobody else's beside it."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         try:
+            _expect_regular(path, file)
             fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(path, file):
                 yield file
@@ -101,6 +124,12 @@ def _locked(path: Path) -> Iterator[int]:
             # Closing would not do it where a process forked meanwhile has inherited the descriptor.
             fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
+
+
+def _expect_regular(path: Path, file: int) -> None:
+    """Lines that were read from a FIFO or a device would be gone."""
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -124,6 +124,19 @@ class Log:
         except OSError as error:
             raise RecordError(f"{self.path}: expected a file that can be written, got {error}") from error
 
+    def expect_writable(self) -> None:
+        """Find out before long work whether `append` will do.
+
+        Raises
+        ------
+        RecordError
+            The file cannot be written, or the disk is full.
+        """
+        try:
+            journal.expect_appendable(self.path)
+        except OSError as error:
+            raise RecordError(f"{self.path}: expected a file that can be written, got {error}") from error
+
     def read(self) -> tuple[list[Record], list[Damage]]:
         """The records to be believed, in the order of the file, and the lines that are not.
 
