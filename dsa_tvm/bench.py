@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from . import figures, functions, gate, library, presets, workload
+from . import figures, functions, gate, library, machine, presets, workload
 from .errors import ArgumentError
 from .ops import OPS
 from .peers import Skipped, peer
@@ -38,9 +38,13 @@ def run(args: argparse.Namespace) -> None:
     LibraryError
         As `dsa_tvm.library.load`.
     """
+    chosen = bool(args.s_q or args.s_kv)
     args = figures.with_defaults(args, _DEFAULTS)
     ops, threads, preset = _checked(args)
     shapes = list(itertools.product(ops, args.s_q, args.s_kv))
+    if chosen:
+        for op, s_q, s_kv in shapes:
+            workload.expect_memory(op, preset, s_q, s_kv)
     disturbed = workload.load_notes()
     peers = [name for name in _PEERS if name != "numpy" or "topk" in ops]
     print(f"{library.active_target()}, {args.preset}, {args.dtype}; times are medians, x is the peer's time over ours")
@@ -61,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
             sizes = {"name": args.preset, **asdict(preset)}
             document = {"target": library.active_target(), "preset": sizes, "seconds": args.seconds, "rows": rows}
             figures.write(args.json, document)
-    for line in [*figures.notes(rows, _PEERS), *disturbed]:
+    short = [f"memory left at the end: {machine.memory()}"] if any(row["skipped"] for row in rows) else []
+    for line in [*figures.notes(rows, _PEERS), *short, *disturbed]:
         print(line)
     figures.raise_for_wrong(rows)
 
@@ -99,14 +104,15 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[
 
 
 def _checked(args: argparse.Namespace) -> tuple[list[str], list[int], presets.Preset]:
-    preset = figures.check_arguments(args, ("s_q", "s_kv", "threads"))
+    figures.check_threads("bench", args.threads)
+    preset = figures.check_arguments(args, ("s_q", "s_kv"))
     if args.dtype not in workload.DTYPES:
         raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {args.dtype!r}")
     for op in args.op or ():
         if not workload.serves(op, args.dtype):
             raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {args.dtype!r}")
     ops = [op for op in dict.fromkeys(args.op or OPS) if workload.serves(op, args.dtype)]
-    threads = args.threads or sorted({1, workload.usable_cpus()})
+    threads = args.threads or sorted({1, machine.usable_cpus()})
     return ops, list(dict.fromkeys(threads)), preset
 
 
@@ -121,12 +127,26 @@ def _measure(
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of threads."""
-    plain = workload.make(op, preset, s_q, s_kv)
-    work = workload.with_dtype(plain, args.dtype)
-    for count in threads:
+
+    def begun(count: int) -> dict[str, Any]:
         progress.step(f"{op}  s_q {s_q}  s_kv {s_kv}  threads {count}")
         row: dict[str, Any] = {"op": op, "s_q": s_q, "s_kv": s_kv, "threads": count, "dtype": args.dtype}
-        row |= {"failed": None, "ours_ms": None, "gflops": None, "us_per_row": None, "peers": {}}
+        return row | {
+            "failed": None,
+            "skipped": None,
+            **dict.fromkeys(("ours_ms", "gflops", "us_per_row")),
+            "peers": {},
+        }
+
+    try:
+        plain = workload.make(op, preset, s_q, s_kv)
+        work = workload.with_dtype(plain, args.dtype)
+    except workload.SizeError as error:
+        for count in threads:
+            yield begun(count) | {"skipped": f"needs {machine.in_units(error.needed)} of memory, less is left"}
+        return
+    for count in threads:
+        row = begun(count)
         ours = _ours(work, count)
         try:
             outputs = ours()
@@ -174,8 +194,8 @@ def _ranges(op: str, preset: presets.Preset, work: Workload) -> tuple[Any, Any]:
 
 def _cells(row: Mapping[str, Any], peers: list[str]) -> list[str]:
     cells = [row["op"], *(str(row[n]) for n in ("s_q", "s_kv", "threads"))]
-    if row["failed"]:
-        return [*cells, "FAILED", "-", *("-" for _ in peers for _ in range(2))]
+    if row["ours_ms"] is None:
+        return [*cells, "FAILED" if row["failed"] else "-", "-", *("-" for _ in peers for _ in range(2))]
     cells.append(digits(row["ours_ms"]))
     cells.append(
         f"{digits(row['gflops'])} GFLOP/s" if row["us_per_row"] is None else f"{digits(row['us_per_row'])} us/row"

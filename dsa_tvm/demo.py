@@ -7,22 +7,28 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import functions, gate, library, presets, prompt, workload
-from .errors import ArgumentError, DsaError
+from . import figures, functions, gate, library, machine, presets, prompt, workload
+from .errors import ArgumentError
+from .extras import expect_installed
 from .ops import OPS
-from .peers import Skipped, check_bytes, check_memory, dense_model, session
+from .peers import Skipped, check_bytes, check_memory, dense_model, onnxruntime_errors, session
 from .presets import Preset
 from .progress import Progress
 from .report import digits, duration, table
+from .spec import INT32_MAX
 from .workload import Workload
 
 CHUNK = 128
 STEPS = 16
 _DENSE_QUERIES = 8
+_TOKENS = 32768
+#: What the demo takes at its peak beside what grows with the text: imports, queries, their outputs and float64 checks.
+_OTHER_BYTES = 180 << 20
 _SPEC = OPS["dsa_attention"]
 
 
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     Parameters
     ----------
     args : argparse.Namespace
-        file (Path or None), tokens (int) and threads (int, 0 for all), as `dsa_tvm.cli` parses them.
+        file (Path or None), tokens (int or None) and threads (int, 0 for all), as `dsa_tvm.cli` parses them.
 
     Raises
     ------
@@ -62,23 +68,21 @@ def run(args: argparse.Namespace) -> None:
     """
     preset = presets.get(presets.DEFAULT)
     at_least = preset.topk + CHUNK + STEPS
-    if args.tokens < at_least:
+    if args.tokens is not None and args.tokens < at_least:
         raise ArgumentError(f"demo: tokens: expected at least {at_least}, got {args.tokens}")
     if args.threads < 0:
         raise ArgumentError(f"demo: threads: expected 0 for all, or more, got {args.threads}")
-    threads = args.threads or workload.usable_cpus()
+    threads = args.threads or machine.usable_cpus()
+    figures.check_threads("demo", [threads])
+    expect_installed("demo", "onnx", "onnx", "onnxruntime")
     path = args.file or prompt.default_text()
-    tokens = prompt.read(path, args.tokens, at_least)
-    if (needed := prompt.size(len(tokens), preset)) > workload.available_memory():
-        raise ArgumentError(f"demo: tokens: expected caches that fit into memory, got {needed / 2**30:.1f} GiB")
-    try:
-        from .export import build_attention_model, build_model
-    except ImportError as error:
-        raise DsaError(f"demo: expected {error.name} to be installed, got none; pip install 'dsa_tvm[onnx]'") from error
+    tokens, notes = _tokens(path, args.tokens, at_least, preset)
+    from .export import build_attention_model, build_model
+
     attrs: dict[str, Any] = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
     began = time.perf_counter()
-    notes, disturbed = [], workload.load_notes()
-    with Progress(8) as progress:
+    disturbed = workload.load_notes()
+    with onnxruntime_errors(), Progress(8) as progress:
         progress.step(f"read {len(tokens)} bytes and embed them")
         inputs = prompt.embed(tokens, CHUNK + STEPS, preset)
         stages = _stages(inputs, len(tokens) - STEPS)
@@ -108,6 +112,29 @@ def run(args: argparse.Namespace) -> None:
     print(f"{path}: {len(tokens)} tokens (bytes); {library.active_target()}, threads: {threads}, float32")
     _report(stages, len(tokens) - STEPS, preset, notes)
     print(f"all checks passed; {duration(time.perf_counter() - began)} in all")
+
+
+def _tokens(path: Path, asked: int | None, at_least: int, preset: Preset) -> tuple[np.ndarray, list[str]]:
+    """The tokens of the text, as many as memory holds; and a note where these are fewer than by default.
+
+    Raises
+    ------
+    ArgumentError
+        A text that does not serve, or more tokens asked for, or fewer needed, than memory holds.
+    """
+    left = machine.memory()
+    most = (left.bytes - _OTHER_BYTES) // prompt.size(1, preset)
+    if most < at_least:
+        needed = machine.in_units(_OTHER_BYTES + prompt.size(at_least, preset))
+        raise ArgumentError(f"demo: expected {needed} of memory at least, got {left}")
+    wanted = min(_TOKENS if asked is None else asked, INT32_MAX)
+    # One more than fits tells whether there are more.
+    tokens = prompt.read(path, min(wanted, most + 1), at_least)
+    if len(tokens) <= most:
+        return tokens, []
+    if asked is not None:
+        raise ArgumentError(f"demo: tokens: expected at most {most}, which fit into {left}, got {asked}")
+    return tokens[:most], [f"tokens: {most} instead of {_TOKENS}, which would not fit into {left}"]
 
 
 def _report(stages: Sequence[_Stage], prefilled: int, preset: Preset, notes: Sequence[str]) -> None:

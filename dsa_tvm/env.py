@@ -10,10 +10,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from . import machine
 
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "ml_dtypes", "xgboost")
 _VARIABLES = ("DSA_TVM_LIBRARY", "DSA_TVM_TARGET", "OMP_NUM_THREADS", "TVM_NUM_THREADS")
+_FEATURES = (
+    *("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+_CPUINFO = Path("/proc/cpuinfo")
+_BOARDS = (Path("/proc/device-tree/model"), Path("/sys/devices/virtual/dmi/id/product_name"))
 _TOOLS = ("cc", "cmake", "nvcc", "nvidia-smi")
 
 
@@ -30,19 +39,50 @@ def cpu_model() -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    fields: dict[str, str] = {}
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
+    # By processor: a machine may have cores of two kinds.
+    fields: dict[str, dict[str, None]] = {}
+    with open(_CPUINFO, encoding="utf-8", errors="replace") as file:
         for line in file:
             key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    flags = fields.get("flags", "").split()
-    wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile")
-    return {"model": fields.get("model name", "unknown"), "features": [f for f in wanted if f in flags]}
+            fields.setdefault(key.strip(), {})[value.strip()] = None
+    flags = next(iter(fields.get("flags", fields.get("Features", {"": None})))).split()
+    return {"model": _model(fields), "features": [f for f in _FEATURES if f in flags]}
+
+
+def _model(fields: dict[str, dict[str, None]]) -> str:
+    """A name that other CPUs do not have.
+
+    Parameters
+    ----------
+    fields : dict
+        The values of ``/proc/cpuinfo`` by name, each once and in order.
+    """
+    for name in ("model name", "cpu model", "uarch", "cpu"):  # x86 and some arm; mips; riscv; ppc
+        if values := [value for value in fields.get(name, {}) if value]:
+            return " + ".join(values)
+    # The registers that identify an arm core. https://docs.kernel.org/arch/arm64/cpu-feature-registers.html
+    names = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
+    if known := [f"{name.removeprefix('CPU ')} {'/'.join(fields[name])}" for name in names if name in fields]:
+        return ", ".join([f"{platform.machine()} CPU", *known, *_board()])
+    return ", ".join([f"unknown {platform.machine()} CPU", *(_board() or [f"host {platform.node()}"])])
+
+
+def _board() -> list[str]:
+    """The machine's model as its firmware tells it, if it does."""
+    for path in _BOARDS:
+        try:
+            name = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        # A record's machine is printable, and the device tree ends its strings with a zero.
+        if name := "".join(c for c in name if c.isprintable()).strip():
+            return [name]
+    return []
 
 
 def _memory() -> str:
     with open("/proc/meminfo", encoding="utf-8") as file:
-        return f"{int(file.readline().split()[1]) / 2**20:.1f} GiB"
+        return f"{int(file.readline().split()[1]) / 2**20:.1f} GiB, {machine.memory()} left"
 
 
 def _version(package: str) -> str | None:
@@ -101,7 +141,7 @@ def report() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
         "cpu": _attempt(_cpu),
-        "cpus usable": _attempt(lambda: len(os.sched_getaffinity(0))),
+        "cpus usable": _attempt(machine.usable_cpus),
         "memory": _attempt(_memory),
         "gpus": _attempt(_gpus),
         "packages": {p: _attempt(functools.partial(_version, p)) for p in _PACKAGES},

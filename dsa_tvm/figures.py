@@ -12,8 +12,9 @@ from typing import Any
 
 from . import env, presets
 from .errors import ArgumentError, DsaError
-from .files import write_atomically
+from .files import expect_writable, write_atomically
 from .gate import CheckError
+from .machine import THREADS
 from .ops import OPS
 from .report import digits
 
@@ -72,10 +73,26 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
                 raise ArgumentError(f"bench: {name}: expected at least 1, got {value}")
     if not (math.isfinite(args.seconds) and args.seconds > 0):
         raise ArgumentError(f"bench: seconds: expected a positive number, got {args.seconds}")
-    if args.json and args.json.is_dir():
-        # Now, not after minutes of measuring.
-        raise ArgumentError(f"bench: json: expected a file, got the directory {args.json}")
-    return presets.get(args.preset)
+    preset = presets.get(args.preset)
+    if args.json:
+        try:
+            # Now, not after minutes of measuring.
+            expect_writable(args.json)
+        except OSError as error:
+            raise ArgumentError(f"bench: json: expected a file that can be written, got {error}") from error
+    return preset
+
+
+def check_threads(command: str, threads: Sequence[int]) -> None:
+    """Refuse numbers of threads that the library would not start.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    for number in threads:
+        if number not in THREADS:
+            raise ArgumentError(f"{command}: threads: expected {THREADS[0]}..{THREADS[-1]}, got {number}")
 
 
 def peer_figures(times: Mapping[str, float], ours: float) -> dict[str, dict[str, float]]:
@@ -139,6 +156,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
         The file cannot be written.
     """
     try:
-        write_atomically(path, (json.dumps({"environment": env.report(), **document}, indent=2) + "\n").encode())
+        text = json.dumps({"environment": env.report(), **document}, indent=2) + "\n"
+        write_atomically(path, text.encode(), in_place=True)
     except OSError as error:
-        raise DsaError(f"bench: json: {error}") from error
+        raise DsaError(f"bench: json: expected a file that can be written, got {error}") from error

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from .errors import DsaError
+from .machine import available_memory, in_units
 from .packing import unpack_mla_rows
-from .workload import Workload, available_memory
+from .workload import Workload
 
 #: A peer that would need more than this is left out.
 MEMORY_LIMIT = 6 * 2**30
+
+
+#: What importing a peer takes.
+_LOADED_BYTES = {"torch": 160 << 20}
 
 
 class Skipped(Exception):
@@ -33,23 +40,33 @@ def peer(name: str, work: Workload, threads: int) -> Callable[[], Any]:
     Returns
     -------
     callable
-        Takes nothing, returns the operator's first output.
+        Takes nothing, returns the operator's first output. It has run once.
 
     Raises
     ------
     Skipped
-        The package is not installed, or the peer would need too much memory.
+        The package is not installed, the peer would need too much memory, or it fails.
     """
     if work.op == "sparse_mla_fp8":
         # They have no such rows: they get what these stand for.
         kv = unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
         work = Workload("sparse_mla", {**work.inputs, "kv": kv}, work.attrs, work.lengths)
+    if name in _LOADED_BYTES and name not in sys.modules:
+        check_bytes(_LOADED_BYTES[name])
     check_memory(work.op, work.lengths, held=1 if name == "torch" else 3)
-    return {"torch": _torch, "ort": _ort, "numpy": _numpy}[name](work, threads)
+    try:
+        call = {"torch": _torch, "ort": _ort, "numpy": _numpy}[name](work, threads)
+        call()
+    except Skipped:
+        raise
+    except Exception as error:  # other people's code: whatever it raises is why it is left out
+        words = str(error).strip().partition("\n")[0][:200]
+        raise Skipped(f"{type(error).__name__}: {words}") from error
+    return call
 
 
 def check_memory(op: str, lengths: Mapping[str, int], held: int) -> None:
-    """Raise `Skipped` where the logits of every head and the gathered keys, held so many times, are too large.
+    """Raise `Skipped` where the logits, those of every head and the gathered keys, held so many times, are too large.
 
     ONNX Runtime holds them three times: before and after an elementwise operator, and in its arena's slack.
     """
@@ -57,14 +74,28 @@ def check_memory(op: str, lengths: Mapping[str, int], held: int) -> None:
     gathered = lengths["s_q"] * lengths["topk"] * lengths["d_qk"] * 4
     indexer = op in ("lightning_indexer", "indexer_topk", "dsa_attention")
     attention = op in ("sparse_mla", "dsa_attention")
-    check_bytes(held * (heads * indexer + gathered * attention))
+    # Logits, and positions of 64 bits beside them.
+    logits = lengths["s_q"] * lengths["s_kv"] * 12
+    check_bytes(held * (heads * indexer + logits * (indexer or op == "topk") + gathered * attention))
 
 
 def check_bytes(needed: int) -> None:
     """Raise `Skipped` where that much memory is not to be used."""
     limit = min(MEMORY_LIMIT, int(0.8 * available_memory()))
     if needed > limit:
-        raise Skipped(f"would need {needed / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f}")
+        raise Skipped(f"would need {in_units(needed)}, the limit is {in_units(limit)}")
+
+
+@contextmanager
+def onnxruntime_errors() -> Iterator[None]:
+    """Turn what ONNX Runtime raises, for lack of memory perhaps, into a `DsaError`."""
+    try:
+        yield
+    except Exception as error:
+        # Its exceptions have no common base, but a common home.
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise DsaError(f"onnxruntime: {error}") from error
 
 
 def session(model: Any, threads: int, library: str | None = None) -> Any:

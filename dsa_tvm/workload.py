@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from . import machine
 from .errors import ArgumentError
 from .ops import OPS
 from .packing import pack_mla_rows
 from .presets import Preset
-from .spec import INT32_MAX, OpSpec, completed
+from .spec import INT32_MAX, OpSpec, TensorSpec, completed
 
+#: What a call and its check take beside what grows with its size.
+_SLACK_BYTES = 32 << 20
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class SizeError(ArgumentError):
+    """Inputs that memory does not hold.
+
+    Parameters
+    ----------
+    message : str
+    needed : int
+        Bytes that the call and its check take.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -65,19 +83,13 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
 
     Raises
     ------
-    ArgumentError
-        The inputs would not fit into the memory that is available.
+    SizeError
+        As `expect_memory`.
     """
+    expect_memory(op, preset, s_q, s_kv)
     spec = OPS[op]
     lengths = completed({"s_q": s_q, "s_kv": s_kv, **asdict(preset)})
     required = [t for t in spec.inputs if not t.optional]
-    size = 4 * sum(math.prod(lengths[d] for d in t.shape) for t in required)
-    # Twice: the generator's own copies, and the operator's outputs.
-    if max(s_q, s_kv) > INT32_MAX or 2 * size > available_memory():
-        raise ArgumentError(
-            f"{op}: s_q, s_kv: expected inputs that fit {available_memory() / 2**30:.1f} GiB of available memory "
-            f"twice, got {s_q} and {s_kv}, which are {size / 2**30:.1f} GiB"
-        )
     rng = np.random.default_rng(seed)
     ke = causal_ends(s_q, s_kv)
     inputs = {}
@@ -102,6 +114,38 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
         inputs[tensor.name] = value
     values = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
     return Workload(op, inputs, {a.name: values[a.name] for a in spec.attrs}, lengths)
+
+
+def expect_memory(op: str, preset: Preset, s_q: int, s_kv: int) -> None:
+    """Find out whether a call of that size fits into memory: its inputs, its outputs and the check against float64.
+
+    Raises
+    ------
+    SizeError
+        The message says what is needed, what there is, and what limits it.
+    """
+    spec = OPS[op]
+    lengths = completed({"s_q": s_q, "s_kv": s_kv, **asdict(preset)})
+
+    def size(tensors: Iterable[TensorSpec]) -> int:
+        return 4 * sum(math.prod(lengths[d] for d in t.shape) for t in tensors)
+
+    inputs = [t for t in spec.inputs if not t.optional]
+    # The generator holds a tensor twice; the reference takes all keys in float64.
+    needed = _SLACK_BYTES + 2 * size(inputs) + size(spec.outputs) + 2 * size(t for t in inputs if t.shape[0] == "s_kv")
+    if op in ("lightning_indexer", "indexer_topk", "dsa_attention"):
+        # Three times the float64 scores of every head, for the sampled queries at a time or for one.
+        needed += 3 * 8 * (min(s_q, 3) if op == "lightning_indexer" else 1) * lengths["h_idx"] * s_kv
+    if op in ("indexer_topk", "dsa_attention"):
+        # The logits that the indexer holds for the selector.
+        needed += 4 * min(s_q, 32 * machine.usable_cpus()) * s_kv
+    left = machine.memory()
+    if max(s_q, s_kv) > INT32_MAX or needed > left.bytes:
+        raise SizeError(
+            f"{op}: s_q, s_kv: expected inputs that fit into memory, got {s_q} and {s_kv}, which take "
+            f"{machine.in_units(needed)} of {left}",
+            needed,
+        )
 
 
 def causal_ends(s_q: int, s_kv: int) -> np.ndarray:
@@ -163,24 +207,9 @@ def flops(op: str, lengths: Mapping[str, int], ks: np.ndarray, ke: np.ndarray) -
     return count
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping, as the kernel estimates it."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def load_notes() -> list[str]:
     """A line for a report of times where other processes keep the CPUs busy, else nothing."""
-    load, cpus = os.getloadavg()[0], usable_cpus()
+    load, cpus = os.getloadavg()[0], machine.usable_cpus()
     if load < cpus / 2:
         return []
     return [f"the load average was {load:.1f} on {cpus} CPUs before this began: the times may be disturbed"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dsa_tvm import bench, cli, demo, functions, gate, peers, presets, prompt, report, workload
+from dsa_tvm import bench, cli, demo, functions, gate, machine, peers, presets, prompt, report, workload
 from dsa_tvm.errors import ArgumentError
 from dsa_tvm.ops import OPS
 from dsa_tvm.spec import DIMS, Tolerance
@@ -110,7 +113,7 @@ def test_dense_model_attends_to_every_earlier_key(s_q):
 
 def test_a_peer_that_needs_too_much_memory_is_skipped(monkeypatch):
     monkeypatch.setattr(peers, "MEMORY_LIMIT", 1000)
-    with pytest.raises(peers.Skipped, match="GiB"):
+    with pytest.raises(peers.Skipped, match=r"would need .* KiB, the limit is 1 KiB"):
         peers.peer("torch", workload.make("lightning_indexer", SMALL, 1, 100), 1)
 
 
@@ -168,9 +171,12 @@ def test_bench_keeps_what_is_done_on_interrupt(small, tmp_path, monkeypatch):
         (["topk", "--dtype", "float64"], "dtype: expected one of float32.*got 'float64'"),
         (["topk", "--s-q", "0"], "s_q: expected at least 1, got 0"),
         (["topk", "--s-kv", "-3"], "s_kv: expected at least 1, got -3"),
-        (["topk", "--threads", "0"], "threads: expected at least 1, got 0"),
+        (["topk", "--threads", "0"], "threads: expected 1..1024, got 0"),
         (["topk", "--seconds", "nan"], "seconds: expected a positive number, got nan"),
-        (["topk", "--json", "."], "json: expected a file"),
+        (["topk", "--threads", "100000"], "threads: expected 1..1024, got 100000"),
+        (["topk", "--json", "."], "json: expected a file that can be written, got .*Is a directory"),
+        (["topk", "--json", "/dev/null/x"], "json: expected a file that can be written, got .*Not a directory"),
+        (["topk", "--json", "/proc/none"], "json: expected a file that can be written"),
         (["topk", "--s-kv", str(10**12)], "s_kv: expected inputs that fit"),
     ],
 )
@@ -223,6 +229,7 @@ def test_demo_fails_on_a_wrong_selection(tiny, capsys, monkeypatch):
         ("short", [], "at least 31 bytes, got 5"),
         ("x" * 100, ["--tokens", "30"], "tokens: expected at least 31, got 30"),
         ("x" * 100, ["--threads", "-1"], "threads: expected 0 for all, or more, got -1"),
+        ("x" * 100, ["--threads", "100000"], "threads: expected 1..1024, got 100000"),
     ],
 )
 def test_demo_refuses(tiny, content, arguments, message):
@@ -231,6 +238,77 @@ def test_demo_refuses(tiny, content, arguments, message):
         tiny.write_text(content)
     with pytest.raises(ArgumentError, match=message):
         demo.run(cli._parser().parse_args(["demo", str(tiny), *arguments]))
+
+
+def test_demo_takes_any_number_of_tokens(tiny):
+    """More than the text has is all of it."""
+    tokens, notes = demo._tokens(tiny, 10**20, 31, SMALL)
+    assert len(tokens) == tiny.stat().st_size and not notes
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Less memory than by default is needed."""
+
+    def leave(size):
+        monkeypatch.setattr(machine, "memory", lambda: machine.Memory(size, "a limit"))
+
+    return leave
+
+
+def test_demo_in_little_memory(tiny, short):
+    """As many tokens as fit by default; a refusal that says what is needed otherwise."""
+    for_40 = demo._OTHER_BYTES + prompt.size(40, SMALL)
+    short(for_40)
+    tokens, notes = demo._tokens(tiny, None, 31, SMALL)
+    assert len(tokens) == 40 and "40 instead of 32768" in notes[0] and "a limit" in notes[0]
+    assert len(demo._tokens(tiny, 40, 31, SMALL)[0]) == 40
+    with pytest.raises(ArgumentError, match=r"expected at most 40, which fit into 180 MiB \(a limit\), got 41"):
+        demo._tokens(tiny, 41, 31, SMALL)
+    short(demo._OTHER_BYTES // 2)
+    with pytest.raises(ArgumentError, match=r"expected 180 MiB of memory at least, got 90 MiB \(a limit\)"):
+        demo._tokens(tiny, None, 31, SMALL)
+
+
+def test_bench_in_little_memory(small, short, capsys, tmp_path, monkeypatch):
+    """Sizes that do not fit are left out with what they need; those that were asked for are refused at once."""
+    short(64 << 20)
+    monkeypatch.setitem(bench._DEFAULTS, "s_q", [1])
+    monkeypatch.setitem(bench._DEFAULTS, "s_kv", [40, 10**6])
+    target = tmp_path / "figures.json"
+    arguments = ["bench", "sparse_mla", "--threads", "1", "--seconds", "0.001", "--json", str(target)]
+    assert cli.main(arguments) == 0
+    first, second = json.loads(target.read_bytes())["rows"]
+    assert first["ours_ms"] > 0 and second["ours_ms"] is None and "GiB of memory" in second["skipped"]
+    said = capsys.readouterr().out
+    assert "ours: needs" in said and "memory left at the end: 64 MiB (a limit)" in said
+    target.unlink()
+    assert cli.main([*arguments, "--s-kv", "40", "1000000"]) == 1
+    assert "expected inputs that fit into memory, got 1 and 1000000" in capsys.readouterr().err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["bench", "--seconds", "0.001", "--threads", "1"]])
+def test_nothing_is_killed_in_a_control_group_of_300_mb(arguments, tmp_path):
+    """The real thing, where a control group can be made: a result or a reason, never a kill."""
+    group = Path(f"/sys/fs/cgroup/memory/dsa_tvm_test_{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(300 << 20))
+    except OSError:
+        pytest.skip("no control group of memory, version 1, can be made")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dsa_tvm.cli", *arguments],
+            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        group.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert "limit of the control group" in done.stdout
 
 
 def test_demo_has_a_text_of_its_own():

@@ -16,7 +16,10 @@ PACKAGE = Path(dsa_tvm.__file__).parent
 #: What each part of the package may import of the others, directly, anywhere in its code.
 ALLOWED = {
     "errors": set(),
+    "extras": {"errors"},
     "files": set(),
+    "machine": set(),
+    "streams": set(),
     "spec": {"errors"},
     "ops": {"packing", "spec"},
     "schedules": {"ops", "spec"},
@@ -36,13 +39,37 @@ ALLOWED = {
     "element_types": set(),
     "cuda_driver": {"errors"},
     "records": {"errors", "files", "gpu_archs", "ops", "presets", "report", "spec"},
-    "compiler": {"errors", "files", "gpu_archs", "library", "ops", "presets", "records", "schedules", "spec"},
-    "build": {"compiler", "errors", "files", "library", "presets", "records", "spec"},
-    "tuning": {
-        *("calls", "compiler", "cuda_driver", "dlpack", "element_types", "env", "errors", "files", "gate", "gpu_archs"),
-        *("library", "ops", "presets", "progress", "records", "report", "schedules", "spec", "tensors", "workload"),
+    "compiler": {
+        "errors",
+        "files",
+        "gpu_archs",
+        "library",
+        "machine",
+        "ops",
+        "presets",
+        "records",
+        "schedules",
+        "spec",
     },
-    "env": {"library"},
+    "build": {"compiler", "errors", "extras", "files", "library", "machine", "presets", "records", "spec"},
+    "tuning": {
+        *("calls", "compiler", "cuda_driver", "dlpack", "element_types", "env", "errors", "extras", "files", "gate"),
+        *(
+            "gpu_archs",
+            "library",
+            "machine",
+            "ops",
+            "presets",
+            "progress",
+            "records",
+            "report",
+            "schedules",
+            "spec",
+            "tensors",
+            "workload",
+        ),
+    },
+    "env": {"library", "machine"},
 }
 #: Free to import anything; nothing imports them.
 TOPS = {"bench", "cli", "demo", "gpu_bench"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import dsa_tvm
 
 from ..errors import BuildError
+from ..machine import usable_cpus
 
 #: A symbol, and what makes the PrimFunc: another process must be able to import it.
 Job = tuple[str, Callable[[], Any]]
@@ -39,7 +39,7 @@ def definitions(jobs: Mapping[Any, Job]) -> dict[Any, str]:
     BuildError
         TVM takes one of them for no kernel.
     """
-    cpus = min(len(os.sched_getaffinity(0)), len(jobs))
+    cpus = min(usable_cpus(), len(jobs))
     if cpus < 2 or len(jobs) < _WORTH_PROCESSES:
         return dict(zip(jobs, _definitions(list(jobs.values())), strict=True))
     keys = list(jobs)

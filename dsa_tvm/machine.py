@@ -1,0 +1,183 @@
+"""What this process may use of the machine: CPUs and memory, as limits, containers and other processes leave them.
+
+Control groups are read as https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1 describe them. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Numbers of threads that a command takes: the library itself starts no more.
+THREADS = range(1, 1025)
+
+#: Where the kernel tells of itself.
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What can still be allocated.
+
+    Parameters
+    ----------
+    bytes : int
+        Without swapping, failing or being killed, as far as one can tell.
+    limit : str
+        What sets it, for messages.
+    """
+
+    bytes: int
+    limit: str
+
+    def __str__(self) -> str:
+        return f"{in_units(self.bytes)} ({self.limit})"
+
+
+def in_units(number: int) -> str:
+    """A number of bytes for messages."""
+    if number >= 2**30:
+        return f"{number / 2**30:.1f} GiB"
+    return f"{number / 2**20:.0f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"
+
+
+def usable_cpus(proc: Path = _PROC) -> int:
+    """How many threads can compute at the same time: CPUs of the affinity mask, or fewer by a quota of CPU time.
+
+    A quota that is no whole number of CPUs is rounded up.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    quotas = [quota for group in _groups("cpu", proc) if (quota := _cpu_quota(group)) is not None]
+    return max(1, min([allowed, *(-int(-quota // 1) for quota in quotas)]))
+
+
+def available_memory() -> int:
+    """`memory` in bytes."""
+    return memory().bytes
+
+
+def memory(proc: Path = _PROC) -> Memory:
+    """What can still be allocated, and what limits it.
+
+    The least of the machine's available memory, what the memory limits of the process's control group and of those
+    above it leave, and what ``ulimit -v`` and ``ulimit -d`` leave.
+    """
+    found = [_of_machine(proc)]
+    for group in _groups("memory", proc):
+        if (left := _left_of_group(group)) is not None:
+            found.append(Memory(left, f"the memory limit of the control group {group}"))
+    for name, kind, field in (("-v", resource.RLIMIT_AS, "VmSize"), ("-d", resource.RLIMIT_DATA, "VmData")):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            used = _kib(proc / "self" / "status", field) or 0
+            found.append(Memory(max(soft - used, 0), f"ulimit {name}"))
+    return min(found, key=lambda memory: memory.bytes)
+
+
+def _of_machine(proc: Path) -> Memory:
+    available = _kib(proc / "meminfo", "MemAvailable")
+    if available is None:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Memory(available, "the machine's available memory")
+
+
+def _kib(path: Path, field: str) -> int | None:
+    """A field of a file of ``/proc`` that counts in KiB, in bytes."""
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return _number(value.split()[0], 1024) if value.split() else None
+    return None
+
+
+def _left_of_group(group: Path) -> int | None:
+    """What the memory limits of one control group leave; None where it has none."""
+    # memory.high does not kill, but throttles until nothing moves any more.
+    limits = [_number(_text(group / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    set_ones = [limit for limit in limits if limit is not None and limit < 1 << 60]
+    if not set_ones:
+        return None
+    used = _number(_text(group / "memory.current"))
+    if used is None:
+        used = _number(_text(group / "memory.usage_in_bytes")) or 0
+    # Pages of files are given up where memory is short. Those in use are read again.
+    stat = dict(line.split(maxsplit=1) for line in _text(group / "memory.stat").splitlines() if " " in line)
+    idle = _number(stat.get("total_inactive_file", stat.get("inactive_file", ""))) or 0
+    active = _number(stat.get("total_active_file", stat.get("active_file", ""))) or 0
+    return max(min(set_ones) - max(used - idle - active // 2, 0), 0)
+
+
+def _cpu_quota(group: Path) -> float | None:
+    """CPUs that one control group may use; None where it has no quota."""
+    words = _text(group / "cpu.max").split()
+    if not words:
+        words = [_text(group / "cpu.cfs_quota_us").strip(), _text(group / "cpu.cfs_period_us").strip()]
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or int(words[1]) == 0:
+        return None
+    return int(words[0]) / int(words[1]) or None
+
+
+def _groups(controller: str, proc: Path) -> Iterator[Path]:
+    """The directories of the process's control group for a controller, and of those above it that can be seen."""
+    paths: dict[str, str] = {}
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        if line.count(":") < 2:
+            continue
+        _, names, path = line.split(":", 2)
+        paths |= dict.fromkeys(names.split(",") if names else ["unified"], path)
+    for kind, root, place in _mounts(proc):
+        if kind == "cgroup2" and "unified" in paths:
+            path = paths["unified"]
+        elif kind == f"cgroup:{controller}" and controller in paths:
+            path = paths[controller]
+        else:
+            continue
+        # In a container the mount may show the process's own group only, and /proc its path outside.
+        inside = os.path.relpath(path, root) if _is_below(path, root) else "."
+        group = place / inside
+        while True:
+            if group.is_dir():
+                yield group
+            if group == place:
+                break
+            group = group.parent
+
+
+def _mounts(proc: Path) -> Iterator[tuple[str, str, Path]]:
+    """Hierarchies of control groups: kind, the group that is mounted, and where."""
+    for line in _text(proc / "self" / "mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        if len(fields := before.split()) < 5 or not (tail := after.split()):
+            continue
+        root, place = (_unescaped(field) for field in fields[3:5])
+        if tail[0] == "cgroup2":
+            yield "cgroup2", root, Path(place)
+        elif tail[0] == "cgroup" and len(tail) >= 3:
+            for option in tail[2].split(","):
+                yield f"cgroup:{option}", root, Path(place)
+
+
+def _is_below(path: str, root: str) -> bool:
+    return ".." not in path.split("/") and (path == root or path.startswith(root.rstrip("/") + "/"))
+
+
+def _unescaped(field: str) -> str:
+    for code in ("040", "011", "012", "134"):
+        field = field.replace(f"\\{code}", chr(int(code, 8)))
+    return field
+
+
+def _number(text: str, unit: int = 1) -> int | None:
+    text = text.strip()
+    return int(text) * unit if text.isdecimal() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
