@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
-from . import __version__, presets
+from . import __version__, presets, streams
 from .errors import DsaError
 
 
@@ -82,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "sparse attention over a text file, in ONNX Runtime, checked and timed")
     demo.add_argument("file", nargs="?", type=Path, help="text to read (default: one that comes with Python)")
-    demo.add_argument("--tokens", type=int, default=32768, help="use at most this many bytes (default: 32768)")
+    demo.add_argument(
+        "--tokens", type=int, help="use at most this many bytes (default: 32768, or fewer where memory is short)"
+    )
     demo.add_argument("--threads", type=int, default=0, help="threads (default: all)")
 
     bench = command("bench", _bench, "time the operators against torch, plain ONNX Runtime and others")
@@ -127,17 +130,43 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; 0, or 1 with the error on standard error, or 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    """Run a command.
+
+    Returns
+    -------
+    int
+        0; 1 with the error on standard error; 130 after Ctrl-C, and 141 where nobody reads standard output any more,
+        as a shell reports these signals.
+    """
+    streams.prepare()
     try:
-        args.run(args)
-    except DsaError as error:
-        print(f"dsa-tvm: {error}", file=sys.stderr)
-        return 1
+        try:
+            args = _parser().parse_args(argv)
+            args.run(args)
+        finally:
+            # Also what --help and --version have printed.
+            streams.finish()
+    except BrokenPipeError:
+        streams.discard()
+        return 141
     except KeyboardInterrupt:
-        print("dsa-tvm: interrupted", file=sys.stderr)
-        return 130
+        return _failed("interrupted", 130)
+    except (DsaError, OSError) as error:
+        return _failed(str(error))
+    except ImportError as error:
+        if (error.name or "").startswith("dsa_tvm"):
+            raise
+        return _failed(f"{error.name}: expected an installed package that can be imported, got: {error}")
+    except MemoryError as error:
+        return _failed(f"out of memory{f': {error}' if str(error) else ''}")
     return 0
+
+
+def _failed(message: str, status: int = 1) -> int:
+    with contextlib.suppress(OSError):
+        print(f"dsa-tvm: {message}", file=sys.stderr, flush=True)
+    streams.discard()
+    return status
 
 
 if __name__ == "__main__":

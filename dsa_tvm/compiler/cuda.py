@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
 from ..gpu_archs import is_arch, number_of
+from ..machine import usable_cpus
 from ..schedules import CUDA_ARCHS
 from ..schedules.cuda.source import DEVICE_HEADERS, device_code, translation_unit
-from ..spec import Dim
+from ..spec import DIMS, Dim
 from . import cuda_text, linking
 from .cuda_kernels import ANY, OPERATORS, Kernel
 
@@ -106,6 +106,44 @@ def _hand_made(arch: str, op: str, stage: str, variant: Any, sizes: Any, default
     return default
 
 
+def expect_served(archs: Sequence[str], dims: Mapping[str, Dim], asked: Mapping[str, Iterable[int]]) -> None:
+    """Find out before long work whether there are CUDA kernels for all served values, alone and together.
+
+    Parameters
+    ----------
+    archs : sequence of str
+    dims : mapping
+        The dimensions, with all values that are to be served.
+    asked : mapping
+        Those among them that the caller asked for, by dimension: what the message names.
+
+    Raises
+    ------
+    BuildError
+    """
+    for name, values in asked.items():
+        for value in values:
+            try:
+                _listed(archs, {**DIMS, name: replace(DIMS[name], values=(value,))}, _hand_made)
+            except ValueError as error:
+                raise BuildError(f"{name}: expected a value that CUDA kernels serve, got {value}: {error}") from error
+    try:
+        _listed(archs, dims, _hand_made)
+    except ValueError as error:
+        widths = ", ".join(f"{name} {value}" for name, values in asked.items() for value in values)
+        raise BuildError(f"expected sizes that CUDA kernels serve together, got {widths}: {error}") from error
+
+
+def _listed(
+    archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[..., Any]
+) -> list[tuple[str, dict[str, list[Kernel]]]]:
+    """The kernels of every operator for each architecture, and for what the driver compiles itself."""
+    return [
+        (arch, {op: list(make(arch, dims, functools.partial(chosen, arch, op))) for op, make in OPERATORS.items()})
+        for arch in (*archs, ANY)
+    ]
+
+
 def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[..., Any] = _hand_made) -> list[KernelSet]:
     """The kernel sets for `archs`, with the served values of `dims`.
 
@@ -117,8 +155,7 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[...
         Takes an architecture, an operator and what `cuda_kernels.Chosen` takes, and tells the decisions of a kernel.
     """
     sets: list[tuple[dict[str, list[Kernel]], list[str]]] = []
-    for arch in (*archs, ANY):
-        kernels = {op: list(make(arch, dims, functools.partial(chosen, arch, op))) for op, make in OPERATORS.items()}
+    for arch, kernels in _listed(archs, dims, chosen):
         same = next((names for known, names in sets if known == kernels), None)
         if same is None:
             sets.append((kernels, [arch]))
@@ -204,7 +241,7 @@ def compile_sets(
         i, unit = job
         return compile_unit(unit, sets[i].targets, directory / f"{unit.op}_{i}.fatbin", nvcc)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         results = list(pool.map(run, jobs))
     paths = {(i, unit.op): path for (i, unit), (path, _) in zip(jobs, results, strict=True)}
     return paths, [said for _, said in results]

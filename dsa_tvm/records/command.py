@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import ArgumentError, RecordError
-from ..files import write_atomically
+from ..files import expect_writable, write_atomically
 from ..ops import OPS
 from ..presets import PRESETS
 from ..report import digits, table
@@ -129,8 +129,14 @@ def _show(args: argparse.Namespace) -> None:
         if args.shape in (None, (record.shape["s_q"], record.shape["s_kv"])):
             search = (record.target, record.op, record.types, as_key(record.shape), record.machine)
             searches.setdefault(search, []).append(record)
-    if args.png and len(searches) != 1:
-        raise ArgumentError(f"records show: png: expected one search, got {len(searches)}; --op and --shape pick one")
+    if args.png:
+        if len(searches) != 1:
+            raise ArgumentError(
+                f"records show: png: expected one search, got {len(searches)}; --op and --shape pick one"
+            )
+        if not any(record.kind == "trial" for records in searches.values() for record in records):
+            raise ArgumentError("records show: png: expected a search with trials, got only finals: there is no curve")
+        _try_png(args.png)
     for (target, op, types, shape, machine), records in searches.items():
         print(f"{_heading(target, op, types, dict(shape))}  on {machine}")
         trials = [record for record in records if record.kind == "trial"]
@@ -200,12 +206,22 @@ def _print_table(rows: list[list[str]], first: str) -> None:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    s_q, s_kv = map(int, text.split("x"))
-    return s_q, s_kv
+    s_q, _, s_kv = text.partition("x")
+    if not (s_q.isdecimal() and s_kv.isdecimal() and max(len(s_q), len(s_kv)) < 11):
+        raise argparse.ArgumentTypeError(f"expected S_QxS_KV such as 1x32768, got {text!r}")
+    return int(s_q), int(s_kv)
+
+
+def _try_png(path: Path) -> None:
+    """Before a long table is printed."""
+    try:
+        expect_writable(path)
+    except OSError as error:
+        raise RecordError(f"records show: png: expected a file that can be written, got {error}") from error
 
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        write_atomically(path, data)
+        write_atomically(path, data, in_place=True)
     except OSError as error:
         raise RecordError(f"records show: png: expected a file that can be written, got {error}") from error
