@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -16,13 +18,16 @@ import time
 from pathlib import Path
 
 import bad_kernels
+import outside_kernels
 import pytest
 
 from dsa_tvm import presets
 from dsa_tvm.errors import DsaError
 from dsa_tvm.progress import Progress
 from dsa_tvm.records import Log
+from dsa_tvm.tuning import failures
 from dsa_tvm.tuning import fleet as fleets
+from dsa_tvm.tuning import workers as workers_module
 from dsa_tvm.tuning.building import Builder
 from dsa_tvm.tuning.job import Job, Options
 from dsa_tvm.tuning.tasks import Task
@@ -113,13 +118,14 @@ def test_damaged_log(finished, tmp_path):
 
 
 @contextlib.contextmanager
-def job(output, *, seconds=60.0, limit=60.0, **options):
+def job(output, *, seconds=60.0, limit=60.0, kernels=bad_kernels, work=None, **options):
     # An empty entry would be the working directory, and the checkout in it.
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
-    work = output / "work"
-    work.mkdir(parents=True)
+    environment["DSA_TVM_TEST_STATE"] = str(output)
+    work = work or output / "work"
+    work.mkdir(parents=True, exist_ok=True)
     with Workers(2, environment) as workers:
-        builder = Builder(workers, work, "cc", seconds, {"topk": bad_kernels})
+        builder = Builder(workers, work, "cc", seconds, {"topk": kernels})
         chosen = Options(
             trials=options.get("trials", 14),
             timeout=600,
@@ -163,6 +169,95 @@ def test_bad_default(tmp_path, monkeypatch):
         bad.run(progress)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """No waiting for a disk to be cleared."""
+    monkeypatch.setattr(workers_module, "PAUSES", (0.01, 0.01))
+
+
+def test_surroundings(tmp_path, capsys, impatient):
+    """A worker killed from outside, a full disk and missing memory are no candidate's fault: tried again, no record."""
+    with job(tmp_path, trials=4, kernels=outside_kernels) as unlucky, Progress(4) as progress:
+        unlucky.run(progress)
+    found = {r.decisions["accident"]: r.error for r in trials(log_of(tmp_path))}
+    assert found == dict.fromkeys(set(range(6)) - set(outside_kernels.ALWAYS))
+    said = capsys.readouterr().out
+    # What happened to some candidate for ever is told, with its cause, where it was proposed at all.
+    for accident, cause in {outside_kernels.KILLED: "SIGKILL", outside_kernels.NO_MEMORY: "out of memory"}.items():
+        assert not (tmp_path / str(accident)).exists() or cause in said
+    # It is tried by the next job.
+    with job(tmp_path, trials=6, kernels=outside_kernels) as unlucky, Progress(6) as progress:
+        unlucky.run(progress)
+    assert len(trials(log_of(tmp_path))) == 4
+    said = capsys.readouterr().out
+    assert "has no record: ended from outside: SIGKILL" in said and "has no record: out of memory" in said
+
+
+def test_surroundings_stop_a_job(tmp_path, monkeypatch, impatient):
+    """Where nothing can be tried any more, the job says why and stops."""
+    monkeypatch.setattr(outside_kernels, "choices", lambda target: {"scan": (64,), "accident": (0, 4, 5)})
+    monkeypatch.setattr(failures, "_MOST_LOST", 2)
+    with (
+        job(tmp_path, trials=3, kernels=outside_kernels) as unlucky,
+        Progress(3) as progress,
+        pytest.raises(DsaError, match=r"2 candidates in a row could not be tried; the last: .*(SIGKILL|out of memory)"),
+    ):
+        unlucky.run(progress)
+    assert {r.error for r in trials(log_of(tmp_path))} <= {None}
+
+
+def test_full_disk(tmp_path, impatient):
+    """What LLVM and the C compiler say of a full disk is the job's error, and no candidate's record."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        for room in (0, 4, 100):
+            (disk / "filler").write_bytes(b"x" * 1024 * (300 - room))
+            with (
+                job(tmp_path, trials=3, kernels=outside_kernels, work=disk / "work") as full,
+                Progress(3) as progress,
+                pytest.raises((DsaError, OSError), match=r"No space left on device"),
+            ):
+                full.run(progress)
+            assert not log_of(tmp_path)
+            shutil.rmtree(disk / "work")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_worker_that_cannot_be_started(monkeypatch, impatient):
+    """A limit on processes or open files is no traceback."""
+
+    def refused(*args, **kwargs):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with Workers(1) as workers, pytest.raises(WorkerError, match="Resource temporarily unavailable") as failed:
+        workers.ask(("nothing", ()), 60)
+    assert failed.value.is_surroundings
+
+
+def test_many_descriptors():
+    """A worker is waited for whose pipe has a number that select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip("no more than 1024 files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    worker = Worker()
+    try:
+        with pytest.raises(WorkerError, match="nothing"):
+            worker.ask(("nothing", ()), 60)
+    finally:
+        worker.stop()
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_implausible(tmp_path):
     """A time below the machine's limit is not believed."""
     with (
@@ -179,10 +274,12 @@ def test_killed_job(finished, tmp_path):
     """Kill -9 at random instants: the log keeps every finished trial, once, and no worker stays behind."""
     _, arguments, _ = finished
     lot = random.Random(7)
-    output = tmp_path / "killed"
+    output, temporary = tmp_path / "killed", tmp_path / "temporary"
+    temporary.mkdir()
     seen = []
     for _ in range(int(os.environ.get("DSA_TVM_TEST_KILLS", "3"))):
         mark = {**os.environ, "DSA_TVM_TEST_JOB": str(output)}
+        mark["TMPDIR"] = str(temporary)
         process = started(*into(output, arguments), "--trials", "200", stderr=subprocess.STDOUT, env=mark)
         announced = len(seen)
         stop = announced + lot.randrange(1, 12)
@@ -206,6 +303,8 @@ def test_killed_job(finished, tmp_path):
         while workers_of(output) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not workers_of(output)
+        # What the kills before left was cleared: one directory is this kill's own.
+        assert len(list(temporary.iterdir())) <= 1
 
 
 def workers_of(output):
@@ -269,6 +368,9 @@ def test_two_jobs_one_log(finished, tmp_path):
         (["topk", "--key", "a"], "key: expected --rpc"),
         (["topk", "--output", "/dev/null/logs"], "output: expected a directory to write to, got /dev/null/logs"),
         (["topk", "--cc", "no-such-cc"], "cc: expected a C compiler"),
+        (["topk", "--shapes", "1x" + "9" * 5000], "shapes: expected S_QxS_KV"),
+        (["topk", "--shapes", "1x99999999999"], "shapes: expected"),
+        (["topk", "--rpc", "localhost:" + "9" * 5000, "--key", "a"], "rpc: expected HOST:PORT"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):

@@ -74,6 +74,8 @@ class Linker:
         C compiler for the target.
     dims : mapping
         The dimensions, with the values that are served.
+    directory : Path, optional
+        An empty one for the compiled C files, which the caller removes; by default a temporary one.
 
     Raises
     ------
@@ -82,12 +84,21 @@ class Linker:
     """
 
     def __init__(
-        self, op: str, types: Sequence[str], target: str, cc: str = "cc", dims: Mapping[str, Dim] = DIMS
+        self,
+        op: str,
+        types: Sequence[str],
+        target: str,
+        cc: str = "cc",
+        dims: Mapping[str, Dim] = DIMS,
+        *,
+        directory: Path | None = None,
     ) -> None:
         linking.expect_compiler(cc)
         self._op, self._types, self._target, self._cc = op, tuple(types), target, cc
-        self._directory = Path(tempfile.mkdtemp(prefix="dsa-tvm-"))
-        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        if directory is None:
+            directory = Path(tempfile.mkdtemp(prefix="dsa-tvm-"))
+            weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._directory = directory
         spec_table.write(self._directory, dims, "0")
         source = linking.export_directory() / "src"
         files = [str(source / name) for name in (*linking.CORE, "measure.c")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,13 +14,15 @@ from types import ModuleType
 import tvm
 
 from ..compiler.candidates import Linker
-from ..errors import DsaError
+from ..errors import BuildError
+from ..machine import usable_cpus
 from ..schedules import CPU, space
+from .failures import WorkerError, no_default, patiently
 from .fleet import Remote
 from .search import Search
 from .source import Decisions
 from .tasks import Effort, Task
-from .workers import Request, WorkerError, Workers
+from .workers import Request, Workers
 
 
 class Builder:
@@ -78,7 +81,7 @@ class Builder:
         """
         ((_, outcome),) = self.libraries(task, [self.default(task)])
         if isinstance(outcome, WorkerError):
-            raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {outcome}")
+            raise no_default(task.title, outcome)
         return outcome
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
@@ -89,20 +92,26 @@ class Builder:
         paths = [self._directory / f"{task.op}.{next(self._numbers)}.o" for _ in proposals]
         requests = [self._request(task, d, p) for d, p in zip(proposals, paths, strict=True)]
 
-        def link(i: int) -> Path:
+        def link(i: int) -> Path | WorkerError:
             chosen = space.kernel_decisions(module, proposals[i])
             library = paths[i].with_suffix(".so")
-            linker.link(default, module.DEFAULT[task.target], paths[i], chosen, library)
+            try:
+                linker.link(default, module.DEFAULT[task.target], paths[i], chosen, library)
+            except (BuildError, OSError) as error:
+                outcome = WorkerError("BuildError", str(error))
+                if not outcome.is_surroundings:
+                    raise
+                return outcome
             paths[i].unlink()
             return library
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             linking = []
             for i, outcome in self._workers.map(requests, self._seconds):
                 if isinstance(outcome, WorkerError):
                     yield i, outcome
                 else:
-                    linking.append((i, pool.submit(link, i)))
+                    linking.append((i, pool.submit(patiently, functools.partial(link, i))))
             for i, future in linking:
                 yield i, future.result()
 
@@ -113,9 +122,13 @@ class Builder:
             try:
                 self._workers.ask(self._request(task, self.default(task), default, "default"), self._seconds)
             except WorkerError as error:
-                raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {error}") from error
-            self._linkers[task.op] = (Linker(task.op, task.types, task.target, self._cc), default)
+                raise no_default(task.title, error) from error
+            self._linkers[task.op] = (self._new_linker(task), default)
         return self._linkers[task.op]
+
+    def _new_linker(self, task: Task) -> Linker:
+        directory = Path(tempfile.mkdtemp(dir=self._directory))
+        return Linker(task.op, task.types, task.target, self._cc, directory=directory)
 
     def _request(self, task: Task, decisions: Decisions, path: Path, suffix: str = "candidate") -> Request:
         module = self.modules[task.op].__name__

@@ -6,18 +6,21 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 
-from .. import env, library, presets, workload
+from .. import env, library, presets
 from ..errors import ArgumentError, DsaError
+from ..extras import expect_installed
+from ..files import expect_writable_directory, scratch
+from ..machine import THREADS, usable_cpus
 from ..progress import Progress
 from ..records import gpu, selection
 from . import cuda_command, fleet
+from .failures import WorkerError
 from .fleet import Remote
 from .summary import summary
 from .tasks import Task, parse_shape
-from .workers import WorkerError, Workers
+from .workers import Workers, pool_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,16 +67,20 @@ def run(args: argparse.Namespace) -> None:
     """
     # Before `import tvm`, which takes seconds: a typing error is answered at once.
     remote, preset, shapes = _checked(args)
+    if not args.measure:
+        needed = ("tvm", "xgboost", "psutil", "cloudpickle", *(("tornado",) if remote else ()))
+        expect_installed("tune", "tune", *needed)
     if not args.build_only:
         _try_output(args.output)
     if cuda_command.is_asked_for(args):
         print("\n".join(cuda_command.run(args, preset, shapes)))
         return
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-    cpus = workload.usable_cpus()
+    cpus = usable_cpus()
     servers = fleet.count(remote) if remote else 1
-    # The workers import TVM while this process does.
-    with tempfile.TemporaryDirectory() as directory, Workers(max(cpus, servers)) as workers:
+    # What a worker leaves behind when it is killed goes with the job's own files.
+    with scratch() as directory, Workers(pool_size(max(cpus, servers)), {"TMPDIR": str(directory)}) as workers:
+        # The workers import TVM while this process does.
         from ..schedules import CPU_TARGETS
         from .building import Builder
         from .job import Job, Options
@@ -83,12 +90,14 @@ def run(args: argparse.Namespace) -> None:
             raise ArgumentError(f"tune: target: expected one of {', '.join(CPU_TARGETS)}, got {target!r}")
         ops = list(selection.BUCKETS) if args.op == "all" else [args.op]
         tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or selection.buckets(op)]
-        builder = Builder(workers, Path(directory), args.cc)
+        builder = Builder(workers, directory, args.cc)
         print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
         request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
         try:
             gflops = workers.ask(request, 120)
         except WorkerError as error:
+            if error.is_surroundings:
+                raise DsaError(f"tune: this machine was not measured: {error}") from error
             expected = "expected one that the measuring machine runs"
             raise DsaError(f"tune: target: {expected}, got {target}: {error}") from error
         options = Options(
@@ -119,8 +128,8 @@ def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, l
     if not args.timeout > 0:
         raise ArgumentError(f"tune: timeout: expected a positive number of seconds, got {args.timeout}")
     for threads in args.threads:
-        if not 1 <= threads <= 1024:
-            raise ArgumentError(f"tune: threads: expected 1..1024, got {threads}")
+        if threads not in THREADS:
+            raise ArgumentError(f"tune: threads: expected 1..{THREADS[-1]}, got {threads}")
     cuda_command.check(args)
     remote = fleet.parse(args.rpc, args.key) if args.rpc else None
     if args.key and not remote:
@@ -130,10 +139,7 @@ def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, l
 
 def _try_output(directory: Path) -> None:
     """Now, not after the first minutes of measuring."""
-    probe = directory / f".{os.getpid()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
+        expect_writable_directory(directory)
     except OSError as error:
         raise DsaError(f"tune: output: expected a directory to write to, got {directory}: {error}") from error

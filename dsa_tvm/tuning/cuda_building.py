@@ -13,12 +13,12 @@ import tvm
 from ..compiler import cuda_candidates, cuda_kernels
 from ..compiler.cuda_candidates import Foundation, TunedKernel
 from ..compiler.cuda_space import Space
-from ..errors import DsaError
+from .failures import WorkerError, no_default
 from .fleet import Remote
 from .search import Search
 from .source import Decisions
 from .tasks import Effort, Task
-from .workers import Request, WorkerError, Workers
+from .workers import Request, Workers
 
 
 class CudaBuilder:
@@ -86,7 +86,7 @@ class CudaBuilder:
             path = self._directory / f"{task.op}.{next(self._numbers)}.default.so"
             ((_, outcome),) = self.compiled(task, [self.default(task)], [path])
             if isinstance(outcome, WorkerError):
-                raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {outcome}")
+                raise no_default(task.title, outcome)
             self._baselines[key] = path
         return self._baselines[key]
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import workload
 from ..errors import ArgumentError, DsaError
+from ..files import scratch
 from ..gpu_archs import best_for, is_arch, runs_on
+from ..machine import usable_cpus
 from ..presets import Preset
 from ..progress import Progress
 from ..records import gpu
 from . import cuda_prebuild, prebuilt
+from .failures import WorkerError
 from .job import Job, Options
 from .prebuilt import Prebuilt
 from .source import Source
 from .summary import summary
 from .tasks import Task
-from .workers import WorkerError, Workers
+from .workers import Workers, pool_size
 
 if TYPE_CHECKING:
     from .cuda_building import CudaBuilder
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, in
         return [Task(op, target, preset, *size, types) for op in ops for types in gpu.TIMED[op] for size in sizes[op]]
 
     with (
-        tempfile.TemporaryDirectory() as directory,
-        Workers(workload.usable_cpus(), role="nvcc") as compilers,
+        scratch() as directory,
+        Workers(pool_size(usable_cpus()), {"TMPDIR": str(directory)}, role="nvcc") as compilers,
     ):
         if args.build_only:
             return cuda_prebuild.build(args, tasks(args.target), _builder(compilers, directory, args))
@@ -92,10 +93,10 @@ def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, in
             return _tune(args, tasks(target), workers, _builder(compilers, directory, args), facts, args.trials)
 
 
-def _builder(compilers: Workers, directory: str, args: argparse.Namespace) -> CudaBuilder:
+def _builder(compilers: Workers, directory: Path, args: argparse.Namespace) -> CudaBuilder:
     from .cuda_building import CudaBuilder
 
-    return CudaBuilder(compilers, Path(directory), args.cc, args.nvcc)
+    return CudaBuilder(compilers, directory, args.cc, args.nvcc)
 
 
 def _facts(workers: Workers) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from ..files import owned
 from ..progress import Progress
 from ..records import Log, spec_hash
 from . import prebuilt
-from .job import BATCH
+from .failures import Losses, WorkerError, failure, no_default
 from .prebuilt import Built, Contents, Family
-from .source import failure
 from .tasks import Task
 from .trials import Trials
-from .workers import WorkerError
+from .workers import BATCH
 
 if TYPE_CHECKING:
     from .cuda_building import CudaBuilder
@@ -122,6 +121,7 @@ def _compile(
     end: float,
 ) -> None:
     """What is not there yet, as far as it is begun by the time `end`."""
+    losses = Losses(progress.say)
     missing = []
     for built in (family.baseline, *family.candidates):
         if built.error or contents.is_built(directory, built):
@@ -135,10 +135,16 @@ def _compile(
             built = batch[i]
             if not isinstance(outcome, WorkerError):
                 built.sha256 = prebuilt.sha256(paths[i])
+                losses.end()
             elif built is family.baseline:
-                raise DsaError(f"tune: {task.title}: DEFAULT does not compile: {outcome}")
+                raise no_default(task.title, outcome)
+            elif outcome.is_surroundings:
+                # The next build in this directory tries it again.
+                losses.add(task.title, outcome)
+                continue
             else:
                 built.error = failure(outcome)
+                losses.end()
             contents.save(directory)
             if built is not family.baseline:
                 done = sum(bool(c.sha256 or c.error) for c in family.candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import socket
 import time
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ def parse(address: str, key: str) -> Remote:
     ArgumentError
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ArgumentError(f"tune: rpc: expected HOST:PORT of a tracker, got {address!r}")
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
+        raise ArgumentError(f"tune: rpc: expected HOST:PORT of a tracker, got {reprlib.repr(address)}")
     if not key:
         raise ArgumentError("tune: key: expected the key that the RPC servers were started with, got none")
     return Remote(host, int(port), key)

@@ -14,16 +14,15 @@ from typing import Any
 from .. import __version__
 from ..errors import DsaError, RecordError
 from ..progress import Progress
-from ..records import DATE_FORMAT, Log, Record, spec_hash
+from ..records import DATE_FORMAT, Log, Record, as_key, spec_hash
 from . import fleet
+from .failures import Losses, WorkerError, failure
 from .fleet import Remote
-from .source import Decisions, Proposer, Source, failure
+from .source import Decisions, Proposer, Source
 from .tasks import Effort, Task
 from .trials import Trials
-from .workers import Request, WorkerError, Workers
+from .workers import BATCH, Request, Workers
 
-#: Candidates proposed, built and measured at a time.
-BATCH = 8
 #: Trials that are measured again at the end.
 FINALISTS = 4
 #: Measuring effort by kind of record.
@@ -33,6 +32,8 @@ EFFORT: Mapping[str, Mapping[str, Any]] = {
 }
 #: DEFAULT this much slower than it was: something else keeps the machine busy.
 _DISTURBED = 1.3
+#: Kind of the error where no machine of a fleet could be asked: `measure.UnreachableError`, which imports TVM.
+_UNREACHABLE = "UnreachableError"
 _TIMES = ("seconds", "default_seconds")
 
 
@@ -89,6 +90,7 @@ class Job:
         self._options, self._tasks, self._workers, self._source = options, tasks, workers, source
         self._end = time.monotonic() + options.timeout
         self._usual: dict[tuple[Task, int], float] = {}
+        self._lost: set[tuple] = set()
 
     def run(self, progress: Progress) -> list[Record]:
         """Tune every task; the finals in the order of the tasks.
@@ -101,12 +103,16 @@ class Job:
         families: dict[tuple, list[Task]] = {}
         for task in self._tasks:
             families.setdefault(task.family, []).append(task)
+        # All of them now, not when hours have gone into the first.
+        for log in {self._log(task).path: self._log(task) for task in self._tasks}.values():
+            log.expect_writable()
         return [final for tasks in families.values() for final in self._tune(tasks, progress)]
 
     def _tune(self, tasks: Sequence[Task], progress: Progress) -> list[Record]:
         """Tune a family: a candidate is measured at every size of it."""
         first, options = tasks[0], self._options
-        log = Log(options.output / first.target / f"{first.op}.jsonl")
+        losses = Losses(progress.say)
+        log = self._log(first)
         records, damaged = log.read()
         for damage in damaged:
             progress.say(f"skipped {damage}")
@@ -117,7 +123,7 @@ class Job:
         progress.advance(min(trials.count, options.trials * len(tasks)))
         search.tell(trials.told())
         for proposals in self._proposals(first, search, covered, trials):
-            for record in self._measured(tasks, proposals, "trial", trials):
+            for record in self._measured(tasks, proposals, "trial", trials, losses):
                 log.append(record)
                 trials.add(record)
                 task = next(t for t in tasks if t.shape == record.shape)
@@ -125,12 +131,19 @@ class Job:
                 if record.error is not None:
                     progress.advance(trials.left_out(record))
             search.tell(trials.told(proposals))
+            for decisions in proposals:
+                if as_key(decisions) in self._lost:
+                    search.skip(decisions)
         finalists = [d for d in trials.best(FINALISTS) if d != self._source.default(first)]
         # A job that was killed during its finals goes on with those that are missing.
-        for record in self._measured(tasks, [d for d in finalists if not finals.is_done(d)], "final", finals):
+        missing = [d for d in finalists if not finals.is_done(d)]
+        for record in self._measured(tasks, missing, "final", finals, losses):
             log.append(record)
             finals.add(record)
         return [record for decisions in finalists for record in finals.of(decisions)]
+
+    def _log(self, task: Task) -> Log:
+        return Log(self._options.output / task.target / f"{task.op}.jsonl")
 
     def _proposals(
         self, task: Task, search: Proposer, covered: Sequence[Record], trials: Trials
@@ -146,19 +159,26 @@ class Job:
             yield batch[:left]
 
     def _measured(
-        self, tasks: Sequence[Task], proposals: Sequence[dict[str, int]], kind: str, known: Trials
+        self, tasks: Sequence[Task], proposals: Sequence[dict[str, int]], kind: str, known: Trials, losses: Losses
     ) -> Iterator[Record]:
-        """Build, then measure: on one machine the two would disturb each other."""
+        """Build, then measure: on one machine the two would disturb each other.
+
+        A candidate that could not be tried has no record.
+        """
         libraries: dict[int, Path] = {}
         for i, outcome in self._source.libraries(tasks[0], proposals) if proposals else ():
-            if isinstance(outcome, WorkerError):
-                task = next(t for t in tasks if not known.has(t, proposals[i]))
-                yield self._record(task, kind, proposals[i], outcome)
-            else:
+            if not isinstance(outcome, WorkerError):
                 libraries[i] = outcome
+                continue
+            task = next(t for t in tasks if not known.has(t, proposals[i]))
+            if not self._is_lost(task, proposals[i], outcome, losses):
+                yield self._record(task, kind, proposals[i], outcome)
         for task in tasks:
             missing = {i: library for i, library in libraries.items() if not known.has(task, proposals[i])}
             for i, outcome in self._settled(task, missing, kind):
+                if self._is_lost(task, proposals[i], outcome, losses):
+                    self._source.discard(libraries.pop(i))
+                    continue
                 record = self._record(task, kind, proposals[i], outcome)
                 if record.error is not None:
                     # It is not worth looking at elsewhere.
@@ -167,13 +187,30 @@ class Job:
         for library in libraries.values():
             self._source.discard(library)
 
+    def _is_lost(self, task: Task, decisions: Decisions, outcome: Any, losses: Losses) -> bool:
+        """Whether a candidate could not be tried.
+
+        Raises
+        ------
+        DsaError
+            DEFAULT could not, or several in a row.
+        """
+        if not (isinstance(outcome, WorkerError) and (outcome.is_surroundings or outcome.kind == _UNREACHABLE)):
+            losses.end()
+            return False
+        if dict(decisions) == self._source.default(task):
+            raise DsaError(f"tune: {task.title}: DEFAULT itself could not be tried: {outcome}")
+        losses.add(task.title, outcome)
+        self._lost.add(as_key(decisions))
+        return True
+
     def _settled(self, task: Task, libraries: Mapping[int, Path], kind: str) -> Iterator[tuple[int, Any | WorkerError]]:
         # A machine that went away costs a candidate its turn, so it gets another one, on another machine perhaps. So
         # does a candidate that was measured while something else kept the machine busy.
         for chances in (2, 1, 0):
             again = {}
             for i, outcome in self._timed(task, libraries, kind):
-                if chances and (_is_lost(outcome) or self._is_disturbed(task, outcome)):
+                if chances and (_is_remote(outcome) or self._is_disturbed(task, outcome)):
                     again[i] = libraries[i]
                 else:
                     yield i, outcome
@@ -236,5 +273,5 @@ class Job:
         return Record(**fields, seconds={}, default_seconds={}, roof={}, error=reason)
 
 
-def _is_lost(outcome: Any) -> bool:
-    return isinstance(outcome, WorkerError) and outcome.kind == "RemoteError"
+def _is_remote(outcome: Any) -> bool:
+    return isinstance(outcome, WorkerError) and outcome.kind in ("RemoteError", _UNREACHABLE)

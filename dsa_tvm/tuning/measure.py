@@ -36,6 +36,10 @@ class RemoteError(DsaError):
     """The machine, not the candidate, is at fault: no server of the key, or one that went away."""
 
 
+class UnreachableError(RemoteError):
+    """There is no machine to ask: nothing of the candidate has run."""
+
+
 def measure(library: str, task: Task, effort: Effort, remote: Remote | None = None) -> dict[str, dict[int, Any]]:
     """Check and time one candidate.
 
@@ -176,7 +180,7 @@ def _opened(library: str, remote: Remote | None) -> Iterator[tuple[Any, Any]]:
         session.upload(library)
         module = session.load_module(name)
     except Exception as error:
-        raise RemoteError(f"rpc: {error}") from error
+        raise UnreachableError(f"rpc: {error}") from error
     try:
         yield module, session.cpu()
         session.remove(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +22,12 @@ from ..ops import OPS
 from ..presets import Preset
 from ..records import as_key, spec_hash
 from ..records.record import digest
+from ..spec import DIMS, INT32_MAX
+from .failures import WorkerError
 from .fleet import Remote
 from .source import Decisions
 from .tasks import Effort, Task
-from .workers import Request, WorkerError
+from .workers import Request
 
 _NAME = "job.json"
 _FORMAT = "dsa_tvm candidates 1"
@@ -143,7 +146,8 @@ def load(directory: Path) -> Contents:
         if digest(document) != stated:
             raise ValueError("its checksum is another")
         del document["format"]
-        document["preset"] = Preset(**document["preset"])
+        document["preset"] = _preset(document["preset"])
+        _expect_map(document["versions"], str)
         document["families"] = [_family(f, document["target"], document["preset"]) for f in document["families"]]
         contents = Contents(**document)
         if not is_arch(contents.target):
@@ -154,16 +158,43 @@ def load(directory: Path) -> Contents:
     return contents
 
 
+def _preset(fields: dict[str, Any]) -> Preset:
+    preset = Preset(**fields)
+    for name, length in asdict(preset).items():
+        if name in DIMS and not (type(length) is int and DIMS[name].admits(length)):
+            raise ValueError(f"no {name}: {reprlib.repr(length)}")
+    return preset
+
+
+def _expect_map(value: Any, kind: type) -> None:
+    """Names to values of one kind, not any that Python takes for it."""
+    if not (isinstance(value, dict) and all(type(item) is kind for item in value.values())):
+        raise ValueError(f"expected names and {kind.__name__}, got {reprlib.repr(value)}")
+
+
+def _built(fields: dict[str, Any]) -> Built:
+    built = Built(**fields)
+    _expect_map(built.decisions, int)
+    if not all(isinstance(text, str) for text in (built.file, built.sha256, built.error)):
+        raise ValueError(f"no candidate: {reprlib.repr(fields)}")
+    return built
+
+
 def _family(fields: dict[str, Any], target: str, preset: Preset) -> Family:
     family = Family(**fields)
-    family.baseline = Built(**fields["baseline"])
-    family.candidates = [Built(**c) for c in fields["candidates"]]
+    if family.op not in OPS or not isinstance(family.stage, str):
+        raise ValueError(f"no operator and stage: {reprlib.repr([family.op, family.stage])}")
+    _expect_map(family.default, int)
+    family.baseline = _built(fields["baseline"])
+    family.candidates = [_built(c) for c in fields["candidates"]]
     for built in (family.baseline, *family.candidates):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.so", built.file):
             raise ValueError(f"no file name of this directory: {built.file!r}")
     if tuple(family.types) not in [tuple(v.values()) for v in OPS[family.op].variants]:
         raise ValueError(f"no element types of {family.op}: {family.types}")
     for s_q, s_kv in family.shapes:
+        if not all(type(n) is int and 1 <= n <= INT32_MAX for n in (s_q, s_kv)):
+            raise ValueError(f"no size: {reprlib.repr([s_q, s_kv])}")
         if Task(family.op, target, preset, s_q, s_kv, tuple(family.types)).stage != family.stage:
             raise ValueError(f"{family.op}: {s_q} x {s_kv} is no size of the stage {family.stage}")
     if family.spec != spec_hash(family.op):
@@ -247,3 +278,7 @@ class Listed:
         """They are not asked for again."""
         for decisions, _ in trials:
             self._left.pop(as_key(decisions), None)
+
+    def skip(self, decisions: Decisions) -> None:
+        """It is not asked for again."""
+        self._left.pop(as_key(decisions), None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from .failures import WorkerError
 from .fleet import Remote
 from .tasks import Effort, Task
-from .workers import Request, WorkerError
+from .workers import Request
 
 Decisions = Mapping[str, int]
 
@@ -26,6 +27,10 @@ class Proposer(Protocol):
 
     def tell(self, trials: list[tuple[Decisions, float | None]]) -> None:
         """Speedups over DEFAULT, None for what failed."""
+        ...
+
+    def skip(self, decisions: Decisions) -> None:
+        """Do not propose these any more, though nothing is known of them."""
         ...
 
 
@@ -56,10 +61,3 @@ class Source(Protocol):
     def discard(self, library: Path) -> None:
         """The job needs a library no more."""
         ...
-
-
-def failure(outcome: Any) -> str:
-    """Why there is no library or no time: the reason that a record keeps."""
-    if outcome.kind == "CheckError":
-        return f"wrong result: {outcome}"
-    return str(outcome) if outcome.kind in ("crashed", "timed out") else f"{outcome.kind}: {outcome}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -12,7 +13,7 @@ from ..errors import ArgumentError
 from ..ops import OPS
 from ..presets import Preset
 from ..records import gpu
-from ..spec import completed
+from ..spec import INT32_MAX, completed
 from ..workload import Workload
 
 #: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
@@ -127,9 +128,11 @@ def parse_shape(text: str) -> tuple[int, int]:
     ArgumentError
     """
     left, _, right = text.partition("x")
-    if not (left.isdecimal() and right.isdecimal() and int(left) >= 1 and int(right) >= 1):
-        raise ArgumentError(f"tune: shapes: expected S_QxS_KV such as 1x32768, got {text!r}")
-    return int(left), int(right)
+    # Python refuses to read numbers of thousands of digits.
+    lengths = [int(n) if n.isdecimal() and len(n) <= len(str(INT32_MAX)) else 0 for n in (left, right)]
+    if not all(1 <= n <= INT32_MAX for n in lengths):
+        raise ArgumentError(f"tune: shapes: expected S_QxS_KV such as 1x32768, got {reprlib.repr(text)}")
+    return lengths[0], lengths[1]
 
 
 def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workload:

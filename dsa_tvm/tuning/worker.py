@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from ..cuda_driver import CudaError
+from .failures import EXHAUSTED, SURROUNDINGS
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
@@ -41,7 +42,10 @@ def receive(file: IO[bytes]) -> Any:
     head = file.read(LENGTH.size)
     if len(head) < LENGTH.size:
         raise EOFError
-    data = file.read(LENGTH.unpack(head)[0])
+    length = LENGTH.unpack(head)[0]
+    data = file.read(length)
+    if len(data) < length:
+        raise EOFError
     return pickle.loads(data)
 
 
@@ -109,6 +113,11 @@ def main() -> None:
             # What this process still has on the GPU is worth nothing.
             print(error, flush=True)
             os._exit(1)
+        except MemoryError as error:
+            answer = ("failed", (SURROUNDINGS, f"out of memory: {error}"))
+        except OSError as error:
+            kind = SURROUNDINGS if error.errno in EXHAUSTED else type(error).__name__
+            answer = ("failed", (kind, str(error)))
         except Exception as error:
             answer = ("failed", (type(error).__name__, str(error)))
         send(answers, answer)

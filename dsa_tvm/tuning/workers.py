@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DsaError
+from ..machine import available_memory
+from .failures import FROM_OUTSIDE, PAUSES, SURROUNDINGS, WorkerError, complaint, patiently
 from .worker import receive, send
 
 #: Importing TVM takes five seconds on an idle machine.
@@ -26,19 +28,10 @@ _START_SECONDS = 180.0
 Request = tuple[str, tuple[Any, ...]]
 
 
-class WorkerError(DsaError):
-    """A request failed.
-
-    Parameters
-    ----------
-    kind : str
-        Type of the exception in the worker; ``"crashed"`` or ``"timed out"`` where the worker itself went.
-    message : str
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+#: Candidates proposed, built and measured at a time.
+BATCH = 8
+#: What a worker takes that has TVM loaded and compiles.
+_WORKER_BYTES = 400 << 20
 
 
 class Worker:
@@ -73,6 +66,9 @@ class Worker:
             self.start()
             process = self._process
             assert process is not None and process.stdin is not None
+            # What it said of earlier requests is not the cause of what comes. It shares the place in the file.
+            self._words.seek(0)
+            self._words.truncate()
             try:
                 send(process.stdin, request)
             except OSError:
@@ -92,10 +88,15 @@ class Worker:
         if self._process is not None:
             _kill(self._process)
             self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout, self._words):
+            for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
+                    # What was not sent is of no use to a process that is gone.
+                    with suppress(BrokenPipeError):
+                        stream.close()
             self._process = None
+        if self._words is not None:
+            self._words.close()
+            self._words = None
 
     def start(self) -> None:
         """Start the process, unless it runs.
@@ -109,28 +110,39 @@ class Worker:
             if self._process is not None and self._process.poll() is None:
                 return
             self.stop()
-            self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by `stop`
-            self._process = subprocess.Popen(
-                # Not the package of a checkout that the job was started in.
-                [sys.executable, "-P", "-m", "dsa_tvm.tuning.worker", self._role],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._words,
-                env=self._environment,
-                # Ctrl-C is for the job, which ends its workers itself.
-                start_new_session=True,
-            )
+            try:
+                # In memory: a worker that met a full disk could not say so there.
+                self._words = os.fdopen(os.memfd_create("words"), "w+b")
+                self._process = subprocess.Popen(
+                    # Not the package of a checkout that the job was started in.
+                    [sys.executable, "-P", "-m", "dsa_tvm.tuning.worker", self._role],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._words,
+                    env=self._environment,
+                    # Ctrl-C is for the job, which ends its workers itself.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                # A limit on processes or open files, or no memory.
+                self.stop()
+                raise WorkerError(SURROUNDINGS, f"no worker process can be started: {error}") from error
             try:
                 self._answer(_START_SECONDS)
             except WorkerError as error:
+                if error.is_surroundings:
+                    raise
                 raise DsaError(f"tune: expected a worker process to start, got: {error}") from error
 
     def _answer(self, seconds: float) -> Any:
         process = self._process
         assert process is not None and process.stdout is not None
         deadline = time.monotonic() + seconds
+        # Not select(), which takes no descriptor above 1023.
+        waiting = select.poll()
+        waiting.register(process.stdout, select.POLLIN)
         # The first byte is waited for; what follows it comes at once.
-        while not select.select([process.stdout], [], [], 0.2)[0]:
+        while not waiting.poll(200):
             if time.monotonic() > deadline:
                 self.stop()
                 raise WorkerError("timed out", f"timed out after {seconds:.0f} s")
@@ -143,10 +155,22 @@ class Worker:
         assert self._process is not None
         status = self._process.wait()
         self._words.seek(0)
-        last = self._words.read().decode(errors="replace").strip().splitlines()[-1:]
+        words = self._words.read().decode(errors="replace").strip()
         self.stop()
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return WorkerError("crashed", f"crashed: {how}{''.join(f' ({line})' for line in last)}")
+        said = "".join(f" ({line})" for line in [complaint(words) or words.rpartition("\n")[2]] if line)
+        if -status in FROM_OUTSIDE:
+            likely = "; the kernel does so where memory runs out" if -status == signal.SIGKILL else ""
+            return WorkerError(SURROUNDINGS, f"ended from outside: {signal.Signals(-status).name}{said}{likely}")
+        return WorkerError(
+            "crashed", f"crashed: {_signal_name(-status) if status < 0 else f'exit status {status}'}{said}"
+        )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -156,8 +180,16 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def pool_size(wanted: int) -> int:
+    """How many workers to have: at most those that a job has requests for, and that there is memory for."""
+    return max(1, min(wanted, BATCH, available_memory() // _WORKER_BYTES))
+
+
 class Workers:
     """Several workers, used as a context manager; leaving it kills them all.
+
+    A request whose worker met its surroundings (`WorkerError.is_surroundings`) is tried again a few times, when the
+    others are done and with no other beside it, because what was short may have been what the others held.
 
     Parameters
     ----------
@@ -224,6 +256,16 @@ class Workers:
             finally:
                 free.put(worker)
 
+        def alone(request: Request) -> Any:
+            return self._threads.submit(answer, request).result()
+
         futures = {self._threads.submit(answer, request): i for i, request in enumerate(requests)}
+        again: list[int] = []
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            outcome = future.result()
+            if isinstance(outcome, WorkerError) and outcome.is_surroundings:
+                again.append(futures[future])
+            else:
+                yield futures[future], outcome
+        for i in again:
+            yield i, patiently(functools.partial(alone, requests[i]), PAUSES)
