@@ -65,7 +65,7 @@ def verify(path: Path) -> dict:
         abi, size, digest = manifest["abi"], manifest["size"], manifest["sha256"]
     except FileNotFoundError as error:
         raise LibraryError(f"library: expected its manifest at {manifest_path}, got none") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LibraryError(f"library: expected a manifest at {manifest_path}, got one that cannot be read") from error
     if abi != ABI_VERSION:
         raise LibraryError(f"library: expected ABI {ABI_VERSION}, got {abi} in {manifest_path}")

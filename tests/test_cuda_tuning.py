@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -266,6 +267,30 @@ def test_no_driver(directory, tmp_path):
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
+ODD = [None, True, -1, 0, 1.5, 10**30, "", "x", "\0", [], [[]], {}, {"a": None}, [None, 1], [1, 2, 3]]
+
+
+def anywhere(document):
+    """Copies of a JSON document, each with an odd value in one place, or with something left out."""
+
+    def places(value):
+        if isinstance(value, dict | list):
+            for key in list(value) if isinstance(value, dict) else range(len(value)):
+                yield value, key
+                yield from places(value[key])
+
+    for value, key in list(places(document)):
+        kept = value[key]
+        for odd in ODD:
+            value[key] = odd
+            yield copy.deepcopy(document)
+        value[key] = kept
+        if isinstance(value, dict):
+            del value[key]
+            yield copy.deepcopy(document)
+            value[key] = kept
+
+
 def test_damaged_directory(directory, tmp_path):
     path = directory / "job.json"
     whole = path.read_bytes()
@@ -300,6 +325,15 @@ def test_damaged_directory(directory, tmp_path):
     expect_refusal_of("for another version of topk", spec="0123")
     expect_refusal_of("no element types of topk", types=["int4"])
     expect_refusal_of("sort", op="sort")
+    # Any value at any place, with the right checksum: taken or refused, and nothing else.
+    for document in anywhere(json.loads(whole)):
+        document.pop("sum", None)
+        with contextlib.suppress(DsaError, RecursionError):
+            path.write_bytes(json.dumps(document | {"sum": prebuilt.digest(document)}).encode())
+            contents = prebuilt.load(directory)
+            source = prebuilt.Prebuilt(directory, contents)
+            for task in contents.tasks():
+                list(source.libraries(task, source.search(task, 0, 8).ask()))
     path.write_bytes(whole)
     for damage in (lambda p: p.write_bytes(b"other"), lambda p: p.unlink()):
         damage(directory / "topk.rows.0001.so")

@@ -70,8 +70,10 @@ def test_other_abi(copy):
         dsa_tvm.get_library_path(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"abi": 1}', "\x00" * 40])
-def test_manifest_that_cannot_be_read(copy, text):
+@pytest.mark.parametrize("repeat", [1, 10**5], ids=["once", "nested"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"abi": 1}', "\x00", "[", '{"a":'])
+def test_manifest_that_cannot_be_read(copy, text, repeat):
+    text *= repeat
     (copy.parent / library.MANIFEST_NAME).write_text(text)
     with pytest.raises(dsa_tvm.LibraryError, match="manifest"):
         dsa_tvm.get_library_path(copy)
