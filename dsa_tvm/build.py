@@ -9,8 +9,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ from .errors import BuildError
 from .extras import expect_installed
 from .files import expect_writable_directory, scratch, sha256, write_atomically
 from .library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
+from .machine import in_units
 from .spec import DIMS, with_values
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ DEFAULT_TARGETS = {
 WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)
 #: The target that stands for all GPUs, beside which there are CPU targets in every library.
 CUDA_TARGET = "cuda"
+#: What a build takes of the directory for temporary files.
+_SCRATCH_BYTES = 64 << 20
 #: What ``--records`` takes for no records at all.
 NO_RECORDS = "none"
 
@@ -125,7 +130,13 @@ def build(
 
         archs = cuda.check_archs(archs)
         cuda.expect_served(archs, dims, served or {})
-    with scratch() as work:
+    with _errors_of_files(), scratch() as work:
+        if (free := shutil.disk_usage(work).free) < _SCRATCH_BYTES:
+            # LLVM ends the process where it cannot write an object.
+            got = f"{in_units(free)} in {work.parent}"
+            raise BuildError(
+                f"expected {in_units(_SCRATCH_BYTES)} for temporary files, got {got}; $TMPDIR names another"
+            )
         built = objects.compile_objects(rows, work, progress)
         spec_table.write(work, dims, version)
         # The targets are named from the oldest to the newest; the library takes the first that runs.
@@ -151,8 +162,16 @@ def build(
         }
         # The manifest goes last: a library without its manifest is refused, one with a stale manifest too.
         write_atomically(out / LIBRARY_NAME, library.read_bytes(), 0o755)
-    write_atomically(out / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
+        write_atomically(out / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
     return out / LIBRARY_NAME
+
+
+@contextmanager
+def _errors_of_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"expected files that can be written, got {error}") from error
 
 
 def _kernels(compiled: Compiled) -> dict[str, list[dict]]:

@@ -59,7 +59,8 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644, *, in_place: bo
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _replace(path, data, mode, kept)
+        with _about(path):
+            _replace(path, data, mode, kept)
     except OSError as error:
         # Something is mounted there, or the directory takes no new files.
         if not in_place or kept is None or error.errno not in _NO_NEW_FILES:
@@ -103,14 +104,15 @@ def expect_writable_directory(directory: Path) -> None:
         It is none, permissions forbid it, or the disk is full.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    handle, probe = tempfile.mkstemp(dir=directory, prefix=".dsa-tvm.")
-    try:
-        # Some file systems find out only when the data goes to the disk that there is no room.
-        os.write(handle, bytes(4096))
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-        os.unlink(probe)
+    with _about(directory):
+        handle, probe = tempfile.mkstemp(dir=directory, prefix=".dsa-tvm.")
+        try:
+            # Some file systems find out only when the data goes to the disk that there is no room.
+            os.write(handle, bytes(4096))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+            os.unlink(probe)
 
 
 def sync_directory(directory: Path) -> None:
@@ -188,6 +190,17 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Let an error name what the caller knows, not a file beside it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _status(path: Path) -> os.stat_result | None:

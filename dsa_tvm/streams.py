@@ -21,8 +21,8 @@ def prepare() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is taken, which is this one.
-            os.open(os.devnull, os.O_RDWR)
+            # The lowest free number is taken, which is this one. Programs that are started have it, too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     codecs.register_error(_ERRORS, _encoded)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def expect_memory(op: str, preset: Preset, s_q: int, s_kv: int) -> None:
         The message says what is needed, what there is, and what limits it.
     """
     spec = OPS[op]
-    lengths = completed({"s_q": s_q, "s_kv": s_kv, **asdict(preset)})
+    lengths = completed({"s_q": s_q, "s_kv": s_kv, **preset.lengths})
 
     def size(tensors: Iterable[TensorSpec]) -> int:
         return 4 * sum(math.prod(lengths[d] for d in t.shape) for t in tensors)

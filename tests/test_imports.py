@@ -55,7 +55,7 @@ ALLOWED = {
         "schedules",
         "spec",
     },
-    "build": {"compiler", "errors", "extras", "files", "library", "presets", "records", "spec"},
+    "build": {"compiler", "errors", "extras", "files", "library", "machine", "presets", "records", "spec"},
     "tuning": {
         *("calls", "compiler", "cuda_driver", "dlpack", "element_types", "env", "errors", "extras", "files", "gate"),
         *(

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import time
 
@@ -203,6 +204,36 @@ def test_full_disk(tmp_path):
         assert numbers(log) == [*written, 7777]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_is_no_regular_file(log):
+    """A FIFO is neither waited for nor emptied nor replaced; a device, neither. It is said before anything is done."""
+    log.path.parent.mkdir(parents=True)
+    os.mkfifo(log.path)
+    for action in (log.expect_writable, lambda: write(log, 1), lambda: merge([], log.path)):
+        with pytest.raises(RecordError, match="not a regular file"):
+            action()
+    records, (damage,) = log.read()
+    assert not records and damage.line == 0 and "not a regular file" in damage.reason
+    assert stat.S_ISFIFO(log.path.stat().st_mode)
+    log.path.unlink()
+    log.path.symlink_to("/dev/null")
+    with pytest.raises(RecordError, match="not a regular file"):
+        write(log, 1)
+
+
+def test_a_link_to_a_log(log, tmp_path):
+    """What it leads to is written and merged into; the link stays."""
+    other = Log(tmp_path / "other" / log.path.parent.name / log.path.name)
+    write(other, 1)
+    log.path.parent.mkdir(parents=True)
+    log.path.symlink_to(other.path)
+    log.expect_writable()
+    write(log, 2)
+    source = Log(tmp_path / "source" / log.path.parent.name / log.path.name)
+    write(source, 3)
+    merge([source.path], log.path)
+    assert log.path.is_symlink() and numbers(other) == numbers(log) == [1, 2, 3]
 
 
 def test_disk_that_does_not_sync(log, monkeypatch):

@@ -228,6 +228,27 @@ def test_full_disk(tmp_path, impatient):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        ("BuildError", "cc -O2 x.c\n/usr/bin/ld: final link failed: No space left on device", True),
+        ("BuildError", "gcc: fatal error: Killed signal terminated program cc1", True),
+        ("BuildError", "nvcc error : 'cicc' died due to signal 9 (Kill signal)", True),
+        ("BuildError", "nvcc error : 'cicc' died due to signal 11 (Invalid memory reference)", False),
+        ("BuildError", "ptxas error : Entry function uses too much shared data", False),
+        ("crashed", "crashed: exit status 1 (cuda: cuMemAlloc: out of memory)", True),
+        ("crashed", "crashed: SIGSEGV", False),
+        ("crashed", "crashed: SIGABRT (terminate called after throwing an instance of 'std::bad_alloc')", True),
+        ("RuntimeError", "topk: no memory for the workspace of a task", True),
+        ("SizeError", "topk: s_q, s_kv: expected inputs that fit into memory, got 1 and 9", True),
+        ("CheckError", "topk: expected errors within the tolerance, no memory of which is left", False),
+        ("timed out", "timed out after 180 s", False),
+    ],
+)
+def test_whose_fault(kind, message, expected):
+    assert WorkerError(kind, message).is_surroundings == expected
+
+
 def test_a_worker_that_cannot_be_started(monkeypatch, impatient):
     """A limit on processes or open files is no traceback."""
 

@@ -31,12 +31,12 @@ EXHAUSTED = frozenset(
 FROM_OUTSIDE = frozenset(
     {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU, signal.SIGXFSZ}
 )
-#: What compilers, linkers, LLVM, the loader and CUDA say where the disk is full or there is no memory.
+#: What compilers, linkers, LLVM, the loader, CUDA and this package say where the disk is full or there is no memory.
 _COMPLAINTS = re.compile(
     r"no space left on device|no such file or directory|disk quota exceeded|read-only file system|input/output error"
     r"|too many open files|resource temporarily unavailable|cannot create thread|killed signal terminated|signal 9\b"
     r"|cannot allocate memory|memory allocation failure|out of memory|out_of_memory|memory exhausted|std::bad_alloc"
-    r"|\bMemoryError\b",
+    r"|\bMemoryError\b|\bno memory\b|fit into memory",
     re.IGNORECASE,
 )
 #: How often a request is tried whose worker met its surroundings, and the seconds before each further try.
