@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Targets a library has by default, by the machine it is built for.
 DEFAULT_TARGETS = {
-    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4"),
+    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"),
     "aarch64": ("aarch64",),
 }
 #: Dimensions whose values a library lists.
@@ -113,7 +113,10 @@ def build(
     import tvm
 
     from .compiler import objects, plan
+    from .schedules import BASES
 
+    # What a target has no kernels of its own for comes from its base, which is in the library too.
+    targets = tuple(dict.fromkeys(t for target in targets for t in (BASES.get(target, target), target)))
     rows = plan.make(targets, measured, model, progress)
     if with_cuda:
         from .compiler import cuda, cuda_part, cuda_plan
@@ -125,7 +128,7 @@ def build(
         built = objects.compile_objects(rows, work, progress)
         spec_table.write(work, dims, version)
         # The targets are named from the oldest to the newest; the library takes the first that runs.
-        sets = [(target, parts.kernels) for target, parts in reversed(built.items())]
+        sets = [(target, objects.tables(target, built)) for target in reversed(built)]
         (work / "table.c").write_text(kernel_table.source(sets))
         in_cuda = None
         if with_cuda:

@@ -17,7 +17,8 @@ static int cpu_runs(const char *target) {
            __builtin_cpu_supports("avx512vl");
   if (!strcmp(target, "x86-64-v2")) return v2;
   if (!strcmp(target, "x86-64-v3")) return v3;
-  return !strcmp(target, "x86-64-v4") && v4;
+  if (!strcmp(target, "x86-64-v4")) return v4;
+  return !strcmp(target, "x86-64-v4-bf16") && v4 && __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__)
   return !strcmp(target, "aarch64");
 #else
