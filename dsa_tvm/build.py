@@ -113,11 +113,8 @@ def build(
     import tvm
 
     from .compiler import objects, plan
-    from .schedules import BASES
 
-    # What a target has no kernels of its own for comes from its base, which is in the library too.
-    targets = tuple(dict.fromkeys(t for target in targets for t in (BASES.get(target, target), target)))
-    rows = plan.make(targets, measured, model, progress)
+    rows = plan.make(plan.with_bases(targets), measured, model, progress)
     if with_cuda:
         from .compiler import cuda, cuda_part, cuda_plan
 

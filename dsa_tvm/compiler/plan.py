@@ -10,10 +10,15 @@ from ..errors import BuildError
 from ..presets import Preset
 from ..records import Record
 from ..records.selection import Row, choose
-from ..schedules import CPU, CPU_TARGETS, cpu_variants, space
+from ..schedules import BASES, CPU, CPU_TARGETS, cpu_variants, space
 
 #: Target to operator to rows, of which the last takes all calls.
 Plan = Mapping[str, Mapping[str, Sequence[Row]]]
+
+
+def with_bases(targets: Iterable[str]) -> tuple[str, ...]:
+    """Targets, each behind the one that its other kernels come from, which has to be in the library too."""
+    return tuple(dict.fromkeys(t for target in targets for t in (BASES.get(target, target), target)))
 
 
 def make(
