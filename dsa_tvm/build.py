@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Targets a library has by default, by the machine it is built for.
 DEFAULT_TARGETS = {
-    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4"),
+    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"),
     "aarch64": ("aarch64",),
 }
 #: Dimensions whose values a library lists.
@@ -124,7 +124,7 @@ def build(
 
     from .compiler import objects, plan
 
-    rows = plan.make(targets, measured, model, progress)
+    rows = plan.make(plan.with_bases(targets), measured, model, progress)
     if with_cuda:
         from .compiler import cuda, cuda_part, cuda_plan
 
@@ -140,7 +140,7 @@ def build(
         built = objects.compile_objects(rows, work, progress)
         spec_table.write(work, dims, version)
         # The targets are named from the oldest to the newest; the library takes the first that runs.
-        sets = [(target, parts.kernels) for target, parts in reversed(built.items())]
+        sets = [(target, objects.tables(target, built)) for target in reversed(built)]
         (work / "table.c").write_text(kernel_table.source(sets))
         in_cuda = None
         if with_cuda:

@@ -67,6 +67,13 @@ def lightning_indexer(
     -------
     logits : tensor [s_q, s_kv], float32
 
+    Notes
+    -----
+    Products are summed in float32. A CPU with AVX512-BF16 (`active_target` is then ``x86-64-v4-bf16``) multiplies
+    bfloat16, fp8 and int8 by its bf16 dot products: exact products, and sums as precise as those of float32, but
+    subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in float32,
+    but where a sum overflows on the way, its parts may overflow in another order.
+
     Raises
     ------
     ArgumentError, KernelError, LibraryError

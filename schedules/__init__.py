@@ -25,9 +25,32 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
     "x86-64-v2": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v2"},
     "x86-64-v3": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
     "x86-64-v4": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v4"},
+    "x86-64-v4-bf16": {
+        "kind": "llvm",
+        "mtriple": "x86_64-linux-gnu",
+        "mcpu": "x86-64-v4",
+        "mattr": ["+avx512bf16"],
+    },
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
 }
 
 #: GPU architectures that a library has machine code for by default. Of Hopper's own instructions, which sm_90a has and
 #: sm_90 lacks, there are kernels; sm_100 and sm_120 without an ``a`` serve the later GPUs of their generations, too.
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+#: Targets that have kernels for some element types only, which are better there, and where the others are from.
+BASES: Mapping[str, str] = {"x86-64-v4-bf16": "x86-64-v4"}
+
+
+def cpu_variants(op: str, target: str) -> tuple[Mapping[str, str], ...]:
+    """Element types that a target has kernels of its own for; none where those of its base are as good."""
+    if target not in BASES:
+        return CPU_VARIANTS[op]
+    takes = getattr(CPU[op], "takes_bf16", None)
+    return tuple(variant for variant in CPU_VARIANTS[op] if takes and takes(variant))
+
+
+def cpu_kernel(op: str, variant: Mapping[str, str], target: str, decisions: Any) -> Any:
+    """The PrimFunc of a CPU kernel."""
+    options = {"bf16": True} if target in BASES else {}
+    return CPU[op].tensor_ir(variant, decisions, **options)

@@ -12,6 +12,13 @@ import dsa_tvm
 from dsa_tvm.ops import OPS
 
 
+def float_target() -> str:
+    """The CPU target that the kernels for float32 are of."""
+    from dsa_tvm.schedules import BASES
+
+    return BASES.get(dsa_tvm.active_target(), dsa_tvm.active_target())
+
+
 def run(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
     """What ``dsa_tvm.<op>(*args, **kwargs)`` returns.
 

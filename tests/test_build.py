@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compare import assert_close, tolerance_of
+from devices import float_target
 from other_library import in_use
 from samples import attention_inputs, flatten, indexer_inputs
 from tuning_records import make
@@ -47,7 +48,7 @@ def tuned(tmp_path_factory):
     """A library for more sizes, from a directory of records, some of them damaged or of no use."""
     from dsa_tvm.schedules import CPU
 
-    target = dsa_tvm.active_target()
+    target = float_target()
     logs, out = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("lib")
     kinds = {"kind": "final", "target": target}
     for (op, s_q, s_kv), changed in FOUND.items():
@@ -106,7 +107,7 @@ def test_a_damaged_log_does_not_stop_a_build(tuned):
 def test_the_manifest_says_which_decisions_serve_what(tuned):
     from dsa_tvm.schedules import CPU
 
-    target = dsa_tvm.active_target()
+    target = float_target()
     rows = library.verify(tuned[0])["kernels"][target]
     for op, module in CPU.items():
         default = asdict(module.DEFAULT[target])
@@ -185,7 +186,7 @@ def test_refusals(tmp_path, arguments, words):
     assert not list(tmp_path.glob("lib/*"))
 
 
-@pytest.mark.parametrize("target", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("target", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"])
 def test_every_level_this_cpu_runs(target):
     """The tests of the operators once more, on kernels that were not picked."""
     if target not in library.verify(library.default_path())["targets"]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from devices import float_target
 from samples import attention_inputs
 
 import dsa_tvm
@@ -42,7 +43,7 @@ def installed_decisions(op):
     """Those of the kernel that the installed library takes for our lengths."""
     from dsa_tvm.schedules import CPU
 
-    rows = library.verify(library.default_path())["kernels"][dsa_tvm.active_target()][op]
+    rows = library.verify(library.default_path())["kernels"][float_target()][op]
     row = next(r for r in rows if r["s_q"] >= S_Q and r["s_kv"] >= S_KV)
     return CPU[op].Decisions(**row["decisions"])
 
@@ -51,7 +52,7 @@ def installed_decisions(op):
 def attention(tmp_path_factory):
     """`sparse_mla`: optional inputs, attributes of both kinds, and bits that depend on the decisions."""
     directory = tmp_path_factory.mktemp("attention")
-    return make("sparse_mla", dsa_tvm.active_target(), installed_decisions("sparse_mla"), directory)
+    return make("sparse_mla", float_target(), installed_decisions("sparse_mla"), directory)
 
 
 def local(path):

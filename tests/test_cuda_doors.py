@@ -372,7 +372,7 @@ dsa_tvm.topk(OnGpu(np.zeros((1, 5), np.float32)), OnGpu(n), OnGpu(n), 2, out=OnG
 
 def test_the_manifest_lists_what_there_is_for_gpus(built):
     manifest = library.verify(built)
-    assert manifest["targets"] == [dsa_tvm.active_target()]
+    assert manifest["targets"][-1] == dsa_tvm.active_target()
     assert manifest["cuda"]["archs"] == list(CUDA_ARCHS) and manifest["cuda"]["ptx"] == "compute_80"
     assert {"dsa_topk__rows", "dsa_topk__parts", "dsa_topk__merge"} <= manifest["cuda"]["kernels"][0]["topk"].keys()
     code = "from dsa_tvm import library; import json; print(json.dumps(library.cuda_archs()))"

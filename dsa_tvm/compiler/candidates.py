@@ -24,7 +24,7 @@ from .kernel_table import Kernels
 SUFFIXES = ("default", "candidate")
 
 #: What GCC calls the targets that it calls otherwise.
-_MARCH = {"aarch64": "armv8-a"}
+_MARCH = {"aarch64": "armv8-a", "x86-64-v4-bf16": "x86-64-v4"}
 
 
 def compile_kernel(

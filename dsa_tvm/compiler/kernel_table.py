@@ -38,8 +38,8 @@ _STRUCTS: Mapping[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-def _row(kernels: Kernels, num_types: int, fields: Iterable[str]) -> str:
-    lengths = f".s_q = {kernels.s_q}, .s_kv = {kernels.s_kv}"
+def _row(kernels: Kernels, num_types: int, fields: Iterable[str], last: bool) -> str:
+    lengths = f".s_q = {kernels.s_q}, .s_kv = {kernels.s_kv}, .last = {int(last)}"
     # One element type stands for all.
     entries = (
         f"   .entry{''.join(f'[DTYPE_{t.upper()}]' for t in (types * num_types)[:num_types])} = __tvm_ffi_{symbol}"
@@ -55,7 +55,8 @@ def source(sets: Sequence[tuple[str, Mapping[str, Sequence[Kernels]]]]) -> str:
     Parameters
     ----------
     sets : sequence of (target, rows)
-        Best target first; `rows` maps an operator to its table. An operator without one has no kernels.
+        Best target first; `rows` maps an operator to its table. An operator without one has no kernels. A row serves
+        the element types that it has kernels for; for others, a later row of the table is taken.
 
     Raises
     ------
@@ -71,7 +72,8 @@ def source(sets: Sequence[tuple[str, Mapping[str, Sequence[Kernels]]]]) -> str:
             if table and (table[-1].s_q, table[-1].s_kv) != (INT32_MAX, INT32_MAX):
                 raise BuildError(f"{op}: expected a last row for all lengths, got {table[-1]}")
             symbols |= dict.fromkeys(symbol for kernels in table or () for symbol in kernels.symbols.values())
-            cells = "".join(_row(kernels, num_types, fields if table else ()) for kernels in table or nothing)
+            found = table or nothing
+            cells = "".join(_row(x, num_types, fields if table else (), x is found[-1]) for x in found)
             tables.append(f"static const struct {struct}_kernel {struct}_{i}[] = {{\n{cells}}};\n")
         heads.append(f'  {{"{target}", {", ".join(f"{struct}_{i}" for struct, *_ in _STRUCTS.values())}}},\n')
     declared = (f"int __tvm_ffi_{s}(void *, const struct tvm_any *, int32_t, struct tvm_any *);\n" for s in symbols)

@@ -10,7 +10,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from ..schedules import CPU, CPU_TARGETS, CPU_VARIANTS
+from ..schedules import BASES, CPU, CPU_TARGETS, cpu_kernel, cpu_variants
 from .kernel_table import Kernels
 from .plan import Plan
 
@@ -49,7 +49,7 @@ def _added(
     functions: dict[str, tvm.tirx.PrimFunc], op: str, variant: Mapping[str, str], target: str, decisions: Any
 ) -> str:
     """The symbol of a kernel among `functions`, which it joins unless one of equal code is there."""
-    function = CPU[op].tensor_ir(variant, decisions)
+    function = cpu_kernel(op, variant, target, decisions)
     for name, known in functions.items():
         if tvm_ffi.structural_equal(known, function):
             return name
@@ -83,10 +83,17 @@ def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]
             kernels[op] = []
             for row in rows:
                 decisions = CPU[op].Decisions(**row.decisions)
-                symbols = {tuple(v.values()): _added(functions, op, v, target, decisions) for v in CPU_VARIANTS[op]}
+                variants = cpu_variants(op, target)
+                symbols = {tuple(v.values()): _added(functions, op, v, target, decisions) for v in variants}
                 kernels[op].append(Kernels(row.s_q_max, row.s_kv_max, decisions, symbols))
         progress(f"compiling {len(functions)} kernels for {target}")
         path = directory / f"{target}.o"
         write_object(functions, target, path)
         built[target] = Compiled(path, kernels)
     return built
+
+
+def tables(target: str, built: Mapping[str, Compiled]) -> dict[str, list[Kernels]]:
+    """The whole tables of a target: its own rows, and behind them those of its base."""
+    parts = [built[t].kernels for t in (target, BASES.get(target)) if t]
+    return {op: [row for kernels in parts for row in kernels.get(op, ())] for op in CPU}

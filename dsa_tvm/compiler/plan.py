@@ -7,20 +7,24 @@ from dataclasses import asdict
 from types import ModuleType
 
 from ..errors import BuildError
-from ..ops import OPS
 from ..presets import Preset
 from ..records import Record
 from ..records.selection import Row, choose
-from ..schedules import CPU, CPU_TARGETS, space
+from ..schedules import BASES, CPU, CPU_TARGETS, cpu_variants, space
 
 #: Target to operator to rows, of which the last takes all calls.
 Plan = Mapping[str, Mapping[str, Sequence[Row]]]
 
 
+def with_bases(targets: Iterable[str]) -> tuple[str, ...]:
+    """Targets, each behind the one that its other kernels come from, which has to be in the library too."""
+    return tuple(dict.fromkeys(t for target in targets for t in (BASES.get(target, target), target)))
+
+
 def make(
     targets: Iterable[str], records: Sequence[Record], preset: Preset, progress: Callable[[str], None]
 ) -> dict[str, dict[str, list[Row]]]:
-    """The rows of every operator on every target.
+    """The rows of every operator on every target that has kernels of its own for it.
 
     Parameters
     ----------
@@ -43,8 +47,11 @@ def make(
             raise BuildError(f"target: expected one of {', '.join(CPU_TARGETS)}, got {target}")
         plan[target] = {}
         for op, module in CPU.items():
+            variants = cpu_variants(op, target)
+            if not variants:
+                continue
             # The first element types stand for all: every variant is compiled with the same decisions.
-            types = tuple(OPS[op].variants[0].values())
+            types = tuple(variants[0].values())
             finals = [r for r in records if (r.op, r.target, r.types, r.kind) == (op, target, types, "final")]
             usable = [r for r in finals if _is_taken(module, r, progress)]
             plan[target][op] = choose(op, usable, asdict(module.DEFAULT[target]), preset.lengths)

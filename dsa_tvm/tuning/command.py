@@ -81,13 +81,16 @@ def run(args: argparse.Namespace) -> None:
     # What a worker leaves behind when it is killed goes with the job's own files.
     with scratch() as directory, Workers(pool_size(max(cpus, servers)), {"TMPDIR": str(directory)}) as workers:
         # The workers import TVM while this process does.
-        from ..schedules import CPU_TARGETS
+        from ..schedules import BASES, CPU_TARGETS
         from .building import Builder
         from .job import Job, Options
 
-        target = args.target or library.active_target()
-        if target not in CPU_TARGETS:
-            raise ArgumentError(f"tune: target: expected one of {', '.join(CPU_TARGETS)}, got {target!r}")
+        active = library.active_target()
+        target = args.target or BASES.get(active, active)
+        # What is tuned is tuned in float32, for which these have no kernels.
+        tunable = [name for name in CPU_TARGETS if name not in BASES]
+        if target not in tunable:
+            raise ArgumentError(f"tune: target: expected one of {', '.join(tunable)}, got {target!r}")
         ops = list(selection.BUCKETS) if args.op == "all" else [args.op]
         tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or selection.buckets(op)]
         builder = Builder(workers, directory, args.cc)

@@ -11,6 +11,7 @@ static int cpu_runs(const char *target) {
 #if defined(__x86_64__)
   const struct x86_features features = x86_features_here();
   int level = x86_level(&features);
+  if (!strcmp(target, "x86-64-v4-bf16")) return level >= 4 && x86_has_avx512_bf16(&features);
   return !strncmp(target, "x86-64-v", 8) && target[8] >= '2' && target[8] <= '0' + level && !target[9];
 #elif defined(__aarch64__)
   return !strcmp(target, "aarch64");

@@ -140,20 +140,24 @@ struct tvm_any {
 typedef int (*dsa_kernel)(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result);
 
 /* The compiled kernels of one operator, and what the cutting into tasks must know of them. A table has a row for each
- * size they were chosen for: the first row that serves a call's lengths is taken, and the last one serves all. */
+ * size and target they were chosen for: the first row that serves a call's lengths and has a kernel for its element types
+ * is taken, and the last one serves all lengths. */
 struct indexer_kernel {
   int64_t s_q, s_kv;                        /* the largest lengths it serves */
+  int last;                                 /* whether no row follows */
   dsa_kernel entry[NUM_DTYPES][NUM_DTYPES]; /* by element types of q and k; NULL: not compiled */
   int64_t rows, task_keys, block_keys, min_keys, tasks_per_thread;
 };
 
 struct topk_kernel {
   int64_t s_q, s_kv;
+  int last;
   dsa_kernel entry;
 };
 
 struct mla_kernel {
   int64_t s_q, s_kv;
+  int last;
   dsa_kernel entry[NUM_DTYPES][NUM_DTYPES]; /* by element types of q and of the rows; e4m3 stands for packed ones */
   int64_t heads, task_heads;
 };

@@ -259,10 +259,17 @@ static struct demand demand_of(const struct dsa_call *call) {
 static struct kernel_set pick(const struct kernel_set *kernels, const struct dsa_call *call) {
   int64_t s_q = call->dim[DIM_S_Q], s_kv = call->dim[DIM_S_KV];
   struct demand most = demand_of(call);
+  /* Element types of q, of the indexer's keys, and of the attention's rows, where e4m3 stands for packed ones. An operator
+   * that lacks some of them does not run those kernels, and any type will do. */
+  int t = call->type[0] < 0 ? 0 : call->type[0], k = call->type[1] < 0 ? 0 : call->type[1];
+  int r = call->op == &dsa_ops[OP_SPARSE_MLA_FP8] ? DTYPE_FLOAT8_E4M3FN : t;
   struct kernel_set rows = *kernels;
-  while (most.queries > rows.indexer->s_q || most.keys > rows.indexer->s_kv) rows.indexer++;
-  while (s_q > rows.topk->s_q || most.keys > rows.topk->s_kv) rows.topk++;
-  while (s_q > rows.mla->s_q || s_kv > rows.mla->s_kv) rows.mla++;
+#define SKIP(row, queries, keys, has_kernel) \
+  while (!(row)->last && ((queries) > (row)->s_q || (keys) > (row)->s_kv || !(has_kernel))) (row)++
+  SKIP(rows.indexer, most.queries, most.keys, rows.indexer->entry[t][k]);
+  SKIP(rows.topk, s_q, most.keys, 1);
+  SKIP(rows.mla, s_q, s_kv, rows.mla->entry[t][r]);
+#undef SKIP
   return rows;
 }
 

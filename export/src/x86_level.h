@@ -8,6 +8,7 @@
 struct x86_features {
   uint32_t ecx_1, ebx_7, ecx_80000001; /* of CPUID's leaves; 0 where there is no such leaf */
   uint32_t xcr0;                       /* the registers that the system saves; 0 without XGETBV */
+  uint32_t eax_7_1;                    /* of leaf 7, subleaf 1 */
 };
 
 static inline int x86_has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
@@ -31,14 +32,20 @@ static inline int x86_level(const struct x86_features *f) {
   return 4;
 }
 
+/* Products of bfloat16 beside level 4. */
+static inline int x86_has_avx512_bf16(const struct x86_features *f) { return x86_has(f->eax_7_1, 1 << 5); }
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
 static inline struct x86_features x86_features_here(void) {
-  struct x86_features f = {0, 0, 0, 0};
+  struct x86_features f = {0};
   uint32_t a, b, c, d;
   if (__get_cpuid(1, &a, &b, &c, &d)) f.ecx_1 = c;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) f.ebx_7 = b;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    f.ebx_7 = b;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.eax_7_1 = a;
+  }
   if (__get_cpuid(0x80000001, &a, &b, &c, &d)) f.ecx_80000001 = c;
   if (f.ecx_1 & 1u << 27) __asm__ volatile("xgetbv" : "=a"(f.xcr0), "=d"(d) : "c"(0));
   return f;

@@ -25,7 +25,7 @@ STEP = 32
 CHAIN = 128
 
 #: f32 elements that a vector register of each CPU target holds.
-VECTOR = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "aarch64": 4}
+VECTOR = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "x86-64-v4-bf16": 16, "aarch64": 4}
 
 
 def u32(x):

@@ -7,15 +7,14 @@ GEMM micro-kernel, relu and the weighted head sum happen in registers, and one n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import CHAIN, STEP, STORAGE, VECTOR, WIDTH, widen
-
-#: Partial sums over the heads that a key's result is reduced from.
-LANES = 8
+from .elements import CHAIN, STEP, STORAGE, VECTOR, WIDTH
+from .products import BF16_EXACT, FloatProducts, products_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,10 @@ class Decisions:
     block_keys : int
         Keys widened at a time; a multiple of `tile_keys`. The block should stay in the second-level cache.
     in_place : int
-        1: float32 keys are read where they are, which saves a copy that few queries do not repay. 0: copied, too.
+        1: keys of the type that is multiplied (float32; bfloat16 for bf16 dot products) are read where they are, which
+        saves a copy that few queries do not repay. 0: they are copied, too.
     unroll_d : int
-        Steps of the product over d_idx in one loop body; divides 32.
+        Steps of the product over d_idx in one loop body; divides 32, and 16 where a step takes two entries.
     rows : int
         Queries a task takes: each block of keys is widened once for all of them.
     task_keys : int
@@ -60,17 +60,24 @@ class Decisions:
     def __post_init__(self) -> None:
         if self.in_place not in (0, 1):
             raise ValueError(f"lightning_indexer: in_place: expected 0 or 1, got {self.in_place}")
-        if self.heads % LANES or self.block_keys % self.tile_keys or STEP % self.unroll_d:
+        if self.heads % FloatProducts.lanes or self.block_keys % self.tile_keys or STEP % self.unroll_d:
             raise ValueError(f"lightning_indexer: decisions that do not divide: {self}")
 
 
-_COMMON = {"in_place": 0, "rows": 8, "task_keys": 6144, "min_keys": 256, "tasks_per_thread": 4}
+_COMMON = {"rows": 8, "task_keys": 6144, "min_keys": 256, "tasks_per_thread": 4}
 DEFAULT = {
-    "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, unroll_d=4, **_COMMON),
-    "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=8, **_COMMON),
-    "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, unroll_d=4, **_COMMON),
-    "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, unroll_d=4, **_COMMON),
+    "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
+    "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=8, **_COMMON),
+    "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=0, unroll_d=4, **_COMMON),
+    # Measured for itself: what bf16 reads in place needs no block in a cache.
+    "x86-64-v4-bf16": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=1, unroll_d=4, **_COMMON),
+    "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
 }
+
+
+def takes_bf16(variant: Mapping[str, str]) -> bool:
+    """Whether there is a kernel with bf16 dot products for these element types."""
+    return variant["T"] in BF16_EXACT and variant["K"] in BF16_EXACT
 
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
@@ -95,7 +102,7 @@ def relu(x):
     return T.Select(x <= T.float32(0), T.float32(0), x)
 
 
-def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
+def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> tirx.PrimFunc:
     """The kernel for the queries [m0, m1) and the keys [n0, n1).
 
     Parameters
@@ -103,6 +110,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     variant : dict
         Element types T of q and K of k.
     c : Decisions
+    bf16 : bool
+        Whether to multiply with bf16 dot products, which `takes_bf16` has to allow.
 
     Returns
     -------
@@ -116,18 +125,11 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         tirx.Var(n, "int64") for n in ("s_q", "s_kv", "h_idx", "d_idx", "s_out", "s_scale")
     )
     blocks = (h_idx + HV - 1) // HV
-    # Narrower keys cost more to convert in the inner loop than to copy.
-    IN_PLACE = c.in_place if k_type == "float32" else 0
-
-    @T.macro
-    def add_products(acc, keys, first, qp, i, hb, part):
-        for d in T.serial(part * (CHAIN // UD), T.min((part + 1) * CHAIN, d_idx) // UD):
-            for u in T.unroll(UD):
-                for j in T.unroll(TK):
-                    for h in T.vectorized(HV):
-                        acc[j, h] = (
-                            acc[j, h] + T.Cast("float32", keys[first + j, d * UD + u]) * qp[i, hb, d * UD + u, h]
-                        )
+    Products = products_of(bf16)
+    LANES = Products.lanes
+    IN_PLACE = c.in_place == 1 and Products.reads_in_place(k_type)
+    if bf16 and (HV % 16 or STEP // 2 % UD):
+        raise ValueError(f"lightning_indexer: decisions that do not divide for bf16 dot products: {c}")
 
     @T.prim_func(s_tir=True)
     def lightning_indexer(
@@ -156,21 +158,16 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         with T.sblock("task"):
             T.reads()
             T.writes()
-            qp = T.sblock_alloc_buffer((m1 - m0, blocks, d_idx, HV), "float32")
+            qp = T.sblock_alloc_buffer(Products.query_shape(m1 - m0, blocks, d_idx, HV), Products.packed)
             wp = T.sblock_alloc_buffer((m1 - m0, blocks, HV), "float32")
-            kp = T.sblock_alloc_buffer((BK, d_idx), "float32")
+            kp = T.sblock_alloc_buffer((BK, d_idx), Products.packed)
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
             # What the earlier parts of products over more than CHAIN entries came to.
             long = T.sblock_alloc_buffer((TK, HV), "float32")
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
-            # Heads past h_idx are zero, so that any head count runs the same tiles. Their products are left out of the
-            # sum all the same: with an infinite key they are NaN.
-            for i, hb, d, h in T.grid(m1 - m0, blocks, d_idx, HV):
-                if hb * HV + h < h_idx:
-                    qp[i, hb, d, h] = widen(Q[m0 + i, hb * HV + h, d], q_type)
-                else:
-                    qp[i, hb, d, h] = T.float32(0)
+            products = Products(Q, K, (q_type, k_type), (TK, HV, UD), d_idx)
+            products.put_queries(qp, m0, m1 - m0, blocks, h_idx)
             for i, hb, h in T.grid(m1 - m0, blocks, HV):
                 if hb * HV + h < h_idx:
                     wp[i, hb, h] = W[m0 + i, hb * HV + h]
@@ -187,17 +184,13 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                 start: T.let = n0 + b * BK
                 stop: T.let = T.min(start + BK, n1)
                 # Tiles whose keys need no copy; the last one may end behind the keys.
-                in_place: T.let = (stop - start) // TK * IN_PLACE
+                in_place: T.let = (stop - start) // TK if IN_PLACE else T.int64(0)
                 if start < span[1] and span[0] < stop:
                     for j in T.serial(in_place * TK, stop - start):
-                        for d in T.serial(d_idx // STEP):
-                            for l in T.vectorized(STEP):
-                                kp[j, d * STEP + l] = widen(K[start + j, d * STEP + l], k_type)
+                        products.put_key(start + j, kp, j)
                     # The rest of the last tile: any finite value will do, its results are not stored.
                     for j in T.serial((stop - start + TK - 1) // TK * TK - (stop - start)):
-                        for d in T.serial(d_idx // STEP):
-                            for l in T.vectorized(STEP):
-                                kp[stop - start + j, d * STEP + l] = T.float32(0)
+                        products.put_nothing(kp, stop - start + j)
                 for i in T.serial(m1 - m0):
                     low: T.let = T.Cast("int64", KS[m0 + i])
                     high: T.let = T.Cast("int64", KE[m0 + i])
@@ -215,13 +208,14 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                         for h in T.vectorized(HV):
                                             acc[j, h] = T.float32(0)
                                     if t < in_place:
-                                        add_products(acc, K, start + t * TK, qp, i, hb, part)
+                                        products.add(acc, K if IN_PLACE else kp, start + t * TK, qp, i, hb, part)
                                     else:
-                                        add_products(acc, kp, t * TK, qp, i, hb, part)
+                                        products.add(acc, kp, t * TK, qp, i, hb, part)
                                 if d_idx > CHAIN:
                                     for j in T.unroll(TK):
                                         for h in T.vectorized(HV):
                                             acc[j, h] = acc[j, h] + long[j, h]
+                                # Heads past h_idx are left out of the sum: with an infinite key they are NaN.
                                 for j in T.unroll(TK):
                                     if hb == 0:
                                         for h in T.vectorized(LANES):
@@ -237,8 +231,11 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                             half = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
                             for h in T.vectorized(LANES):
                                 half[h] = lanes[j, h]
-                            for h in T.vectorized(LANES // 2):
-                                half[h] = half[h] + half[h + LANES // 2]
+                            if LANES > 8:
+                                for h in T.vectorized(8):
+                                    half[h] = half[h] + half[h + 8]
+                            for h in T.vectorized(4):
+                                half[h] = half[h] + half[h + 4]
                             OUT[row0 + i, start + j] = T.if_then_else(
                                 low <= start + j and start + j < high,
                                 (half[0] + half[1]) + (half[2] + half[3]),
@@ -255,4 +252,4 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                         for j in T.serial(stop - start):
                             OUT[row0 + i, start + j] = -T.infinity("float32")
 
-    return lightning_indexer
+    return Products.completed(lightning_indexer)

@@ -116,7 +116,8 @@ DSA_TVM_API int32_t dsa_tvm_get_num_threads(void);
  *   weights  [s_q, h_idx]         float32
  *   ks, ke   [s_q]                int32
  *   k_scale  [s_kv]               float32, or NULL
- *   logits   [s_q, s_kv]          float32, written */
+ *   logits   [s_q, s_kv]          float32, written
+ * On x86-64-v4-bf16 (see dsa_tvm_target), subnormal bfloat16 numbers, those below 2**-126, count as 0. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_lightning_indexer(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
                                                      const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
                                                      const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale,
