@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,29 +137,32 @@ def test_decoding_in_place_gives_what_concatenated_caches_give(batch, library):
             np.testing.assert_allclose(out[rows][own], expected, atol=2e-6, rtol=2e-5)
 
 
-def test_not_in_place_the_input_stays():
-    """In the middle of a graph, where ONNX Runtime may give a node one memory for both, the result is the same."""
+def middle_session():
+    """Rows written to what another node has made, and another one reads."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(dsa_tvm.get_library_path())
     nodes = [
         helper.make_node("Neg", ["cache"], ["negative"]),
         export.operator_node("write_rows", ["negative", "rows", "positions"], ["written"]),
-        helper.make_node("Neg", ["written"], ["out"]),
+        helper.make_node("ReduceSum", ["written"], ["out"], keepdims=0),
     ]
     kinds = {"cache": TensorProto.FLOAT, "rows": TensorProto.FLOAT, "positions": TensorProto.INT32}
     shapes = {"cache": ["b", "c", "d"], "rows": ["b", "s", "d"], "positions": ["b", "s"]}
     inputs = [helper.make_tensor_value_info(n, kinds[n], shapes[n]) for n in kinds]
-    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["b", "c", "d"])]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [])]
     graph = helper.make_graph(nodes, "middle", inputs, outputs)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.dsa", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def test_in_the_middle_of_a_graph():
     rng = np.random.default_rng(0)
-    cache, rows = (rng.standard_normal((2, n, 6)).astype(np.float32) for n in (9, 4))
+    cache, rows = (rng.integers(-9, 9, (2, n, 6)).astype(np.float32) for n in (9, 4))
     positions = rng.integers(-1, 10, (2, 4)).astype(np.int32)
     before = cache.copy()
-    (out,) = session.run(None, {"cache": cache, "rows": rows, "positions": positions})
-    assert (out == -dsa_tvm.write_rows(-cache, rows, positions)).all() and (cache == before).all()
+    (out,) = middle_session().run(None, {"cache": cache, "rows": rows, "positions": positions})
+    assert out == dsa_tvm.write_rows(-cache, rows, positions).sum() and (cache == before).all()
 
 
 _NO_COPIES = """
@@ -191,11 +195,33 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
-def test_a_step_copies_no_cache():
-    """Neither WriteRows nor the Reshape behind it: a copy of these caches, 26 and 410 MB, would show in the peak."""
-    from pathlib import Path
+_ONE_MEMORY = """
+import resource, sys
+import numpy as np
+sys.path.insert(0, {tests!r})
+import test_cache_in_place as t
+session = t.middle_session()
+cache, rows = (np.ones((1, n, 500), np.float32) for n in (100_000, 1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session.run(None, {{"cache": cache, "rows": rows, "positions": np.array([[7]], np.int32)}})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
 
-    code = _NO_COPIES.format(tests=str(Path(__file__).parent))
+
+def peak(code):
+    """MiB that a process says its peak has grown by."""
+    code = code.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 20  # MiB
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(int(ort.__version__.split(".")[1]) < 24, reason="no shapes of custom operators are inferred there")
+def test_one_memory_serves_a_node_for_both_where_nobody_else_needs_the_input():
+    """ONNX Runtime is told that it may, and knows that both have one size. What Neg makes takes 190 MiB."""
+    assert peak(_ONE_MEMORY) < 290
+
+
+def test_a_step_copies_no_cache():
+    """Neither WriteRows nor the Reshape behind it: a copy of these caches, 26 and 410 MB, would show in the peak."""
+    assert peak(_NO_COPIES) < 20

@@ -32,6 +32,7 @@ def test_oldest(tmp_path):
     found = [sys.executable, "-c", "import onnxruntime; print(onnxruntime.__version__)"]
     version = subprocess.run(found, capture_output=True, text=True, env=environment).stdout.split()[-1]
     assert version == OLDEST
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", HERE / "test_ort.py"]
+    files = [HERE / "test_ort.py", HERE / "test_cache_in_place.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -141,7 +141,8 @@ static size_t first_in_first(int **inputs, int **outputs) {
 
 static void release_nothing(int *inputs, int *outputs) { (void)inputs, (void)outputs; }
 
-/* Where the output may be an input, ONNX Runtime gives a node the same memory for both if nobody else needs that input. */
+/* Where the output may be an input, ONNX Runtime gives a node the same memory for both if nobody else needs that input and
+ * the inferred shapes tell that both have one size. */
 static void offer_in_place(OrtCustomOp *op, const struct op_spec *spec) {
   if (spec->outputs[0].may_be != 0) return;
   op->GetMayInplace = first_in_first;
