@@ -21,7 +21,7 @@ from ..spec import DIMS
 NAME = "dsa_tvm"
 
 #: The oldest and the newest version of Transformers that the tests passed with.
-TESTED = ("5.15.1", "5.24.0")
+TESTED = ("5.18.0", "5.24.0")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ _INDEXER_MEMBERS = (
     *("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "index_topk"),
     *("softmax_scale", "layer_idx", "config"),
 )
-_ATTENTION_MEMBERS = ("kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "config")
+_ATTENTION_MEMBERS = (
+    *("indexer", "kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "config"),
+)
 
 
 def check_module(attention: Any) -> None:
     """Raise `ModelError` unless an attention module has what is needed of it, in sizes that the operators serve."""
-    indexer = attention.indexer
+    indexer = getattr(attention, "indexer", None)
     missing = [name for name in _ATTENTION_MEMBERS if not hasattr(attention, name)]
     missing += [f"indexer.{name}" for name in _INDEXER_MEMBERS if indexer is not None and not hasattr(indexer, name)]
     if missing:

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .. import torch_ops  # noqa: F401  # registers torch.ops.dsa_tvm
 from ..errors import ArgumentError, ModelError
 from ..spec import DIMS
-from .ranges import unpack
+from .ranges import boolean, unpack
 
 #: An attribute of the attention classes whose `expand_kv` hands the latents on.
 HOOKED = "_dsa_tvm_hooked"
@@ -34,6 +34,16 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def indexer_topk(*inputs: torch.Tensor | None, topk: int) -> torch.Tensor:
     """``torch.ops.dsa_tvm.indexer_topk``."""
     return torch.ops.dsa_tvm.indexer_topk(*inputs, topk=topk)
+
+
+def lightning_indexer(*inputs: torch.Tensor | None) -> torch.Tensor:
+    """``torch.ops.dsa_tvm.lightning_indexer``."""
+    return torch.ops.dsa_tvm.lightning_indexer(*inputs)
+
+
+def topk_indices(*inputs: torch.Tensor | None, topk: int) -> torch.Tensor:
+    """``torch.ops.dsa_tvm.topk``."""
+    return torch.ops.dsa_tvm.topk(*inputs, topk=topk)
 
 
 def sparse_mla(*inputs: torch.Tensor | None, sm_scale: float, d_v: int) -> tuple[torch.Tensor, ...]:
@@ -63,7 +73,7 @@ def select(
     position_embeddings : tuple of two tensors [1 or b, s_q, qk_rope]
         Cosine and sine.
     mask : tensor
-        See `ranges.unpack`.
+        What `ranges.key_ranges` made, int32, or a dense one, see `ranges.boolean`.
     cache : transformers.Cache, optional
 
     Returns
@@ -80,15 +90,21 @@ def select(
     if cache is not None:
         k = cache.update_indexer(k, indexer.layer_idx)
     s_kv, topk = k.shape[1], indexer.index_topk
-    start, end, seen = unpack(mask, s_kv)
     first_rows = torch.arange(b, device=k.device)[:, None] * s_kv
-    start, end = start.to(k.device) + first_rows, end.to(k.device) + first_rows
+    dense = None
+    if mask.dtype == torch.int32:
+        start, end, seen = unpack(mask.to(k.device), s_kv)
+    else:
+        dense = boolean(mask.to(k.device), s_q, s_kv).expand(b, -1, -1)
+        start, end, seen = torch.zeros_like(first_rows), torch.full_like(first_rows, s_kv), None
+        start, end = start.expand(b, s_q), end.expand(b, s_q)
+    start, end = start + first_rows, end + first_rows
     fits = statically_known_true(s_kv <= topk)
     width = s_kv if fits else topk
     if not fits:
         keys = _widened(k.reshape(b * s_kv, -1), _served("d_idx", k.shape[-1]))
         # A key whose scale is NaN has no rank and is never selected.
-        k_scale = None if seen is None else torch.where(seen, 1.0, torch.nan).to(k.device).flatten()
+        k_scale = None if seen is None else torch.where(seen, 1.0, torch.nan).flatten()
 
     def scored(part: slice) -> torch.Tensor:
         q = indexer.wq_b(q_latent[:, part]).unflatten(-1, (indexer.n_heads, indexer.head_dim))
@@ -96,6 +112,8 @@ def select(
         q = _widened(torch.cat([q_rot, q[..., rope:]], -1).to(keys.dtype), keys.shape[-1])
         x = hidden_states[:, part].to(indexer.weights_proj.weight.dtype)
         weights = indexer.weights_proj(x).float() * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+        if dense is not None:
+            return _among(dense[:, part], q, keys.view(b, s_kv, -1), weights, topk)
         rows = indexer_topk(
             q.flatten(0, 1).contiguous(),
             keys,
@@ -109,12 +127,14 @@ def select(
 
     def selected(part: slice) -> torch.Tensor:
         if fits or _all_short(start[:, part], end[:, part], topk):
-            return _whole_ranges(start[:, part], end[:, part], width, seen)
+            rows = _whole_ranges(start[:, part], end[:, part], width, seen)
+            return rows if dense is None else torch.where(dense[:, part], rows, -1)
         return scored(part)
 
-    return _in_blocks(
-        selected, s_q, 3 * b * indexer.n_heads * indexer.head_dim * hidden_states.element_size(), k.device
-    )
+    bytes_each = 3 * b * indexer.n_heads * indexer.head_dim * hidden_states.element_size()
+    if dense is not None:
+        bytes_each += 8 * s_kv
+    return _in_blocks(selected, s_q, bytes_each, k.device)
 
 
 def attend(
@@ -219,6 +239,20 @@ def _all_short(start: torch.Tensor, end: torch.Tensor, topk: int) -> bool:
     if torch.compiler.is_compiling() or start.device.type != "cpu":
         return False
     return bool(((end - start) <= topk).all())
+
+
+def _among(dense: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, topk: int) -> torch.Tensor:
+    """Rows selected by scores that are held whole, sequence by sequence: for masks that are no ranges."""
+    b, s_kv, _ = keys.shape
+    start = torch.zeros(q.shape[1], dtype=torch.int32, device=q.device)
+    end = torch.full_like(start, s_kv)
+    rows = []
+    for i in range(b):
+        scores = lightning_indexer(q[i].contiguous(), keys[i], weights[i].contiguous(), start, end)
+        # NaN has no rank: what is hidden is never selected, not even where too little is seen.
+        selected = topk_indices(scores.masked_fill(~dense[i], torch.nan), start, end, topk=topk)
+        rows.append(torch.where(selected >= 0, selected + i * s_kv, -1))
+    return torch.stack(rows)
 
 
 def _whole_ranges(start: torch.Tensor, end: torch.Tensor, width: int, seen: torch.Tensor | None) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Transformers asks the attention implementation for a mask once a forward. Its own are `[b, 1, s_q, s_kv]`; ours is
 `[b, 1, s_q, 2 + n]` int32. The first two columns are the range, in keys of the query's own sequence. Where some keys
 inside of a range are hidden from every query (padding between two turns of a conversation), `n` columns follow:
-row by row they hold one flag a key, 1 for those that may be seen.
+row by row they hold one flag a key, 1 for those that may be seen. Where what a query sees is no range even so, the
+mask is Transformers' own after all, boolean, and the scores are held for a block of queries at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from ..errors import ArgumentError
 _DENSE_ENTRIES = 1 << 22
 
 _NOT_A_RANGE = (
-    "attention mask: expected the keys that a query sees to be one range (causal, padded, packed sequences), got a "
-    'mask with gaps that differ between queries; attn_implementation="sdpa" takes it'
+    "attention mask: expected the keys that a query sees to be one range in a compiled model, got a mask function "
+    "with gaps; without torch.compile it works"
 )
 
 
@@ -57,20 +58,33 @@ def key_ranges(
 
     Returns
     -------
-    mask : tensor [b, 1, s_q, 2 + n], int32
+    mask : tensor [b, 1, s_q, 2 + n], int32, or [b, 1, s_q, s_kv], bool
         See the module; n is 0 where no key inside of a range is hidden.
-
-    Raises
-    ------
-    ArgumentError
-        The keys that a query sees are no range.
     """
     if mask_function is causal_mask_function:
         end = (torch.arange(q_length, device=device) + (q_offset + 1 - kv_offset)).clamp(0, kv_length)[None]
         start = torch.zeros_like(end)
     else:
-        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-        start, end = _evaluated(sizes, mask_function, use_vmap, device)
+
+        def dense(first: int, length: int, padding: torch.Tensor | None = None) -> Any:
+            return sdpa_mask(
+                batch_size=batch_size,
+                q_length=length,
+                kv_length=kv_length,
+                q_offset=q_offset + first,
+                kv_offset=kv_offset,
+                mask_function=mask_function,
+                attention_mask=padding,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+                use_vmap=use_vmap,
+                device=device,
+            )
+
+        ranges = _evaluated(dense, q_length, batch_size * kv_length)
+        if ranges is None:
+            return dense(0, q_length, attention_mask).expand(batch_size, 1, q_length, kv_length)
+        start, end = ranges
     hidden = None
     if attention_mask is not None:
         seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
@@ -88,12 +102,11 @@ def key_ranges(
 
 
 def unpack(mask: torch.Tensor, s_kv: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The ranges, and which keys may be seen at all, of what an indexer gets as its mask.
+    """The ranges, and which keys may be seen at all, of what `key_ranges` made.
 
     Parameters
     ----------
-    mask : tensor [b, s_q, 2 + n], int32, or [b, s_q, s_kv], bool or floating point
-        What `key_ranges` made, or a mask that the caller of the model made: True or 0 for the keys that are seen.
+    mask : tensor [b, s_q, 2 + n], int32
     s_kv : int
 
     Returns
@@ -101,56 +114,59 @@ def unpack(mask: torch.Tensor, s_kv: int) -> tuple[torch.Tensor, torch.Tensor, t
     start, end : tensor [b, s_q], int64
     seen : tensor [b, s_kv], bool, or None
         None where all keys inside of the ranges may be seen.
+    """
+    start, end = mask[..., 0].long(), mask[..., 1].long()
+    if mask.shape[-1] == 2:
+        return start, end, None
+    return start, end, mask[..., 2:].reshape(mask.shape[0], -1)[:, :s_kv] != 0
+
+
+def boolean(mask: torch.Tensor, s_q: int, s_kv: int) -> torch.Tensor:
+    """A dense mask, of Transformers or of the caller of the model, as True for the keys that a query sees.
+
+    Parameters
+    ----------
+    mask : tensor [1 or b, 1 or s_q, s_kv], bool or floating point
+        Floating point is added to scores: 0 for the keys that are seen, the lowest number or -inf for others.
+    s_q, s_kv : int
+
+    Returns
+    -------
+    seen : tensor [1 or b, s_q, s_kv], bool
 
     Raises
     ------
     ArgumentError
-        A mask of the caller's that is no range for each query, holds biases, or has another number of keys.
+        A mask of another shape, or one that holds biases.
     """
-    if mask.dtype == torch.int32:
-        start, end = mask[..., 0].long(), mask[..., 1].long()
-        if mask.shape[-1] == 2:
-            return start, end, None
-        return start, end, mask[..., 2:].reshape(mask.shape[0], -1)[:, :s_kv] != 0
-    if mask.shape[-1] != s_kv:
-        raise ArgumentError(f"attention mask: expected {s_kv} keys in its last dimension, got {mask.shape[-1]}")
-    if mask.dtype == torch.bool:
-        return *_ranges(mask), None
-    dense = mask == 0
-    lowest = torch.finfo(mask.dtype).min / 2
-    _require((dense | (mask < lowest)).all(), "attention mask: expected 0 or the lowest number, got a bias")
-    return *_ranges(dense), None
+    if mask.shape[-1] != s_kv or mask.shape[-2] not in (1, s_q):
+        raise ArgumentError(
+            f"attention mask: expected [..., {s_q}, {s_kv}] for queries and keys, got [..., "
+            f"{mask.shape[-2]}, {mask.shape[-1]}]"
+        )
+    seen = mask
+    if mask.dtype != torch.bool:
+        seen = mask == 0
+        hidden = mask < torch.finfo(mask.dtype).min / 2
+        _require((seen | hidden).all(), "attention mask: expected 0 or the lowest number, got a bias")
+    return seen.expand(-1, s_q, -1)
 
 
-def _evaluated(sizes, mask_function, use_vmap, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranges of any mask function, from its dense mask, some queries at a time."""
-    batch_size, q_length, kv_length, q_offset, kv_offset = sizes
-    step = q_length
-    if not torch.compiler.is_compiling():
-        step = max(1, _DENSE_ENTRIES // max(1, batch_size * kv_length))
+def _evaluated(dense: Callable, q_length: int, entries: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ranges [b, s_q] of a mask function, from its dense mask, some queries at a time; None where it has gaps."""
+    compiling = torch.compiler.is_compiling()
+    step = q_length if compiling else max(1, _DENSE_ENTRIES // max(1, entries))
     pieces = []
     for first in range(0, q_length, step):
-        dense: Any = sdpa_mask(
-            batch_size=batch_size,
-            q_length=min(step, q_length - first),
-            kv_length=kv_length,
-            q_offset=q_offset + first,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
-        pieces.append(_ranges(dense[:, 0]))
+        seen = dense(first, min(step, q_length - first))[:, 0]
+        start, end = _extent(seen)
+        whole = (seen.sum(-1) == end - start).all()
+        if compiling:
+            _require(whole, _NOT_A_RANGE)
+        elif not bool(whole):
+            return None
+        pieces.append((start, end))
     return torch.cat([p[0] for p in pieces], -1), torch.cat([p[1] for p in pieces], -1)
-
-
-def _ranges(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    start, end = _extent(dense)
-    _require((dense.sum(-1) == end - start).all(), _NOT_A_RANGE)
-    return start, end
 
 
 def _extent(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

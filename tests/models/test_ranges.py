@@ -17,7 +17,7 @@ from transformers.masking_utils import (  # noqa: E402
 
 import dsa_tvm.models.transformers  # noqa: E402, F401
 from dsa_tvm.errors import ArgumentError  # noqa: E402
-from dsa_tvm.models import ranges  # noqa: E402
+from dsa_tvm.models import layer, ranges  # noqa: E402
 from dsa_tvm.models.ranges import key_ranges, unpack  # noqa: E402
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -81,10 +81,16 @@ def test_other_functions(entries, monkeypatch):
         assert torch.equal(dense_of(mask, 9), expected.expand(3, 1, 5, 9))
 
 
-def test_functions_that_are_no_range():
+@pytest.mark.parametrize("padding", [None, padded("xxxxx", "..xxx")])
+def test_functions_that_are_no_range(padding, monkeypatch):
+    """The mask is dense then; a compiled model, in which nobody can look, has to say so when it runs."""
     every_second = and_masks(causal_mask_function, lambda b, h, q, kv: (q - kv) % 2 == 0)
-    with pytest.raises(ArgumentError, match="attention mask: expected the keys that a query sees to be one range"):
-        key_ranges(1, 5, 5, mask_function=every_second)
+    mask = key_ranges(2, 5, 5, mask_function=every_second, attention_mask=padding)
+    expected = sdpa_mask(2, 5, 5, mask_function=every_second, attention_mask=padding, allow_is_causal_skip=False)
+    assert mask.dtype == torch.bool and torch.equal(mask, expected.expand(2, 1, 5, 5))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match="attention mask: expected the keys that a query sees to be one range"):
+        key_ranges(2, 5, 5, mask_function=every_second)
 
 
 @pytest.mark.parametrize("kind", ["deepseek", "glm-shared"])
@@ -147,21 +153,37 @@ def test_padding_anywhere(hole, compiling, monkeypatch):
         torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_masks_of_the_caller():
-    """Dense, boolean or added to the scores, where they are ranges."""
+@pytest.mark.parametrize("length", [TOPK - 10, 250])
+@pytest.mark.parametrize("kind", ["deepseek", "glm-shared"])
+def test_masks_of_the_caller(kind, length, monkeypatch):
+    """Dense ones, boolean or added to the scores, with any gaps, in blocks of queries too."""
+    model = make(kind)
+    ids, mask = prompt(2, length, 30)
+    causal = sdpa_mask(2, length, length, attention_mask=mask.bool(), allow_is_causal_skip=False)
+    gaps = causal & (torch.rand(causal.shape, generator=torch.Generator().manual_seed(3)) < 0.8)
+    gaps |= torch.eye(length, dtype=torch.bool)
+    lowest = torch.finfo(torch.float32).min
+    for dense in (causal, gaps):
+        added = torch.zeros(dense.shape).masked_fill(~dense, lowest)
+        with torch.no_grad():
+            model.set_attn_implementation("eager")
+            expected = model(ids, attention_mask=added).logits[mask.bool()]
+            model.set_attn_implementation("dsa_tvm")
+            for given in (dense, added, added.clamp(min=-torch.inf).masked_fill(~dense, -torch.inf)):
+                got = model(ids, attention_mask=given).logits[mask.bool()]
+                torch.testing.assert_close(got, expected, **CLOSE)
+            with monkeypatch.context() as few:
+                few.setattr(layer, "_BLOCK_BYTES", {"cpu": 4 << 20})
+                torch.testing.assert_close(model(ids, attention_mask=dense).logits[mask.bool()], expected, **CLOSE)
+
+
+def test_masks_that_are_refused():
     model = make("deepseek")
-    ids, mask = prompt(2, 250, 30)
+    ids, _ = prompt(1, 120)
     model.set_attn_implementation("dsa_tvm")
-    dense = sdpa_mask(2, 250, 250, attention_mask=mask.bool(), allow_is_causal_skip=False)
-    added = torch.zeros(dense.shape).masked_fill(~dense, torch.finfo(torch.float32).min)
+    causal = sdpa_mask(1, 120, 120, allow_is_causal_skip=False)
     with torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits
-        for given in (dense, added, torch.zeros(dense.shape).masked_fill(~dense, -torch.inf)):
-            assert torch.equal(model(ids, attention_mask=given).logits, expected)
         with pytest.raises(ArgumentError, match="attention mask: expected 0 or the lowest number, got a bias"):
-            model(ids, attention_mask=added + 0.5)
-        dense[:, :, 100:, 50] = False
-        with pytest.raises(ArgumentError, match="attention mask: expected the keys that a query sees to be one range"):
-            model(ids, attention_mask=dense)
-        with pytest.raises(ArgumentError, match="attention mask: expected 250 keys in its last dimension, got 249"):
-            model(ids, attention_mask=dense[..., :249])
+            model(ids, attention_mask=torch.where(causal, 0.5, torch.finfo(torch.float32).min))
+        with pytest.raises(ArgumentError, match=r"attention mask: expected \[\.\.\., 120, 120\] for queries and keys"):
+            model(ids, attention_mask=causal[..., :119])
