@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import ArgumentError, BuildError, DsaError, KernelError, LibraryError
-    from .functions import (
-        dsa_attention,
-        indexer_topk,
-        lightning_indexer,
-        sparse_mla,
-        sparse_mla_fp8,
-        topk,
-        write_rows,
-    )
-    from .library import active_target, get_library_path, get_num_threads, set_num_threads
-    from .packing import pack_mla_rows, unpack_mla_rows
+    from .functions import dsa_attention, indexer_topk, lightning_indexer, sparse_mla, sparse_mla_fp8, topk, write_rows
+    from .runtime.library import active_target, get_library_path, get_num_threads, set_num_threads
+    from .runtime.packing import pack_mla_rows, unpack_mla_rows
 
 try:
     __version__ = version("dsa_tvm")
@@ -34,8 +26,8 @@ _HOMES = {
         *("dsa_attention", "indexer_topk", "lightning_indexer", "sparse_mla", "sparse_mla_fp8", "topk"),
         "write_rows",
     ),
-    "library": ("active_target", "get_library_path", "get_num_threads", "set_num_threads"),
-    "packing": ("pack_mla_rows", "unpack_mla_rows"),
+    "runtime.library": ("active_target", "get_library_path", "get_num_threads", "set_num_threads"),
+    "runtime.packing": ("pack_mla_rows", "unpack_mla_rows"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

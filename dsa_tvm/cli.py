@@ -8,8 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from . import __version__, presets, streams
+from . import __version__, presets
 from .errors import DsaError
+from .terminal import streams
 
 
 def _env(args: argparse.Namespace) -> None:
@@ -23,8 +24,8 @@ def _config(args: argparse.Namespace) -> None:
     import os
     import shlex
 
-    from . import library, package_files
     from .errors import LibraryError
+    from .runtime import library, package_files
 
     path = os.path.abspath(library.default_path())
     include = os.path.abspath(package_files.find("include"))
@@ -52,16 +53,16 @@ def _config(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    from . import build
+    from .build import command as build
 
     print(build.run(args, __version__))
 
 
 def _bench(args: argparse.Namespace) -> None:
     if args.suite == "cuda":
-        from .gpu_bench import run
+        from .benchmark.gpu.command import run
     else:
-        from .bench import run
+        from .benchmark.command import run
 
     run(args)
 
@@ -79,7 +80,7 @@ def _records(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from . import demo
+    from .benchmark import demo
 
     demo.run(args)
 
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
 
     build = command("build", _build, "compile a library for other targets or sizes")
-    from .build import add_arguments
+    from .build.command import add_arguments
 
     add_arguments(build)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from .runtime import machine
 
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "ml_dtypes", "xgboost")
 _VARIABLES = ("DSA_TVM_LIBRARY", "DSA_TVM_TARGET", "OMP_NUM_THREADS", "TVM_NUM_THREADS")
@@ -110,7 +110,7 @@ def _gpus() -> list[str]:
 
 
 def _library() -> dict[str, Any]:
-    from . import library
+    from .runtime import library
 
     path = library.default_path()
     manifest = library.verify(path)

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, SupportsFloat, SupportsIndex
 
-from .calls import call
 from .ops import OPS
-from .tensors import refuse_transforms
+from .runtime.calls import call
+from .runtime.tensors import refuse_transforms
 
 #: A NumPy array, a torch tensor, or anything with ``__dlpack__``.
 Tensor = Any
@@ -77,7 +77,7 @@ def lightning_indexer(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
     return _call("lightning_indexer", inputs, {}, out, num_threads)[0]
@@ -116,7 +116,7 @@ def topk(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     inputs = {"logits": logits, "ks": ks, "ke": ke}
     return _call("topk", inputs, {"topk": topk}, out, num_threads)[0]
@@ -160,7 +160,7 @@ def indexer_topk(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
     return _call("indexer_topk", inputs, {"topk": topk}, out, num_threads)[0]
@@ -213,7 +213,7 @@ def sparse_mla(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
     results = _call("sparse_mla", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
@@ -265,7 +265,7 @@ def sparse_mla_fp8(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
     results = _call("sparse_mla_fp8", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
@@ -322,7 +322,7 @@ def dsa_attention(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     inputs = {
         "index_q": index_q,
@@ -368,6 +368,6 @@ def write_rows(
     Raises
     ------
     ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.calls.call`.
+        See `dsa_tvm.runtime.calls.call`.
     """
     return _call("write_rows", {"cache": cache, "rows": rows, "positions": positions}, {}, out, num_threads)[0]

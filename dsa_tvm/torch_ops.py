@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
-from .calls import call
 from .errors import ArgumentError
 from .ops import OPS
+from .runtime.calls import call
 from .spec import OpSpec, TensorSpec, completed
 
 # Kept when the module is reloaded: without it, torch would forget the operators.

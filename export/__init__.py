@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..library import get_library_path
-from .models import build_attention_model, build_model
-from .onnx import DOMAIN, VERSION, attach_bodies, detach_bodies, function_body, operator_node
-from .plain import build_plain_attention_model, build_plain_model
-from .schemas import register_schemas
-from .translation import translation_table
+from ..runtime.library import get_library_path
+from .onnx.models import build_attention_model, build_model
+from .onnx.nodes import DOMAIN, VERSION, attach_bodies, detach_bodies, function_body, operator_node
+from .onnx.plain import build_plain_attention_model, build_plain_model
+from .onnx.schemas import register_schemas
+from .onnx.translation import translation_table
 
 __all__ = [
     "DOMAIN",

@@ -9,6 +9,9 @@ import pytest
 
 # Python processes that the tests start must not find the checkout in their working directory either.
 os.environ["PYTHONSAFEPATH"] = "1"
+# But they find the helpers of the tests, as pytest itself does (pythonpath in pyproject.toml).
+_HELPERS = [str(Path(__file__).parent / room) for room in (".", "ops", "doors", "gpu", "tuning")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 # Importing TVM beside torch would otherwise compile an extension for a minute.
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 # Threads that wait by spinning keep the CPUs from the tests of other processes.
@@ -26,7 +29,7 @@ def gpu():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    from dsa_tvm import library
+    from dsa_tvm.runtime import library
 
     if not library.cuda_archs():
         pytest.skip("the library has no CUDA kernels: dsa-tvm build --target cuda, then DSA_TVM_LIBRARY")
@@ -46,10 +49,10 @@ def cuda_sets():
     pytest.importorskip("tvm", reason="building needs apache-tvm")
     from dsa_tvm.schedules import CUDA_ARCHS
 
-    from dsa_tvm.compiler import cuda
+    from dsa_tvm.build.cuda import fatbins
     from dsa_tvm.spec import DIMS
 
-    return cuda.generate(CUDA_ARCHS, DIMS)
+    return fatbins.generate(CUDA_ARCHS, DIMS)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +83,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_sessionstart(session):
-    from dsa_tvm import package_files
+    from dsa_tvm.runtime import package_files
 
     # A checkout in the working directory hides the installed package, and has no compiled library.
     if not package_files.find("lib/libdsa_tvm.so").exists():

@@ -11,8 +11,8 @@ from samples import attention_inputs, indexer_inputs
 from test_topk import DATA
 
 from dsa_tvm import pack_mla_rows
+from dsa_tvm.benchmark.workload import repeated_keys
 from dsa_tvm.ops import OPS
-from dsa_tvm.workload import repeated_keys
 
 #: s_q, s_kv, topk. On a GPU: few queries, which are cut into parts; many; and a row that many blocks share.
 SIZES = {"few": (2, 700, 500), "many": (90, 300, 60), "long": (1, 20000, 300)}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..packing import unpack_mla_rows
+from ..runtime.packing import unpack_mla_rows
 from ..spec import TensorSpec
 from . import sparse_mla
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import ArgumentError, RecordError
-from ..files import expect_writable, write_atomically
 from ..ops import OPS
 from ..presets import PRESETS
-from ..report import digits, table
-from . import curve, gpu, selection
+from ..runtime.files import expect_writable, write_atomically
+from ..terminal.text import digits, table
+from . import choice, curve, gpu_choice
 from .log import Damage, Log, default_directory, logs, merge
 from .record import KINDS, Record, as_key
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best = command("best", _best, "the best finals for each size, and which of them a library would hold")
     place(best, nargs="?")
     best.add_argument("--target", help="only this target")
-    best.add_argument("--op", choices=list(selection.BUCKETS), help="only this operator")
+    best.add_argument("--op", choices=list(choice.BUCKETS), help="only this operator")
 
     merging = command("merge", _merge, "add the lines of logs to those of a directory")
     merging.add_argument("source", nargs="+", type=Path, help="a log or a directory of logs")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = command("show", _show, "the trials of searches, and how the best speedup grew")
     place(show, nargs="?")
-    show.add_argument("--op", choices=list(selection.BUCKETS), help="only this operator")
+    show.add_argument("--op", choices=list(choice.BUCKETS), help="only this operator")
     show.add_argument("--shape", type=_shape, metavar="S_QxS_KV", help="only this size, such as 1x32768")
     show.add_argument("--png", type=Path, metavar="FILE", help="draw the curve of one search into FILE")
 
@@ -86,23 +86,23 @@ def _verify(args: argparse.Namespace) -> None:
 def _best(args: argparse.Namespace) -> None:
     searches: dict[tuple, list[Record]] = {}
     for record in _read(args):
-        is_gpu = gpu.is_gpu(record.target)
-        known = gpu.BUCKETS if is_gpu else selection.BUCKETS
+        is_gpu = gpu_choice.is_gpu(record.target)
+        known = gpu_choice.BUCKETS if is_gpu else choice.BUCKETS
         if record.kind == "final" and args.target in (None, record.target) and record.op in known:
             lengths = as_key({n: length for n, length in record.shape.items() if n not in ("s_q", "s_kv")})
-            stage = gpu.stage_of_record(record) if is_gpu else ""
+            stage = gpu_choice.stage_of_record(record) if is_gpu else ""
             searches.setdefault((record.target, record.op, stage, record.types, lengths), []).append(record)
     for (target, op, stage, types, lengths), records in sorted(searches.items()):
         print(_heading(target, op, types, dict(lengths)) + (f", {stage}" if stage else ""))
-        by_size = gpu.by_size(records) if stage else selection.finals(op, records, dict(lengths))
+        by_size = gpu_choice.by_size(records) if stage else choice.finals(op, records, dict(lengths))
         rows = []
         for (s_q, s_kv, *_), finals in by_size.items():
             if finals:
                 best = max(finals, key=lambda record: record.speedup)
-                slower = "" if selection.keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"
-                rows.append([f"{s_q} x {s_kv}", *_figures(best), selection.in_words(best.decisions) + slower])
+                slower = "" if choice.keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"
+                rows.append([f"{s_q} x {s_kv}", *_figures(best), choice.in_words(best.decisions) + slower])
         _print_table(rows, "size")
-        for line in gpu.explain(records) if stage else selection.explain(op, records, None, dict(lengths)):
+        for line in gpu_choice.explain(records) if stage else choice.explain(op, records, None, dict(lengths)):
             print(f"  {line}")
         print()
     if not searches:
@@ -190,7 +190,7 @@ def _figures(record: Record) -> list[str]:
 
 
 def _row(record: Record) -> list[str]:
-    words = selection.in_words(record.decisions)
+    words = choice.in_words(record.decisions)
     if record.error is None:
         return [*_figures(record), words]
     # What a crashed compiler said has many lines, and may hold what moves a terminal's cursor.

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ..files import expect_writable_directory, sync_directory, write_atomically
+from ..runtime.files import expect_writable_directory, sync_directory, write_atomically
 
 #: Bytes of a line. What is longer is cut there when it is read, so that no file can fill the memory.
 MAX_LINE = 2**20

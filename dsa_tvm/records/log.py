@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .. import package_files
 from ..errors import RecordError
+from ..runtime import package_files
 from . import journal
 from .record import KINDS, Record, canonical, digest, expect
 

@@ -13,9 +13,9 @@ from types import ModuleType
 
 import tvm
 
-from ..compiler.candidates import Linker
+from ..build.candidates import Linker
 from ..errors import BuildError
-from ..machine import usable_cpus
+from ..runtime.machine import usable_cpus
 from ..schedules import CPU, space
 from .failures import WorkerError, no_default, patiently
 from .fleet import Remote

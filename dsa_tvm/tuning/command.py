@@ -8,16 +8,18 @@ import os
 import sys
 from pathlib import Path
 
-from .. import env, library, presets
+from .. import env, presets
 from ..errors import ArgumentError, DsaError
-from ..extras import expect_installed
-from ..files import expect_writable_directory, scratch
-from ..machine import THREADS, usable_cpus
-from ..progress import Progress
-from ..records import gpu, selection
-from . import cuda_command, fleet
+from ..records import choice, gpu_choice
+from ..runtime import library
+from ..runtime.files import expect_writable_directory, scratch
+from ..runtime.machine import THREADS, usable_cpus
+from ..terminal.extras import expect_installed
+from ..terminal.progress import Progress
+from . import fleet
 from .failures import WorkerError
 from .fleet import Remote
+from .gpu import command as cuda_command
 from .summary import summary
 from .tasks import Task, parse_shape
 from .workers import Workers, pool_size
@@ -26,7 +28,7 @@ from .workers import Workers, pool_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dsa-tvm tune``."""
     parser.add_argument(
-        "op", nargs="?", help=f"kernel to tune: {', '.join(selection.BUCKETS)}, on GPUs sparse_mla_fp8, or all"
+        "op", nargs="?", help=f"kernel to tune: {', '.join(choice.BUCKETS)}, on GPUs sparse_mla_fp8, or all"
     )
     parser.add_argument(
         "--target",
@@ -91,8 +93,8 @@ def run(args: argparse.Namespace) -> None:
         tunable = [name for name in CPU_TARGETS if name not in BASES]
         if target not in tunable:
             raise ArgumentError(f"tune: target: expected one of {', '.join(tunable)}, got {target!r}")
-        ops = list(selection.BUCKETS) if args.op == "all" else [args.op]
-        tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or selection.buckets(op)]
+        ops = list(choice.BUCKETS) if args.op == "all" else [args.op]
+        tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or choice.buckets(op)]
         builder = Builder(workers, directory, args.cc)
         print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
         request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
 def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:
     if args.measure:
         args.op = args.op or "all"
-    known = gpu.BUCKETS if cuda_command.is_asked_for(args) else selection.BUCKETS
+    known = gpu_choice.BUCKETS if cuda_command.is_asked_for(args) else choice.BUCKETS
     if args.op != "all" and args.op not in known:
         raise ArgumentError(f"tune: operator: expected all or one of {', '.join(known)}, got {args.op!r}")
     if args.trials < 1:

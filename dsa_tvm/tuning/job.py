@@ -13,8 +13,8 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DsaError, RecordError
-from ..progress import Progress
 from ..records import DATE_FORMAT, Log, Record, as_key, spec_hash
+from ..terminal.progress import Progress
 from . import fleet
 from .failures import Losses, WorkerError, failure
 from .fleet import Remote

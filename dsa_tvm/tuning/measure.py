@@ -18,9 +18,9 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from .. import gate
+from ..benchmark import check as gate
+from ..benchmark.workload import Workload
 from ..errors import DsaError
-from ..workload import Workload
 from .fleet import Remote
 from .tasks import Effort, Task, irregular, repetitive
 

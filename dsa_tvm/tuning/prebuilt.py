@@ -17,13 +17,13 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DsaError
-from ..files import sha256, write_atomically
-from ..gpu_archs import is_arch
-from ..loading import CheckedFile
+from ..gpu.architectures import is_arch
 from ..ops import OPS
 from ..presets import Preset
 from ..records import as_key, spec_hash
 from ..records.record import digest
+from ..runtime.files import sha256, write_atomically
+from ..runtime.loading import CheckedFile
 from ..spec import DIMS, INT32_MAX
 from .failures import WorkerError
 from .fleet import Remote

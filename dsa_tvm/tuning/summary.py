@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from ..records import Record
-from ..records.gpu import choose
-from ..report import duration, table
+from ..records.gpu_choice import choose
+from ..terminal.text import duration, table
 from .tasks import Task
 
 

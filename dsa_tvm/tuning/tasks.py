@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import workload
+from ..benchmark import workload
+from ..benchmark.workload import Workload
 from ..errors import ArgumentError
 from ..ops import OPS
 from ..presets import Preset
-from ..records import gpu
+from ..records import gpu_choice
 from ..spec import INT32_MAX, completed
-from ..workload import Workload
 
 #: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
 _LOAD_BYTES_PER_SECOND = 512e9
@@ -58,12 +58,14 @@ class Task:
     @property
     def stage(self) -> str:
         """Which of the operator's kernels is tuned; "" on CPUs, where there is one."""
-        return gpu.stage_of(self.op, self.shape, self.target, self.types) if gpu.is_gpu(self.target) else ""
+        return (
+            gpu_choice.stage_of(self.op, self.shape, self.target, self.types) if gpu_choice.is_gpu(self.target) else ""
+        )
 
     @property
     def family(self) -> tuple:
         """Tasks of one family share a kernel: its decisions have to hold for all of them."""
-        sizes = () if gpu.is_gpu(self.target) else (self.s_q, self.s_kv)
+        sizes = () if gpu_choice.is_gpu(self.target) else (self.s_q, self.s_kv)
         return (self.op, self.target, self.types, self.preset, self.stage, *sizes)
 
     @property

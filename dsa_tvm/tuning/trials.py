@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from ..records import Record, as_key
-from ..report import duration
+from ..terminal.text import duration
 from .source import Decisions
 from .tasks import Task
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from ..cuda_driver import CudaError
+from ..gpu.driver import CudaError
 from .failures import EXHAUSTED, SURROUNDINGS
 
 LENGTH = struct.Struct("<Q")
@@ -51,7 +51,7 @@ def receive(file: IO[bytes]) -> Any:
 
 def compile_object(module: str, op: str, target: str, decisions: Mapping[str, int], suffix: str, path: str) -> None:
     """Compile one candidate's kernel to an object file; `suffix` keeps its symbols apart from another's."""
-    from ..compiler.candidates import compile_kernel
+    from ..build.candidates import compile_kernel
     from ..ops import OPS
     from ..schedules import space
 
@@ -67,14 +67,14 @@ def _of_cpu() -> dict[str, Callable[..., Any]]:
 
 
 def _of_nvcc() -> dict[str, Callable[..., Any]]:
-    from ..compiler.cuda_candidates import make
+    from ..build.cuda.candidates import make
 
     return {"compile": make}
 
 
 def _of_gpu() -> dict[str, Callable[..., Any]]:
     # Not a word of TVM: the machine with the GPU need not have it.
-    from .cuda_measure import facts, measure
+    from .gpu.measure import facts, measure
 
     return {"facts": facts, "measure": measure}
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import DsaError
-from ..machine import available_memory
+from ..runtime.machine import available_memory
 from .failures import FROM_OUTSIDE, PAUSES, SURROUNDINGS, WorkerError, complaint, patiently
 from .worker import receive, send
 

@@ -16,7 +16,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 
 #: Directory of the headers that generated source includes: primitives.cuh, then helpers.cuh and hopper.cuh.
-DEVICE_HEADERS = Path(__file__).parent / "device"
+DEVICE_HEADERS = Path(__file__).parent / "headers"
 
 _PRELUDE = "#include <primitives.cuh>\n#include <helpers.cuh>\n#include <hopper.cuh>\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .device import WARP, call
+from .emit import WARP, call
 
 THREADS = 128
 

@@ -1,0 +1,239 @@
+"""Is a result right? Sampled rows against the float64 references, within the tolerances of the `OpSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import functions
+from ..errors import DsaError
+from ..ops import OPS
+from ..spec import Tolerance
+from .workload import Workload
+
+_LOGITS = OPS["lightning_indexer"]
+#: Inputs that all queries share.
+OF_KEYS = {t.name for spec in OPS.values() for t in spec.inputs if t.shape[0] != "s_q"}
+
+
+class CheckError(DsaError, AssertionError):
+    """A result is not what the float64 reference says."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a passed check saw.
+
+    Parameters
+    ----------
+    error : float
+        Largest absolute error of the first output; 0 for indices.
+    of_allowed : float
+        Largest error as a fraction of what the tolerance allows there, over all outputs.
+    near_ties : int
+        Selected keys that float64 logits would exchange for others within the logits' tolerance.
+    """
+
+    error: float = 0.0
+    of_allowed: float = 0.0
+    near_ties: int = 0
+
+
+def sample(rows: int) -> list[int]:
+    """A few rows to look at: the first, the middle and the last."""
+    return sorted({0, rows // 2, rows - 1}) if rows else []
+
+
+def compare(where: str, got: np.ndarray, reference: np.ndarray, tolerance: Tolerance) -> tuple[float, float]:
+    """Check one tensor.
+
+    Parameters
+    ----------
+    where : str
+        What to call it in the message.
+    got : ndarray
+        Any element type.
+    reference : ndarray, float64
+    tolerance : Tolerance
+
+    Returns
+    -------
+    error, of_allowed : float
+        As in `Finding`.
+
+    Raises
+    ------
+    CheckError
+        Infinities or NaN in other places, an error above ``abs + rel * |reference|``, or a cosine difference above
+        ``cos``.
+    """
+    got = np.asarray(got).astype(np.float64)
+    finite = np.isfinite(reference)
+    if got.shape != reference.shape or not np.array_equal(got[~finite], reference[~finite], equal_nan=True):
+        raise CheckError(f"{where}: infinities or NaN are not where the reference has them")
+    x, y = got[finite], reference[finite]
+    if not np.isfinite(x).all():
+        raise CheckError(f"{where}: infinities or NaN are not where the reference has them")
+    if not len(x):
+        return 0.0, 0.0
+    error = np.abs(x - y)
+    excess = error / (tolerance.abs + tolerance.rel * np.abs(y))
+    if (worst := float(excess.max())) > 1:
+        raise CheckError(f"{where}: expected errors within the tolerance, got {worst:.3g} times that")
+    norm = float(x @ x + y @ y)
+    cosine = 1 - 2 * float(x @ y) / norm if norm else 0.0
+    if cosine > tolerance.cos:
+        raise CheckError(f"{where}: expected a cosine difference of at most {tolerance.cos:g}, got {cosine:.3g}")
+    return float(error.max()), worst
+
+
+def check_selection(where: str, row: np.ndarray, logits: np.ndarray, topk: int, tolerance: Tolerance) -> int:
+    """Check one row of indices against exact logits.
+
+    Logits computed in float32 may order two keys that lie closer than their errors the other way round than float64
+    does. So every key must be within two errors of the right side of the threshold, and everything else is exact.
+
+    Parameters
+    ----------
+    where : str
+        What to call it in the message.
+    row : ndarray [topk], int32
+    logits : ndarray [s_kv], float64
+        -inf where the query may not look.
+    topk : int
+    tolerance : Tolerance
+        Of the logits.
+
+    Returns
+    -------
+    int
+        Selected keys that are not in the float64 selection.
+
+    Raises
+    ------
+    CheckError
+    """
+    visible = ~np.isneginf(logits)
+    count = min(topk, int(visible.sum()))
+    chosen = row[:count]
+    if len(row) != topk or (row[count:] != -1).any():
+        raise CheckError(f"{where}: expected {count} indices and -1 behind")
+    if not count:
+        return 0
+    if (chosen < 0).any() or (chosen >= len(logits)).any() or not visible[chosen].all():
+        raise CheckError(f"{where}: an index is out of range")
+    if (np.diff(chosen) <= 0).any():
+        raise CheckError(f"{where}: the indices do not ascend")
+    order = np.argsort(-logits, kind="stable")
+    best = order[:count]
+    threshold = float(logits[best[-1]])
+    slack = 2 * (tolerance.abs + tolerance.rel * abs(threshold))
+    if logits[chosen].min() < threshold - slack:
+        raise CheckError(f"{where}: a selected key is below the threshold by more than the logits' tolerance")
+    left_out = visible.copy()
+    left_out[chosen] = False
+    if left_out.any() and logits[left_out].max() > threshold + slack:
+        raise CheckError(f"{where}: a key above the threshold by more than the logits' tolerance was left out")
+    return int(np.setdiff1d(chosen, best, assume_unique=True).size)
+
+
+def check_indices(
+    where: str,
+    indexer: Mapping[str, np.ndarray],
+    indices: np.ndarray,
+    topk: int,
+    rows: Sequence[int],
+) -> int:
+    """`check_selection` of some rows; `indexer` holds the inputs of `lightning_indexer`. Returns the near-ties."""
+    tolerance = _LOGITS.tolerance["logits"][str(indexer["q"].dtype)]
+    near_ties = 0
+    for m in rows:
+        (logits,) = _LOGITS.reference(**_rows(indexer, [m]))
+        near_ties += check_selection(f"{where}: row {m}", indices[m], logits[0], topk, tolerance)
+    return near_ties
+
+
+def indexer_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of `dsa_attention` that `indexer_topk` takes, by its names."""
+    names = {"q": "index_q", "k": "index_k", "k_scale": "index_k_scale"}
+    found = {t.name: inputs.get(names.get(t.name, t.name)) for t in _LOGITS.inputs}
+    return {n: x for n, x in found.items() if x is not None}
+
+
+def references(work: Workload, rows: Sequence[int]) -> tuple[Any, ...]:
+    """The float64 outputs of some queries, of an operator that is one kernel."""
+    return work.spec.reference(**_rows(work.inputs, rows), **work.attrs)
+
+
+def check(
+    work: Workload,
+    outputs: Sequence[np.ndarray],
+    rows: Sequence[int],
+    where: str = "",
+    known: tuple[Any, ...] | None = None,
+    selected: np.ndarray | None = None,
+    dtype: str = "",
+) -> Finding:
+    """Check what an operator returned.
+
+    The whole of `dsa_attention` is checked in two halves, because a near-tie changes the output by more than
+    rounding: the selection of `indexer_topk` against the logits, and the attention over that selection.
+
+    Parameters
+    ----------
+    work : Workload
+        The inputs it was given.
+    outputs : sequence of ndarray
+        All of them, in the operator's order.
+    rows : sequence of int
+        Queries to look at.
+    where : str
+        What to call it in messages; the operator's name by default.
+    known : tuple, optional
+        `references` of the same, for a caller that checks several results of one workload.
+    selected : ndarray, optional
+        The indices [s_q, topk] that `dsa_attention` selected; by default what `indexer_topk` selects here.
+    dtype : str
+        Element type whose tolerances hold; that of the first input by default.
+
+    Returns
+    -------
+    Finding
+
+    Raises
+    ------
+    CheckError
+    """
+    where = where or work.op
+    spec, inputs, attrs = work.spec, work.inputs, dict(work.attrs)
+    rows = list(rows)
+    if work.op == "indexer_topk":
+        return Finding(near_ties=check_indices(where, inputs, outputs[0], attrs["topk"], rows))
+    if work.op == "topk":
+        (expected,) = known or references(work, rows)
+        if not np.array_equal(outputs[0][rows], expected):
+            raise CheckError(f"{where}: the indices are not those of a stable sort")
+        return Finding()
+    near_ties = 0
+    dtype = dtype or str(inputs[spec.inputs[0].name].dtype)
+    if work.op == "dsa_attention":
+        indexer, topk = indexer_inputs(inputs), attrs.pop("topk")
+        indices = functions.indexer_topk(**indexer, topk=topk) if selected is None else selected
+        near_ties = check_indices(where, indexer, indices, topk, rows)
+        out, _, lse = OPS["sparse_mla"].reference(inputs["q"][rows], inputs["kv"], indices[rows], **attrs)
+        exact: tuple[Any, ...] = (out, lse)
+    else:
+        exact = known or references(work, rows)
+    errors = [
+        compare(f"{where}: {t.name}", got[rows], reference, spec.tolerance[t.name][dtype])
+        for t, got, reference in zip(spec.outputs, outputs, exact, strict=True)
+    ]
+    return Finding(errors[0][0], max(share for _, share in errors), near_ties)
+
+
+def _rows(inputs: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """The inputs cut to some queries."""
+    return {n: x if n in OF_KEYS else x[list(rows)] for n, x in inputs.items()}

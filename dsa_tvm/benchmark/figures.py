@@ -1,0 +1,162 @@
+"""What the benchmarks share: contenders in turns, the notes below a table, the JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import env, presets
+from ..errors import ArgumentError, DsaError
+from ..runtime.files import expect_writable, write_atomically
+from ..runtime.machine import THREADS
+from ..terminal.text import digits
+from .check import CheckError
+from .workload import OPERATORS
+
+#: Turns that every contender gets.
+ROUNDS = 3
+
+
+def in_turns(calls: Mapping[str, Any], turn: Callable[[Any], Sequence[float]]) -> dict[str, float]:
+    """Median time of each call, taken in turns, so that a change of the machine's speed meets all of them.
+
+    Parameters
+    ----------
+    calls : mapping
+        What to time, by name.
+    turn : callable
+        Takes one of them, and gives the times of one turn of it.
+
+    Returns
+    -------
+    dict
+        Times by name, in the unit of `turn`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            times[name] += turn(call)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def with_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """The arguments, with a default for each that was not given: None or an empty list."""
+    given = {name: value for name, value in vars(args).items() if value is not None and value != []}
+    return argparse.Namespace(**{**vars(args), **defaults, **given})
+
+
+def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets.Preset:
+    """The preset that the command line names, where what it asks for can be measured.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        op, preset, seconds and json.
+    lengths : sequence of str
+        The arguments that are lists of numbers from 1 on.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    for op in args.op:
+        if op not in OPERATORS:
+            raise ArgumentError(f"bench: operator: expected one of {', '.join(OPERATORS)}, got {op!r}")
+    for name in lengths:
+        for value in getattr(args, name):
+            if value < 1:
+                raise ArgumentError(f"bench: {name}: expected at least 1, got {value}")
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise ArgumentError(f"bench: seconds: expected a positive number, got {args.seconds}")
+    preset = presets.get(args.preset)
+    if args.json:
+        try:
+            # Now, not after minutes of measuring.
+            expect_writable(args.json)
+        except OSError as error:
+            raise ArgumentError(f"bench: json: expected a file that can be written, got {error}") from error
+    return preset
+
+
+def check_threads(command: str, threads: Sequence[int]) -> None:
+    """Refuse numbers of threads that the library would not start.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    for number in threads:
+        if number not in THREADS:
+            raise ArgumentError(f"{command}: threads: expected {THREADS[0]}..{THREADS[-1]}, got {number}")
+
+
+def peer_figures(times: Mapping[str, float], ours: float) -> dict[str, dict[str, float]]:
+    """The entries of peers in a row: milliseconds, and how many times longer than ours; times are in seconds."""
+    return {name: {"ms": 1e3 * taken, "ratio": taken / ours} for name, taken in times.items()}
+
+
+def peer_cells(row: Mapping[str, Any], peers: Sequence[str]) -> list[str]:
+    """Two cells of a table for each peer: its time and its ratio to ours."""
+    cells = []
+    for name in peers:
+        figures = row["peers"].get(name, {})
+        cells += ["-", "-"] if "ms" not in figures else [digits(figures["ms"]), _ratio(figures["ratio"])]
+    return cells
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else digits(value)
+
+
+def notes(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """Why there is a dash, once for each reason; and how many near-ties the checks met.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        op, s_q, s_kv, peers; "skipped" in a row says why ours has no time, and in a peer's entry why that has none.
+    titles : mapping
+        How to call each peer.
+    """
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        where = f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}"
+        skipped = {titles[name]: figures.get("skipped") for name, figures in row["peers"].items()}
+        for title, reason in {"ours": row.get("skipped"), **skipped}.items():
+            if reason:
+                reasons.setdefault(f"{title}: {reason}", []).append(where)
+    lines = []
+    for reason, places in reasons.items():
+        first, *others = dict.fromkeys(places)
+        lines.append(f"-  {reason} ({first}{f' and {len(others)} more' if others else ''})")
+    ties = sum(row.get("near_ties", 0) for row in rows)
+    if ties:
+        lines.append(f"{ties} selected keys of the sampled rows differ from float64's selection, all within rounding")
+    return lines
+
+
+def raise_for_wrong(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `gate.CheckError` where a row says in "failed" that our result was wrong."""
+    failed = [f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}: {row['failed']}" for row in rows if row["failed"]]
+    if failed:
+        raise CheckError(f"bench: {len(failed)} of {len(rows)} results are wrong; the first: {failed[0]}")
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write figures, together with the environment they were taken in.
+
+    Raises
+    ------
+    DsaError
+        The file cannot be written.
+    """
+    try:
+        text = json.dumps({"environment": env.report(), **document}, indent=2) + "\n"
+        write_atomically(path, text.encode(), in_place=True)
+    except OSError as error:
+        raise DsaError(f"bench: json: expected a file that can be written, got {error}") from error

@@ -1,0 +1,1 @@
+"""``dsa-tvm bench --suite cuda``: the same on a GPU."""

@@ -1,0 +1,240 @@
+"""The GPU that is measured: its errors, its clock, and what it can do at most."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...errors import DsaError, LibraryError
+from ...runtime import library
+from .. import figures
+
+#: Calls of one turn at most: what is enqueued is held in the driver's memory.
+MOST_CALLS = 400
+#: Seconds that the GPU is held at most while a call is enqueued.
+LONGEST_HOLD = 5e-3
+
+
+class Clock(Protocol):
+    """What timing needs of a device."""
+
+    def now(self) -> float:
+        """The host's time in seconds."""
+
+    def synchronize(self) -> None:
+        """Wait for everything that was enqueued."""
+
+    def hold(self, seconds: float) -> None:
+        """Enqueue that much waiting."""
+
+    def flush(self) -> None:
+        """Enqueue what throws everything out of the L2 cache."""
+
+    def mark(self) -> Any:
+        """Enqueue a mark."""
+
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks that have been passed."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    call: Callable[[], Any]
+    calls: int
+    hold: float
+
+
+def in_turns(clock: Clock, calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median time of each call on the device, taken in turns, each with a cold L2 cache.
+
+    The device is held until a call is enqueued, so that what the host takes to launch it does not count.
+
+    Parameters
+    ----------
+    clock : Clock
+    calls : mapping
+        Functions that enqueue, by name.
+    seconds : float
+        Time for each, spread over `figures.ROUNDS` turns; a turn has at least one call.
+
+    Returns
+    -------
+    dict
+        Seconds by name.
+    """
+
+    def turn(plan: _Plan) -> list[float]:
+        marks = []
+        for _ in range(plan.calls):
+            clock.hold(plan.hold)
+            clock.flush()
+            begin = clock.mark()
+            plan.call()
+            marks.append((begin, clock.mark()))
+        clock.synchronize()
+        return [clock.elapsed(*pair) for pair in marks]
+
+    return figures.in_turns({name: _plan(clock, call, seconds) for name, call in calls.items()}, turn)
+
+
+def _plan(clock: Clock, call: Callable[[], Any], seconds: float) -> _Plan:
+    for _ in range(2):  # the first compiles, loads and allocates
+        clock.synchronize()
+        begin = clock.now()
+        call()
+        enqueued = clock.now() - begin
+        clock.synchronize()
+        taken = clock.now() - begin
+    hold = min(1.5 * enqueued, LONGEST_HOLD)
+    count = int(seconds / figures.ROUNDS / max(taken + hold, 1e-6))
+    return _Plan(call, min(max(count, 1), MOST_CALLS), hold)
+
+
+class Gpu:
+    """The current GPU of torch, as a `Clock`.
+
+    Attributes
+    ----------
+    device : str
+        Where the tensors go.
+    capability : int
+        90 for 9.0.
+    out_of_memory : type
+        What torch raises then.
+    """
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch, self._cuda = torch, torch.cuda
+        self._properties: Any = torch.cuda.get_device_properties(self.device)
+        self.capability = 10 * self._properties.major + self._properties.minor
+        self.out_of_memory = torch.cuda.OutOfMemoryError
+        self._scratch = torch.empty(2 * self._properties.L2_cache_size, dtype=torch.uint8, device=self.device)
+        self._cycles = 1e9
+        self._cycles = self._cycles_per_second()
+
+    def _cycles_per_second(self) -> float:
+        """Under load: clocks rise for some tenths of a second."""
+        found: list[float] = []
+        while len(found) < 50 or (abs(found[-1] / found[-2] - 1) > 0.02 and len(found) < 200):
+            begin = self.mark()
+            self.hold(0.01)
+            end = self.mark()
+            self.synchronize()
+            found.append(self._cycles * 0.01 / self.elapsed(begin, end))
+        return found[-1]
+
+    def now(self) -> float:
+        """The host's time in seconds."""
+        return time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        self._cuda.synchronize()
+
+    def hold(self, seconds: float) -> None:
+        """Keep the GPU busy for about that long."""
+        self._cuda._sleep(int(seconds * self._cycles))
+
+    def flush(self) -> None:
+        """Write twice the L2 cache."""
+        self._scratch.zero_()
+
+    def mark(self) -> Any:
+        """An event on the current stream."""
+        event = self._cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Seconds between two events."""
+        return begin.elapsed_time(end) / 1e3
+
+    def free(self) -> None:
+        """Give back what nobody holds any more."""
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # of a GPU that has stopped working: the next call tells
+            self._cuda.empty_cache()
+
+    def describe(self) -> dict[str, Any]:
+        """Name, sizes and versions, as plain values."""
+        p = self._properties
+        return {
+            "name": p.name,
+            "compute_capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory_gib": round(p.total_memory / 2**30, 1),
+            "l2_mib": round(p.L2_cache_size / 2**20, 1),
+            "torch": self._torch.__version__,
+            "cuda": self._torch.version.cuda,
+        }
+
+    def ceilings(self, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float | None]:
+        """What the card does at most here: large products and a large copy.
+
+        Parameters
+        ----------
+        size : int
+            Rows and columns of the square matrices.
+        copy_bytes : int
+
+        Returns
+        -------
+        dict
+            ``bf16_tflops``, ``fp8_tflops`` (None where torch has no fp8 product for this card) and ``copy_tbps``, in
+            which a byte that is copied counts twice.
+        """
+        torch = self._torch
+        a, b = (torch.randn((size, size), device=self.device).bfloat16() for _ in range(2))
+        source, target = (torch.empty(copy_bytes, dtype=torch.uint8, device=self.device) for _ in range(2))
+        calls: dict[str, Callable[[], Any]] = {
+            "bf16_tflops": lambda: torch.matmul(a, b),
+            "copy_tbps": lambda: target.copy_(source),
+        }
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=self.device)
+
+        def fp8() -> Any:
+            return torch._scaled_mm(a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        try:
+            fp8()
+            calls["fp8_tflops"] = fp8
+        except (RuntimeError, TypeError, NotImplementedError):
+            pass  # no such product on this card, or in this torch
+        times = in_turns(self, calls, 0.5)
+        work = {"bf16_tflops": 2 * size**3, "fp8_tflops": 2 * size**3, "copy_tbps": 2 * copy_bytes}
+        return {name: work[name] / times[name] / 1e12 if name in times else None for name in work}
+
+
+def find() -> Gpu:
+    """The GPU, where there is one that can be measured.
+
+    Raises
+    ------
+    DsaError
+        No torch, a torch without CUDA, or no GPU.
+    LibraryError
+        The library has no CUDA kernels, or as `library.load`.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise DsaError("bench: suite cuda: expected torch with CUDA, got none; pip install torch") from error
+    if torch.version.cuda is None:
+        raise DsaError(f"bench: suite cuda: expected torch with CUDA, got {torch.__version__}, which has none")
+    if not torch.cuda.is_available():
+        raise DsaError("bench: suite cuda: expected a CUDA GPU, got none that torch finds; see `nvidia-smi`")
+    if not library.cuda_archs():
+        raise LibraryError(
+            "bench: suite cuda: expected a library with CUDA kernels, got one without; "
+            "dsa-tvm build --target cuda makes one, and DSA_TVM_LIBRARY names it"
+        )
+    return Gpu()

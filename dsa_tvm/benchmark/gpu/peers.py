@@ -1,0 +1,242 @@
+"""The same work done by other packages on a GPU: DeepGEMM, FlashMLA, vLLM and Triton; torch is in `gpu_torch`.
+
+None of them is needed: each is asked for when the benchmark runs, and one that is not there says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ... import functions
+from ...runtime.packing import unpack_mla_rows
+from ..peers import Skipped
+from ..workload import Workload
+from . import torch_peers as gpu_torch
+
+#: Names in the results, and in the table.
+TITLES = {
+    "bf16": "ours, bf16",
+    "torch": "torch",
+    "triton": "Triton",
+    "deep_gemm": "DeepGEMM",
+    "flash_mla": "FlashMLA",
+    "flash_mla_fp8": "FlashMLA fp8",
+    "vllm": "vLLM",
+    "vllm_prefill": "vLLM prefill",
+}
+#: Which of them do an operator's work.
+BY_OPERATOR: Mapping[str, tuple[str, ...]] = {
+    "lightning_indexer": ("torch", "triton", "deep_gemm"),
+    "topk": ("torch", "vllm", "vllm_prefill"),
+    "indexer_topk": ("torch", "deep_gemm"),
+    "sparse_mla": ("torch", "flash_mla", "vllm"),
+    "sparse_mla_fp8": ("bf16", "torch", "flash_mla_fp8"),
+    "dsa_attention": ("torch",),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer's call.
+
+    Parameters
+    ----------
+    call : callable
+        Takes nothing; enqueues the work.
+    result : callable
+        Takes what `call` returned, and gives the operator's first output as `gpu_check.Checker.peer` takes it.
+    """
+
+    call: Callable[[], Any]
+    result: Callable[[Any], Any] = lambda x: x
+
+
+def prepare(name: str, work: Workload, capability: int) -> Peer:
+    """A peer's work of one call, ready to be timed.
+
+    Parameters
+    ----------
+    name : str
+        A key of `TITLES`.
+    work : Workload
+        torch tensors.
+    capability : int
+        The GPU's; 90 for 9.0.
+
+    Raises
+    ------
+    Skipped
+        It is not installed, or does not take such arguments.
+    """
+    return _MAKERS[name](work, capability)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Skipped(_line(f"{name} does not import", error)) from error
+    except Exception as error:  # whatever its initialization raises, from a missing libcudart to an assertion
+        raise Skipped(_line(f"{name} does not start", error)) from error
+
+
+def _line(what: str, error: BaseException) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{what} ({type(error).__name__}: {first[:200]})"
+
+
+def _bf16(work: Workload, capability: int) -> Peer:
+    """`sparse_mla` on what the packed rows stand for, which takes nearly twice the memory."""
+    t, kv = work.inputs, unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
+    return Peer(lambda: functions.sparse_mla(t["q"], kv, t["indices"], **work.attrs), lambda x: x[0])
+
+
+def _torch(work: Workload, capability: int) -> Peer:
+    return Peer(gpu_torch.prepare(work, capability))
+
+
+def _triton(work: Workload, capability: int) -> Peer:
+    _import("triton")
+    if work.lengths["s_q"] * work.lengths["h_idx"] * work.lengths["s_kv"] * 2 > gpu_torch.LIMIT:
+        raise Skipped("torch.compile's indexer holds every head's logits, which are too large")
+    compiled = _compiled()
+    queries, keys, weights = (gpu_torch.as_bf16(work.inputs[n]) for n in ("q", "k", "weights"))
+    hidden, scale = gpu_torch.hidden(work), work.inputs.get("k_scale")
+    return Peer(lambda: compiled(queries, keys, weights, hidden, scale))
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    import torch
+
+    return torch.compile(gpu_torch.plain_indexer, dynamic=True)
+
+
+def _deep_gemm(work: Workload, capability: int) -> Peer:
+    t, lengths = work.inputs, work.lengths
+    if str(t["q"].dtype) != "torch.float8_e4m3fn":
+        raise Skipped("DeepGEMM's fp8_mqa_logits takes fp8 queries and keys")
+    if capability < 90:
+        raise Skipped("DeepGEMM begins at compute capability 9.0")
+    import torch
+
+    score = _import("deep_gemm").fp8_mqa_logits
+    selecting, count = work.op == "indexer_topk", min(lengths["topk"], lengths["s_kv"])
+
+    def logits() -> Any:
+        # Its users leave what is out of a query's range as it is; torch.topk, unlike their selection, would read it.
+        given = score(t["q"], (t["k"], t["k_scale"]), t["weights"], t["ks"], t["ke"], clean_logits=selecting)
+        return given if isinstance(given, torch.Tensor) else torch.from_dlpack(given)
+
+    return Peer((lambda: torch.topk(logits(), count, sorted=False)[1]) if selecting else logits)
+
+
+def _one_kv_head(work: Workload) -> tuple[Any, Any, Any]:
+    """q, kv [s_kv, 1, d_qk], indices [s_q, 1, topk] for FlashMLA, which takes few shapes."""
+    t = work.inputs
+    if str(t["q"].dtype) != "torch.bfloat16" or work.lengths["h_q"] not in (64, 128):
+        raise Skipped("FlashMLA takes bfloat16 and 64 or 128 heads")
+    return t["q"], t["kv"][:, None], t["indices"][:, None]
+
+
+def _legacy(function: Callable[..., Any], work: Workload, capability: int) -> dict[str, bool]:
+    """Which kernels of sgl-flash-mla; those of Hopper, and for rows of 576, are its older ones."""
+    if "use_legacy" not in inspect.signature(function).parameters:
+        return {}
+    return {"use_legacy": capability < 100 or work.lengths["d_qk"] != 512}
+
+
+def _flash_mla(work: Workload, capability: int) -> Peer:
+    attend = _import("flash_mla").flash_mla_sparse_fwd
+    q, kv, indices = _one_kv_head(work)
+    options, attrs = _legacy(attend, work, capability), work.attrs
+    return Peer(lambda: attend(q, kv, indices, attrs["sm_scale"], d_v=attrs["d_v"], **options), lambda x: x[0])
+
+
+def _flash_mla_fp8(work: Workload, capability: int) -> Peer:
+    """Decoding from its cache of 656 bytes a token, every query a sequence of its own."""
+    package = _import("flash_mla")
+    q, _, indices = _one_kv_head(work)
+    if work.lengths["d_qk"] != 576 or work.lengths["s_q"] > 256:
+        raise Skipped("FlashMLA's decoding takes rows of 576, and few queries")
+    attend = package.flash_mla_with_kvcache
+    cache = gpu_torch.flash_mla_cache(work.inputs["kv"])
+    options: dict[str, Any] = _legacy(attend, work, capability)
+    if options.get("use_legacy"):
+        options["kv_format"] = "V32"
+    schedule = package.get_mla_metadata()[0]
+
+    def call() -> Any:
+        arguments = (q[:, None], cache, None, None, work.attrs["d_v"], schedule)
+        scale = work.attrs["sm_scale"]
+        return attend(*arguments, softmax_scale=scale, is_fp8_kvcache=True, indices=indices, **options)
+
+    return Peer(call, lambda x: x[0][:, 0])
+
+
+@functools.cache
+def _load_vllm(pattern: str) -> None:
+    """Register the operators of one of its extensions, without importing the rest of it, which needs much more."""
+    import torch
+
+    found = importlib.util.find_spec("vllm")
+    folders = found.submodule_search_locations if found else None
+    libraries = sorted(path for folder in folders or () for path in Path(folder).glob(pattern))
+    if not libraries:
+        raise Skipped("vllm is not installed" if not folders else f"vllm has no {pattern}")
+    for path in libraries:
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise Skipped(_line(f"vllm's {path.name} does not load", error)) from error
+
+
+def _vllm_operator(pattern: str, namespace: str, name: str) -> Any:
+    import torch
+
+    _load_vllm(pattern)
+    try:
+        return getattr(getattr(torch.ops, namespace), name).default
+    except AttributeError as error:
+        raise Skipped(f"vllm has no operator {namespace}.{name}") from error
+
+
+def _vllm(work: Workload, capability: int) -> Peer:
+    t, lengths = work.inputs, work.lengths
+    if work.op == "topk":
+        if lengths["topk"] not in (512, 1024, 2048):
+            raise Skipped("vLLM's persistent_topk takes topk 512, 1024 and 2048")
+        select = _vllm_operator("_C*.so", "_C", "persistent_topk")
+        out, memory = gpu_torch.indices_like(work), gpu_torch.bytes_like(work, 2**20)
+        return Peer(lambda: select(t["logits"], t["ke"], out, memory, lengths["topk"], lengths["s_kv"]), lambda _: out)
+    attend = _vllm_operator("_flashmla_C*.so", "_flashmla_C", "sparse_prefill_fwd")
+    arguments = [*_one_kv_head(work), work.attrs["sm_scale"], work.attrs["d_v"]]
+    # Optional ones that came with later versions.
+    arguments += [None] * (len(attend._schema.arguments) - len(arguments))
+    return Peer(lambda: attend(*arguments), lambda x: x[0])
+
+
+def _vllm_prefill(work: Workload, capability: int) -> Peer:
+    t, lengths = work.inputs, work.lengths
+    select = _vllm_operator("_C*.so", "_C", "top_k_per_row_prefill")
+    out, sizes = gpu_torch.indices_like(work), (lengths["s_q"], lengths["s_kv"], 1, lengths["topk"])
+    return Peer(lambda: select(t["logits"], t["ks"], t["ke"], out, *sizes), lambda _: out)
+
+
+_MAKERS: Mapping[str, Callable[[Workload, int], Peer]] = {
+    "bf16": _bf16,
+    "torch": _torch,
+    "triton": _triton,
+    "deep_gemm": _deep_gemm,
+    "flash_mla": _flash_mla,
+    "flash_mla_fp8": _flash_mla_fp8,
+    "vllm": _vllm,
+    "vllm_prefill": _vllm_prefill,
+}

@@ -1,0 +1,149 @@
+"""Libraries made for measuring: one operator with the kernels of DEFAULT and of one candidate.
+
+TVM's runtime loads them, on this machine or through its RPC on one that has no dsa_tvm, and calls ``call``, ``time``,
+``peak`` and ``cpus`` of export/c/src/measure/measure.c.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..schedules import CPU
+from ..spec import DIMS, INT32_MAX, Dim
+from . import kernel_table, objects, spec_table
+from . import link as linking
+from .kernel_table import Kernels
+
+#: The kernel sets of a library by number, and the suffixes of their symbols.
+SUFFIXES = ("default", "candidate")
+
+#: What GCC calls the targets that it calls otherwise.
+_MARCH = {"aarch64": "armv8-a", "x86-64-v4-bf16": "x86-64-v4"}
+
+
+def compile_kernel(
+    op: str,
+    variant: Mapping[str, str],
+    target: str,
+    decisions: Any,
+    symbol_suffix: str,
+    path: str | os.PathLike[str],
+    module: ModuleType | None = None,
+) -> None:
+    """Compile one kernel to an object file for `Linker.link`.
+
+    Parameters
+    ----------
+    op : str
+        Key of `schedules.CPU`.
+    variant : mapping
+        Assignment of the operator's type variables.
+    target : str
+        Key of `schedules.CPU_TARGETS`.
+    decisions : Decisions
+    symbol_suffix : str
+        One of `SUFFIXES`: what the library holds the kernel as.
+    path : path-like
+        The object file.
+    module : module, optional
+        Where the factory is; by default the operator's module in `schedules.CPU`.
+    """
+    name = objects.symbol(op, variant.values(), target, symbol_suffix)
+    kernel = (module or CPU[op]).tensor_ir(variant, decisions)
+    objects.write_object({name: kernel}, target, Path(path))
+
+
+class Linker:
+    """Makes the candidate libraries of one operator; only a table is compiled for each.
+
+    Parameters
+    ----------
+    op : str
+        Key of `schedules.CPU`.
+    types : sequence of str
+        Element types of the type variables, in order.
+    target : str
+        Key of `schedules.CPU_TARGETS`.
+    cc : str
+        C compiler for the target.
+    dims : mapping
+        The dimensions, with the values that are served.
+    directory : Path, optional
+        An empty one for the compiled C files, which the caller removes; by default a temporary one.
+
+    Raises
+    ------
+    BuildError
+        No such compiler, or it fails.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        types: Sequence[str],
+        target: str,
+        cc: str = "cc",
+        dims: Mapping[str, Dim] = DIMS,
+        *,
+        directory: Path | None = None,
+    ) -> None:
+        linking.expect_compiler(cc)
+        self._op, self._types, self._target, self._cc = op, tuple(types), target, cc
+        if directory is None:
+            directory = Path(tempfile.mkdtemp(prefix="dsa-tvm-"))
+            weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._directory = directory
+        spec_table.write(self._directory, dims, "0")
+        source = linking.export_directory() / "src"
+        files = [str(source / name) for name in (*linking.CORE, "measure/measure.c")]
+        self._compile("-O2", f"-DMEASURED_OP=OP_{op.upper()}", *files, "specs.c")
+        self._compile("-O3", f"-march={_MARCH.get(target, target)}", str(source / "measure" / "peak.c"))
+        self._objects = [str(path) for path in sorted(self._directory.glob("*.o"))]
+
+    def _compile(self, *arguments: str) -> None:
+        linking.run([self._cc, *linking.flags(self._directory), "-c", *arguments], directory=self._directory)
+
+    def link(
+        self, default_object: Path, default_decisions: Any, candidate_object: Path, candidate_decisions: Any, out: Path
+    ) -> None:
+        """Make one library. May be called by several threads at once.
+
+        Parameters
+        ----------
+        default_object, candidate_object : Path
+            Made by `compile_kernel` with the suffixes "default" and "candidate".
+        default_decisions, candidate_decisions : Decisions
+            What they were compiled with.
+        out : Path
+            The library. Its kernel set 0 is the default, 1 the candidate.
+
+        Raises
+        ------
+        BuildError
+            The compiler fails.
+        """
+        sets = [
+            (self._target, {self._op: [self._kernels(decisions, suffix)]})
+            for decisions, suffix in zip((default_decisions, candidate_decisions), SUFFIXES, strict=True)
+        ]
+        command = [
+            *(self._cc, "-O2", *linking.flags(self._directory), "-shared"),
+            # The table comes from standard input, so that nothing is left behind.
+            *("-x", "c", "-", "-x", "none"),
+            *(*self._objects, str(default_object), str(candidate_object)),
+            # Not nodelete: a search loads thousands.
+            *("-Wl,-z,defs", "-Wl,-z,noexecstack", *linking.version_script("measure.map")),
+            *("-lm", "-lpthread", "-ldl", "-o", str(out)),
+        ]
+        linking.run(command, kernel_table.source(sets))
+
+    def _kernels(self, decisions: Any, suffix: str) -> Kernels:
+        symbol = objects.symbol(self._op, self._types, self._target, suffix)
+        return Kernels(INT32_MAX, INT32_MAX, decisions, {self._types: symbol})

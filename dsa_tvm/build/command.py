@@ -1,0 +1,243 @@
+"""OpSpecs + targets + tuning records -> one library and its manifest.
+
+`pip install` runs this through CMake, `dsa-tvm build` by hand. It needs TVM and a C compiler; nothing it makes does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import presets, records
+from ..errors import BuildError
+from ..runtime.files import expect_writable_directory, scratch, sha256, write_atomically
+from ..runtime.library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
+from ..runtime.machine import in_units
+from ..spec import DIMS, with_values
+from ..terminal.extras import expect_installed
+from . import kernel_table, link, spec_table
+from .cuda import report as resources
+
+if TYPE_CHECKING:
+    from .objects import Compiled
+
+#: Targets a library has by default, by the machine it is built for.
+DEFAULT_TARGETS = {
+    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"),
+    "aarch64": ("aarch64",),
+}
+#: Dimensions whose values a library lists.
+WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)
+#: The target that stands for all GPUs, beside which there are CPU targets in every library.
+CUDA_TARGET = "cuda"
+#: What a build takes of the directory for temporary files.
+_SCRATCH_BYTES = 64 << 20
+#: What ``--records`` takes for no records at all.
+NO_RECORDS = "none"
+
+
+def build(
+    out: Path,
+    *,
+    targets: Sequence[str] = (),
+    served: Mapping[str, tuple[int, ...]] | None = None,
+    logs: Path | None = None,
+    preset: str = presets.DEFAULT,
+    version: str,
+    cc: str = "cc",
+    archs: Sequence[str] = (),
+    nvcc: str = "nvcc",
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Build a library and its manifest into the directory `out`.
+
+    Parameters
+    ----------
+    out : Path
+        Receives ``libdsa_tvm.so`` and ``manifest.json``, each whole or not at all.
+    targets : sequence of str
+        CPU targets, by default those of this machine, and ``cuda`` perhaps.
+    served : mapping, optional
+        Values of d_idx, d_qk and d_v to serve beside the usual ones.
+    logs : Path, optional
+        Directory of tuning records; by default none are used.
+    preset : str
+        Model whose records count, and whose sizes are served.
+    version : str
+        Version of the package.
+    cc : str
+        C compiler, a cross compiler perhaps.
+    archs : sequence of str
+        GPU architectures for the target ``cuda``; by default `schedules.CUDA_ARCHS`.
+    nvcc : str
+        CUDA compiler; only that target needs it.
+    progress : callable
+        Takes a line of text at every step, and one for every record that is left out.
+
+    Returns
+    -------
+    Path
+        The library.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown preset.
+    RecordError
+        `logs` is no directory.
+    BuildError
+        No C compiler or nvcc, an unknown target or architecture, a size that cannot be served, or a step that failed.
+    """
+    link.expect_compiler(cc)
+    with_cuda = CUDA_TARGET in targets
+    if archs and not with_cuda:
+        raise BuildError(f"arch: expected --target {CUDA_TARGET} beside it, got none")
+    if with_cuda:
+        link.expect_nvcc(nvcc)
+    targets = tuple(t for t in targets if t != CUDA_TARGET) or DEFAULT_TARGETS.get(platform.machine(), ())
+    if not targets:
+        raise BuildError(f"target: expected one to be named, because there is no default for {platform.machine()}")
+    model = presets.get(preset)
+    try:
+        dims = with_values(with_values(DIMS, served or {}), {name: (getattr(model, name),) for name in WIDTHS})
+    except ValueError as error:
+        raise BuildError(str(error)) from error
+    measured, damage = records.read_directory(logs) if logs else ([], [])
+    for line in damage:
+        progress(f"leaving out {line}")
+    try:
+        expect_writable_directory(out)
+    except OSError as error:
+        raise BuildError(f"out: expected a directory to write to, got {error}") from error
+    expect_installed("build", "build", "tvm")
+    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    import tvm
+
+    from . import objects, plan
+
+    rows = plan.make(plan.with_bases(targets), measured, model, progress)
+    if with_cuda:
+        from .cuda import fatbins
+        from .cuda import part as cuda_part
+        from .cuda import plan as cuda_plan
+
+        archs = fatbins.check_archs(archs)
+        fatbins.expect_served(archs, dims, served or {})
+    with _errors_of_files(), scratch() as work:
+        if (free := shutil.disk_usage(work).free) < _SCRATCH_BYTES:
+            # LLVM ends the process where it cannot write an object.
+            got = f"{in_units(free)} in {work.parent}"
+            raise BuildError(
+                f"expected {in_units(_SCRATCH_BYTES)} for temporary files, got {got}; $TMPDIR names another"
+            )
+        built = objects.compile_objects(rows, work, progress)
+        spec_table.write(work, dims, version)
+        # The targets are named from the oldest to the newest; the library takes the first that runs.
+        sets = [(target, objects.tables(target, built)) for target in reversed(built)]
+        (work / "table.c").write_text(kernel_table.source(sets))
+        in_cuda = None
+        if with_cuda:
+            chosen = cuda_plan.Plan(measured, model, progress)
+            in_cuda = cuda_part.add(work, archs, dims, chosen, nvcc, progress)
+        progress("linking")
+        library = link.link_library([parts.object for parts in built.values()], work, cc)
+        manifest = {
+            "version": version,
+            "abi": ABI_VERSION,
+            "tvm": tvm.__version__,
+            "targets": list(built),
+            "kernels": {target: _kernels(parts) for target, parts in built.items()},
+            "cuda": in_cuda,
+            "served": {d.name: list(d.values) for d in dims.values() if d.values},
+            "symbols": exported_symbols(),
+            "size": library.stat().st_size,
+            "sha256": sha256(library),
+        }
+        # The manifest goes last: a library without its manifest is refused, one with a stale manifest too.
+        write_atomically(out / LIBRARY_NAME, library.read_bytes(), 0o755)
+        write_atomically(out / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
+    return out / LIBRARY_NAME
+
+
+@contextmanager
+def _errors_of_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"expected files that can be written, got {error}") from error
+
+
+def _kernels(compiled: Compiled) -> dict[str, list[dict]]:
+    """Which decisions serve what: the first row with at least a call's lengths takes it."""
+    return {
+        op: [{"s_q": row.s_q, "s_kv": row.s_kv, "decisions": asdict(row.decisions)} for row in rows]
+        for op, rows in compiled.kernels.items()
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dsa-tvm build``."""
+    parser.add_argument("--out", type=Path, required=True, help="directory for the library and its manifest")
+    parser.add_argument("--target", action="append", default=[], help="CPU target, or cuda; may be given several times")
+    parser.add_argument(
+        "--arch", action="append", default=[], help="GPU architecture for --target cuda, such as sm_90 (default: all)"
+    )
+    parser.add_argument(
+        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
+    )
+    parser.add_argument("--report", action="store_true", help="tell what every kernel of the library takes")
+    parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler (default: $CC or cc)")
+    parser.add_argument(
+        "--records", metavar="DIR", help=f"tuning logs (default: the package's); {NO_RECORDS} for default decisions"
+    )
+    parser.add_argument(
+        "--preset",
+        default=presets.DEFAULT,
+        help=f"model whose records count and whose sizes are served (default: {presets.DEFAULT})",
+    )
+    for name in WIDTHS:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, action="append", default=[], help=f"serve this {name} too")
+
+
+def run(args: argparse.Namespace, version: str) -> Path:
+    """`build` with parsed options, its steps printed."""
+    logs = records.default_directory() if args.records is None else Path(args.records)
+    library = build(
+        args.out,
+        targets=args.target,
+        served={name: tuple(getattr(args, name)) for name in WIDTHS},
+        logs=None if args.records == NO_RECORDS else logs,
+        preset=args.preset,
+        version=version,
+        cc=args.cc,
+        archs=args.arch,
+        nvcc=args.nvcc,
+        progress=lambda line: print(f"dsa-tvm build: {line}", file=sys.stderr, flush=True),
+    )
+    if args.report:
+        print("\n".join(resources.lines(json.loads((args.out / MANIFEST_NAME).read_bytes()))))
+    return library
+
+
+def main() -> None:
+    """Entry of the package's own build, which passes the version it is building."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parser.add_argument("--version", required=True)
+    args = parser.parse_args()
+    run(args, args.version)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The CUDA part of a library: which kernels, their text, their machine code and the table that the launcher reads."""

@@ -1,0 +1,82 @@
+"""Which decisions a library's CUDA kernels are compiled with: the best measured ones where there are any, else DEFAULT.
+
+Records count for the architecture, the operator, the element types, the stage and the model that they were measured
+with. float16 has the decisions of bfloat16: the same instructions on as many bytes; and int8 has those of
+float8_e4m3fn, whose keys are as wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ...presets import Preset
+from ...records import Record
+from ...records.choice import in_words
+from ...records.gpu_choice import Choice, choose, finals_of, is_gpu
+from .space import Space
+
+#: Where there are no records of its own.
+_LIKE = {"float16": "bfloat16", "int8": "float8_e4m3fn"}
+
+
+class Plan:
+    """`cuda_kernels.Chosen` from records.
+
+    Parameters
+    ----------
+    records : sequence of Record
+    preset : Preset
+        Only records of its sizes count, and for kernels of its lengths.
+    progress : callable
+        Takes a line of text for every choice that was made, and for every record that the kernel factory refuses.
+    """
+
+    def __init__(
+        self, records: Iterable[Record], preset: Preset, progress: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._records = [r for r in records if r.kind == "final" and is_gpu(r.target)]
+        self._lengths = preset.lengths
+        self._progress = progress
+        self._choices: dict[tuple, Choice] = {}
+
+    def __call__(
+        self, arch: str, op: str, stage: str, variant: Mapping[str, str], sizes: Mapping[str, int], decisions: Any
+    ) -> Any:
+        """What the kernel is made with."""
+        if any(self._lengths[name] != length for name, length in sizes.items()):
+            return decisions
+        chosen = self._choice(arch, op, stage, tuple(variant.values())).decisions
+        return decisions if chosen is None else type(decisions)(**chosen)
+
+    def made(self) -> list[dict[str, Any]]:
+        """For the manifest: every choice that is not DEFAULT."""
+        return [
+            {
+                **{"arch": arch, "op": op, "stage": stage, "types": list(types)},
+                **{"decisions": dict(choice.decisions), "speedup": round(choice.speedup, 3)},
+            }
+            for (arch, op, stage, types), choice in self._choices.items()
+            if choice.decisions is not None
+        ]
+
+    def _choice(self, arch: str, op: str, stage: str, types: tuple[str, ...]) -> Choice:
+        key = (arch, op, stage, types)
+        if key not in self._choices:
+            finals: list[Record] = []
+            for like in (types, tuple(_LIKE.get(t, t) for t in types)):
+                finals = finals or finals_of(self._records, op, arch, like, stage, self._lengths)
+            space = Space(op, arch, stage, types, self._lengths) if finals else None
+            self._choices[key] = choice = choose(r for r in finals if space and self._is_taken(space, r))
+            if finals:
+                what = in_words(choice.decisions) if choice.decisions else "DEFAULT"
+                self._progress(f"{' '.join((arch, op, stage, *types))}: {what}; {choice.why}")
+        return self._choices[key]
+
+    def _is_taken(self, space: Space, record: Record) -> bool:
+        try:
+            space.expect_within(record.decisions)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            self._progress(f"leaving out a record of {record.op} on {record.target}: {error}")
+            return False
+        return True

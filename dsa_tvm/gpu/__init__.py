@@ -1,0 +1,1 @@
+"""NVIDIA GPUs as Python sees them: their architectures, and the CUDA driver."""

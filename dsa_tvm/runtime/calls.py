@@ -1,0 +1,190 @@
+"""One call of an operator: arguments to C structures, outputs made, status to exception."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, SupportsIndex
+
+from ..errors import ArgumentError, KernelError, LibraryError
+from ..spec import AttrSpec, OpSpec
+from . import frames, library
+from .dlpack import CPU, CUDA
+from .integers import as_integer
+from .tensors import Pack, as_tensor, cuda_stream, is_torch, note_written
+
+_MAX_NDIM = 3
+_STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
+
+
+class Attribute(ctypes.Union):
+    """``dsa_tvm_attr``."""
+
+    _fields_ = (("i", ctypes.c_int64), ("f", ctypes.c_double))
+
+
+class Options(ctypes.Structure):
+    """``dsa_tvm_options``."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("num_threads", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_size", ctypes.c_uint64),
+    )
+
+
+def _integer(op: str, name: str, value: Any, bits: int) -> int:
+    number = as_integer(op, name, value)
+    if not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+        raise ArgumentError(f"{op}: {name}: expected a {bits}-bit integer, got {number}")
+    return number
+
+
+def _attribute(op: str, attr: AttrSpec, value: Any) -> Attribute:
+    if isinstance(value, bool) or (attr.kind is float and not hasattr(value, "__float__")):
+        got = "None" if value is None else type(value).__name__
+        raise ArgumentError(f"{op}: {attr.name}: expected {attr.kind.__name__}, got {got}")
+    if attr.kind is int:
+        return Attribute(i=_integer(op, attr.name, value, 64))
+    try:
+        return Attribute(f=float(value))
+    except (TypeError, ValueError, OverflowError) as error:  # an array of several elements, or 10**400
+        got = f"{type(value).__name__} ({error})"
+        raise ArgumentError(f"{op}: {attr.name}: expected a finite float32, got {got}") from error
+
+
+def _raise(lib: ctypes.CDLL, status: int) -> None:
+    raise _STATUS_ERRORS.get(status, KernelError)(lib.dsa_tvm_last_error().decode())
+
+
+def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
+    """An output tensor of the kind of `like`, whose own element type is used where `dtype` is "T"."""
+    if is_torch(like):
+        import torch
+
+        return torch.empty(shape, dtype=like.dtype if dtype == "T" else getattr(torch, dtype), device=like.device)
+    if device == CUDA:
+        raise ArgumentError(
+            f"{op}: out: expected tensors to write to, as {type(like).__name__} inputs are on a GPU, got none"
+        )
+    import numpy as np
+
+    if dtype != "T":
+        return np.empty(shape, dtype)
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, like.dtype)
+    raise ArgumentError(
+        f"{op}: out: expected tensors to write to, as outputs cannot take the type of a {type(like).__name__}, got none"
+    )
+
+
+def _workspace(op: str, lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream: int) -> tuple[Any, int]:
+    """What a call on a GPU must have, from torch's allocator, and its bytes."""
+    size = ctypes.c_uint64()
+    status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
+    if status:
+        _raise(lib, status)
+    if not size.value:
+        return None, 0
+    try:
+        import torch
+    except ImportError as error:
+        message = f"{op}: workspace: expected PyTorch, which allocates it for calls on a GPU, got none ({error})"
+        raise LibraryError(message) from error
+    # The caching allocator may reuse this block on the stream that was current at allocation. That is the call's own,
+    # except that a call without torch tensors is on the default one.
+    elsewhere = torch.cuda.current_stream(device).cuda_stream != stream
+    with torch.cuda.stream(torch.cuda.default_stream(device)) if elsewhere else nullcontext():
+        return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
+
+
+def call(
+    spec: OpSpec,
+    inputs: Mapping[str, Any],
+    attrs: Mapping[str, Any],
+    out: Any = None,
+    num_threads: SupportsIndex = 0,
+) -> tuple[Any, ...]:
+    """Run one operator.
+
+    Parameters
+    ----------
+    spec : OpSpec
+    inputs, attrs : mapping
+        By name; an optional input may be None.
+    out : tensor or tuple of tensors, optional
+        Where the outputs go, one for each; by default they are made.
+    num_threads : int
+        Threads of this call; 0 for the process default.
+
+    Returns
+    -------
+    tuple
+        The outputs, in the operator's order.
+
+    Raises
+    ------
+    ArgumentError
+        An argument does not fit the operator; no output has been touched.
+    KernelError
+        No memory for the workspace.
+    LibraryError
+        The library is missing, damaged or has no kernels for this CPU or GPU; or there is no CUDA driver.
+    """
+    lib = library.load()
+    done = frames.call(frames.entry(lib), spec, inputs, attrs, out, num_threads)
+    if done is not None:
+        status, results = done
+        if status:
+            _raise(lib, status)
+        return results
+    num_threads = _integer(spec.name, "num_threads", num_threads, 32)
+    keep: list[Any] = []
+    cuda = library.has_cuda(lib)
+    given_out = () if out is None else out if isinstance(out, tuple) else (out,)
+    stream = cuda_stream((*inputs.values(), *given_out)) if cuda else 0
+    views = [
+        None
+        if inputs[t.name] is None and t.optional
+        else as_tensor(spec, t, inputs[t.name], keep, cuda=cuda, stream=stream)
+        for t in spec.inputs
+    ]
+    given = Pack(views)
+    device = views[0].device if views[0] else (CPU, 0)
+    attr_array = (Attribute * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
+    arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
+    if out is None:
+        # The shapes come from the library, so that nothing is allocated for arguments that are refused.
+        shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
+        status = lib.dsa_tvm_output_shapes(*arguments, shapes, len(spec.outputs))
+        if status:
+            _raise(lib, status)
+        first = inputs[spec.inputs[0].name]
+        outputs = tuple(
+            _empty(spec.name, first, t.dtype, list(shape[: len(t.shape)]), device[0])
+            for t, shape in zip(spec.outputs, shapes, strict=True)
+        )
+    else:
+        outputs = given_out
+        if len(outputs) != len(spec.outputs):
+            raise ArgumentError(f"{spec.name}: out: expected {len(spec.outputs)} tensors, got {len(outputs)}")
+    taken = Pack(
+        [
+            as_tensor(spec, t, x, keep, writable=True, cuda=cuda, stream=stream)
+            for t, x in zip(spec.outputs, outputs, strict=True)
+        ]
+    )
+    options = Options(ctypes.sizeof(Options), num_threads)
+    if device[0] == CUDA:
+        # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
+        workspace, options.workspace_size = _workspace(spec.name, lib, arguments, device[1], stream)
+        options.stream, options.workspace = stream, workspace.data_ptr() if workspace is not None else None
+    status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
+    if status:
+        _raise(lib, status)
+    if out is not None:
+        note_written(outputs)
+    return outputs

@@ -1,0 +1,38 @@
+"""Packages that only some commands need: the extras of pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from ..errors import DsaError
+
+
+def expect_installed(what: str, extra: str, *modules: str) -> None:
+    """Find out whether the modules that an extra brings are installed, without importing them.
+
+    Parameters
+    ----------
+    what : str
+        The command that needs them.
+    extra : str
+        Its name in pyproject.toml.
+    modules : str
+        As they are imported.
+
+    Raises
+    ------
+    DsaError
+        Some are missing; the message says how to install them.
+    """
+    missing = [name for name in modules if not _is_installed(name)]
+    if missing:
+        raise DsaError(
+            f"{what}: expected {', '.join(missing)} to be installed, got none; pip install 'dsa_tvm[{extra}]'"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None

@@ -1,0 +1,1 @@
+"""Tuning for GPUs: building candidates with nvcc and measuring them, perhaps on another machine."""

@@ -1,0 +1,128 @@
+"""From decisions to candidate libraries for GPUs: compiled by nvcc in workers, on a machine that may have no GPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import tvm
+
+from ...build.cuda import candidates as cuda_candidates
+from ...build.cuda import kernels as cuda_kernels
+from ...build.cuda.candidates import Foundation, TunedKernel
+from ...build.cuda.space import Space
+from ..failures import WorkerError, no_default
+from ..fleet import Remote
+from ..search import Search
+from ..source import Decisions
+from ..tasks import Effort, Task
+from ..workers import Request, Workers
+
+
+class CudaBuilder:
+    """Builds the candidates of a job for GPUs: its `source.Source`.
+
+    Parameters
+    ----------
+    workers : Workers
+        Of the role "nvcc".
+    directory : Path
+        For headers, objects and libraries; the caller removes it.
+    cc, nvcc : str
+        Compilers.
+    seconds : float
+        Limit for one candidate.
+    operators : str
+        Module whose ``OPERATORS`` has the kernels.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        directory: Path,
+        cc: str,
+        nvcc: str,
+        seconds: float = 900.0,
+        operators: str = cuda_kernels.__name__,
+    ) -> None:
+        self._workers, self._directory, self._cc, self._nvcc = workers, directory, cc, nvcc
+        self._seconds, self._operators = seconds, operators
+        self._numbers = itertools.count()
+        self._foundations: dict[tuple, Foundation] = {}
+        self._baselines: dict[tuple, Path] = {}
+        self._space = functools.cache(TunedKernel.space)
+        self.versions = {"tvm": tvm.__version__}
+
+    def kernel(self, task: Task) -> TunedKernel:
+        """What the task tunes."""
+        return TunedKernel(
+            task.op, task.target, task.stage, task.types, tuple(task.preset.lengths.items()), self._operators
+        )
+
+    def space(self, task: Task) -> Space:
+        """The decisions of the task's kernel."""
+        return self._space(self.kernel(task))
+
+    def default(self, task: Task) -> dict[str, int]:
+        """DEFAULT of the task's kernel as plain values."""
+        return asdict(self.space(task).DEFAULT[task.target])
+
+    def search(self, task: Task, seed: int, batch: int) -> Search:
+        """MetaSchedule's, over the decisions of the task's kernel."""
+        return Search(task.op, self.space(task), task.target, seed=seed, batch=batch)
+
+    def baseline(self, task: Task) -> Path:
+        """The library of DEFAULT, made once for each operator and choice of element types.
+
+        Raises
+        ------
+        DsaError
+            It does not compile.
+        """
+        key = (task.op, task.target, task.types, task.preset)
+        if key not in self._baselines:
+            path = self._directory / f"{task.op}.{next(self._numbers)}.default.so"
+            ((_, outcome),) = self.compiled(task, [self.default(task)], [path])
+            if isinstance(outcome, WorkerError):
+                raise no_default(task.title, outcome)
+            self._baselines[key] = path
+        return self._baselines[key]
+
+    def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
+        """A library for each of `proposals`, in any order, or why there is none."""
+        # Not in the middle of a measurement.
+        self.baseline(task)
+        # A name of its own for every library: the loader takes one of the same name for one that it has.
+        paths = [self._directory / f"{task.op}.{next(self._numbers)}.so" for _ in proposals]
+        yield from self.compiled(task, proposals, paths)
+
+    def compiled(
+        self, task: Task, proposals: Sequence[Decisions], paths: Sequence[Path]
+    ) -> Iterator[tuple[int, Path | WorkerError]]:
+        """The same with names: each library is at its path, whole, or not at all."""
+        foundation, kernel = self._foundation(task), self.kernel(task)
+        requests: list[Request] = [
+            ("compile", (kernel, foundation, dict(decisions), path))
+            for decisions, path in zip(proposals, paths, strict=True)
+        ]
+        for i, outcome in self._workers.map(requests, self._seconds):
+            yield i, outcome if isinstance(outcome, WorkerError) else paths[i]
+
+    def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
+        """Measure a library in turns with DEFAULT's."""
+        return ("measure", (str(self.baseline(task)), str(library), task, effort))
+
+    def discard(self, library: Path) -> None:
+        """Remove it: a job makes hundreds."""
+        library.unlink()
+
+    def _foundation(self, task: Task) -> Foundation:
+        key = (task.op, task.target, task.types, task.preset)
+        if key not in self._foundations:
+            directory = self._directory / f"{task.op}.{next(self._numbers)}.common"
+            directory.mkdir(parents=True)
+            self._foundations[key] = cuda_candidates.found(self.kernel(task), directory, self._cc, self._nvcc)
+        return self._foundations[key]

@@ -1,0 +1,149 @@
+"""``dsa-tvm tune`` for GPUs: on the machine that has one, or built on one machine and measured on another."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ArgumentError, DsaError
+from ...gpu.architectures import best_for, is_arch, runs_on
+from ...presets import Preset
+from ...records import gpu_choice
+from ...runtime.files import scratch
+from ...runtime.machine import usable_cpus
+from ...terminal.progress import Progress
+from .. import prebuilt
+from ..failures import WorkerError
+from ..job import Job, Options
+from ..prebuilt import Prebuilt
+from ..source import Source
+from ..summary import summary
+from ..tasks import Task
+from ..workers import Workers, pool_size
+from . import prebuild as cuda_prebuild
+
+if TYPE_CHECKING:
+    from .building import CudaBuilder
+
+_CUDA = "cuda"
+
+
+def is_asked_for(args: argparse.Namespace) -> bool:
+    """Whether the arguments are about a GPU."""
+    return bool(args.measure) or args.target == _CUDA or is_arch(args.target)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What is wrong with the arguments, before anything is imported that takes long.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if args.build_only and not is_arch(args.target):
+        got = args.target or "none"
+        raise ArgumentError(f"tune: build-only: expected --target ARCH such as sm_90a beside it, got {got}")
+    if args.build_only and args.measure:
+        raise ArgumentError("tune: measure: expected a directory that was built before, got --build-only beside it")
+    if args.measure and args.target:
+        raise ArgumentError("tune: target: expected none beside --measure, whose directory says it")
+    if not is_asked_for(args):
+        return
+    for name in ("threads", "rpc"):
+        if getattr(args, name):
+            raise ArgumentError(f"tune: {name}: expected none with a GPU, got {getattr(args, name)}")
+
+
+def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, int]]) -> list[str]:
+    """Do what the command line asks for; what to print at the end.
+
+    Raises
+    ------
+    ArgumentError
+        A GPU that does not run the target.
+    DsaError
+        No driver or no GPU where one is needed, no nvcc where that is, a damaged directory, or DEFAULT itself fails.
+    """
+    ops = list(gpu_choice.BUCKETS) if args.op == "all" else [args.op]
+    if args.measure:
+        return _measure(args, ops)
+    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+
+    def tasks(target: str) -> list[Task]:
+        sizes = {op: shapes or gpu_choice.BUCKETS[op] for op in ops}
+        return [
+            Task(op, target, preset, *size, types) for op in ops for types in gpu_choice.TIMED[op] for size in sizes[op]
+        ]
+
+    with (
+        scratch() as directory,
+        Workers(pool_size(usable_cpus()), {"TMPDIR": str(directory)}, role="nvcc") as compilers,
+    ):
+        if args.build_only:
+            return cuda_prebuild.build(args, tasks(args.target), _builder(compilers, directory, args))
+        with Workers(1, role="gpu") as workers:
+            facts = _facts(workers)
+            from ...schedules import CUDA_ARCHS
+
+            target = best_for(facts["capability"], CUDA_ARCHS if args.target == _CUDA else [args.target])
+            if target is None:
+                raise _other_gpu("target", args.target, facts)
+            return _tune(args, tasks(target), workers, _builder(compilers, directory, args), facts, args.trials)
+
+
+def _builder(compilers: Workers, directory: Path, args: argparse.Namespace) -> CudaBuilder:
+    from .building import CudaBuilder
+
+    return CudaBuilder(compilers, directory, args.cc, args.nvcc)
+
+
+def _facts(workers: Workers) -> dict[str, Any]:
+    try:
+        return workers.ask(("facts", ()), 120)
+    except WorkerError as error:
+        raise DsaError(f"tune: expected a GPU to measure on, got: {error}") from error
+
+
+def _other_gpu(name: str, target: str, facts: dict[str, Any]) -> ArgumentError:
+    capability = facts["capability"]
+    got = f"{facts['name']} of compute capability {capability // 10}.{capability % 10}"
+    return ArgumentError(f"tune: {name}: expected a GPU that runs code for {target}, got {got}")
+
+
+def _tune(
+    args: argparse.Namespace, tasks: list[Task], workers: Workers, source: Source, facts: dict[str, Any], trials: int
+) -> list[str]:
+    options = Options(
+        trials=trials,
+        timeout=args.timeout,
+        threads=(1,),
+        output=args.output,
+        machine=facts["name"],
+        gflops={},
+        seed=args.seed,
+    )
+    with Progress(len(tasks) * trials, estimate=True) as progress:
+        progress.say(f"{tasks[0].target} on {facts['name']}")
+        finals = Job(options, tasks, workers, source).run(progress)
+    return summary(tasks, finals)
+
+
+def _measure(args: argparse.Namespace, ops: Sequence[str]) -> list[str]:
+    contents = prebuilt.load(args.measure)
+    contents.families = [family for family in contents.families if family.op in ops]
+    source = Prebuilt(args.measure, contents)
+    counts = [sum(bool(c.sha256 or c.error) for c in family.candidates) for family in contents.families]
+    if not sum(counts):
+        raise DsaError(f"tune: measure: expected candidates of {', '.join(ops)} in {args.measure}, got none")
+    if missing := sum(len(family.candidates) for family in contents.families) - sum(counts):
+        print(f"dsa-tvm tune: {missing} candidates in {args.measure} are not built yet", file=sys.stderr, flush=True)
+    with Workers(1, role="gpu") as workers:
+        facts = _facts(workers)
+        if not runs_on(contents.target, facts["capability"]):
+            raise _other_gpu("measure", contents.target, facts)
+        return _tune(args, contents.tasks(), workers, source, facts, max(counts))

@@ -1,0 +1,203 @@
+"""What a candidate is worth on this machine's GPU: checked against the reference, then timed in turns with DEFAULT.
+
+Runs in a worker process that needs NumPy, the CUDA driver and two libraries: DEFAULT's and the candidate's. Neither
+TVM nor torch is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...benchmark import check as gate
+from ...benchmark import workload
+from ...gpu.architectures import tensor_flops
+from ...gpu.driver import Event, Gpu, Memory, Stream
+from ...runtime.element_types import STORAGE
+from ...runtime.loading import CheckedFile
+from ...spec import DLPACK_TYPES
+from ..tasks import Effort, Task, irregulars
+from .call import Library, Problem
+
+#: A sample takes at least this long, and at most so many calls.
+_SAMPLE_SECONDS = 0.01
+_SAMPLE_CALLS = 200
+#: A candidate this much slower than the default after two rounds is not worth a third.
+_HOPELESS = 1.4
+#: No launch is over sooner.
+_LEAST_SECONDS = 1e-6
+
+
+def facts() -> dict[str, Any]:
+    """Name, compute capability (90 for 9.0) and multiprocessors of the GPU.
+
+    Raises
+    ------
+    LibraryError
+        There is no driver or no GPU: the message says what is missing.
+    """
+    gpu = Gpu()
+    return {"name": gpu.name, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors}
+
+
+def measure(
+    default: str | CheckedFile, candidate: str | CheckedFile, task: Task, effort: Effort
+) -> dict[str, dict[int, Any]]:
+    """Check and time one candidate.
+
+    Parameters
+    ----------
+    default, candidate : str or CheckedFile
+        Libraries of `compiler.cuda_candidates`.
+    task : Task
+    effort : Effort
+        Its threads are the keys of what is returned: a GPU has one.
+
+    Returns
+    -------
+    dict
+        ``"seconds"`` and ``"default_seconds"``: the seconds of one call in each round, with a cold cache; ``"roof"``:
+        the least that the GPU can take.
+
+    Raises
+    ------
+    gate.CheckError
+        The candidate's result is wrong.
+    LibraryError
+        A library is not the one that was built.
+    KernelError
+        The candidate's library refuses a call.
+    CudaError
+        A kernel failed: this process can do nothing more on the GPU.
+    """
+    (key,) = effort.threads
+    machine = _machine()
+    libraries = Library(default), Library(candidate)
+    problems = _problems(task)
+    for problem in problems:
+        check(libraries[1], problem, machine.stream)
+    calls = [library.prepare(problems[-1].operands, machine.stream) for library in libraries]
+    pairs = _in_turns([machine.timer(call) for call in calls], effort)
+    return {
+        "default_seconds": {key: [pair[0] for pair in pairs]},
+        "seconds": {key: [pair[1] for pair in pairs]},
+        "roof": {key: roof(task, machine.gpu)},
+    }
+
+
+def check(library: Library, problem: Problem, stream: Stream) -> None:
+    """Hold one library's results against the float64 reference, and what lies behind its outputs against itself.
+
+    Raises
+    ------
+    gate.CheckError
+    """
+    call = library.prepare(problem.operands, stream)
+    problem.operands.poison(stream)
+    call.poison(stream)
+    call.run()
+    stream.synchronize()
+    outputs = problem.operands.outputs(problem.rows)
+    dtype = problem.operands.types[0]
+    gate.check(problem.work, outputs, range(len(problem.rows)), known=problem.references, dtype=dtype)
+    for name, memory in (*problem.operands.written.items(), ("workspace", call.workspace)):
+        if memory is not None and memory.is_overrun():
+            raise gate.CheckError(f"{problem.work.op}: {name}: something was written behind its end")
+
+
+@dataclass(frozen=True)
+class _Machine:
+    gpu: Gpu
+    stream: Stream
+    #: Twice what the GPU's cache holds: filling it leaves nothing else there.
+    flush: Memory
+
+    def timer(self, call: Any) -> Callable[[int], float]:
+        """A function of a number of calls: the median of their seconds, each with nothing in the cache."""
+
+        def sample(number: int) -> float:
+            events = [(Event(), Event()) for _ in range(number)]
+            for i, (start, stop) in enumerate(events):
+                # It also keeps the GPU busy while the launches are enqueued.
+                self.stream.fill(self.flush, i % 256)
+                self.stream.record(start)
+                call.run()
+                self.stream.record(stop)
+            self.stream.synchronize()
+            return statistics.median(stop.seconds_since(start) for start, stop in events)
+
+        return sample
+
+
+@functools.cache
+def _machine() -> _Machine:
+    # Its context stays current: the process has no other use.
+    gpu = Gpu().__enter__()
+    return _Machine(gpu, Stream(), Memory(2 * max(gpu.l2_bytes, 1 << 20)))
+
+
+@functools.lru_cache(maxsize=1)
+def _problems(task: Task) -> list[Problem]:
+    """The latest task's irregular inputs and, last, those that are timed; made once and not for every candidate."""
+    timed = task.inputs()
+    last = task.s_q - 1
+    odd = [Problem.of(work, task.types, _ends(work.lengths["s_q"])) for work in irregulars(task)]
+    return [*odd, Problem.of(timed, task.types, sorted({0, last // 2, last}))]
+
+
+def _ends(count: int) -> list[int]:
+    """Queries to look at: all of a few, else those at both ends. The first ones are the irregular ones."""
+    return sorted({*range(min(count, 48)), *range(max(count - 16, 0), count)})
+
+
+def _in_turns(timers: Sequence[Callable[[int], float]], effort: Effort) -> list[tuple[float, float]]:
+    default, candidate = timers
+    # The first call of all is not counted.
+    once = [timer(2) for timer in timers]
+    number = min(max(2, math.ceil(_SAMPLE_SECONDS / max(min(once), _LEAST_SECONDS))), _SAMPLE_CALLS)
+    low, high = effort.rounds
+    rounds = min(max(low, int(effort.seconds / (number * sum(once)))), high)
+    pairs: list[tuple[float, float]] = []
+    while len(pairs) < rounds:
+        # The order alternates: clocks rise and fall.
+        if len(pairs) % 2:
+            second = candidate(number)
+            pairs.append((default(number), second))
+        else:
+            pairs.append((default(number), candidate(number)))
+        if len(pairs) == 2 and min(b / a for a, b in pairs) > _HOPELESS:
+            break
+    return pairs
+
+
+def roof(task: Task, gpu: Gpu) -> float:
+    """The least seconds of a call: by the GPU's tensor cores, its memory, and a launch.
+
+    Of what is read, as much may be in the cache already as that holds; what is written may stay there.
+    """
+    seconds = _LEAST_SECONDS
+    ke = workload.causal_ends(task.s_q, task.s_kv)
+    if task.types and gpu.clock_hertz:
+        lengths = {**task.shape, "topk": task.preset.topk}
+        rate = tensor_flops(gpu.capability, DLPACK_TYPES[task.types[0]][1]) * gpu.multiprocessors * gpu.clock_hertz
+        seconds = max(seconds, workload.flops(task.op, lengths, np.zeros_like(ke), ke) / rate)
+    if gpu.bytes_per_second:
+        seconds = max(seconds, (_bytes_read(task, ke) - gpu.l2_bytes) / gpu.bytes_per_second)
+    return seconds
+
+
+def _bytes_read(task: Task, ke: np.ndarray) -> int:
+    p, s_q = task.preset.lengths, task.s_q
+    if task.op == "topk":
+        return 4 * int(ke.astype(np.int64).sum())
+    width = {name: STORAGE[dtype].itemsize for name, dtype in task.variant.items()}
+    if task.op == "lightning_indexer":
+        return width["T"] * s_q * p["h_idx"] * p["d_idx"] + width["K"] * int(ke[-1]) * p["d_idx"]
+    # The keys of one query at least.
+    return width["T"] * p["d_qk"] * (s_q * p["h_q"] + min(int(ke[-1]), p["topk"]))

@@ -1,0 +1,1 @@
+"""The indexer for every architecture, by mma.sync."""

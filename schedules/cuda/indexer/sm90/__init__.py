@@ -1,0 +1,1 @@
+"""The indexer for sm_90a, by wgmma and TMA."""

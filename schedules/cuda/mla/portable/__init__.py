@@ -1,0 +1,1 @@
+"""The attention for every architecture, by mma.sync or FFMA."""

@@ -1,0 +1,1 @@
+"""The attention for sm_90a, by wgmma."""

@@ -1,0 +1,241 @@
+"""The four doors, each as a way to make a `Call` of `hostile.samples` and get its outputs as NumPy arrays."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hostile import Argument, Call, Case
+from hostile.samples import memory_of
+
+import dsa_tvm
+from dsa_tvm.errors import ArgumentError
+from dsa_tvm.spec import OpSpec
+
+
+class Refused(Exception):
+    """A door's own error, whatever it is there."""
+
+
+class Door:
+    """One way to call an operator.
+
+    `offers` is what it can express of the needs of cases. `run` writes to the call's outputs where "outputs" is among
+    them.
+    """
+
+    name: str
+    offers: frozenset[str]
+
+    def can(self, case: Case, spec: OpSpec) -> bool:
+        """Whether the case can be expressed here."""
+        return case.needs <= self.offers
+
+    def run(self, call: Call) -> list[np.ndarray]:
+        """The outputs; raises `Refused`."""
+        raise NotImplementedError
+
+    def blames(self, message: str, call: Call, name: str) -> bool:
+        """Whether the message names this argument. Ours all have one form."""
+        return bool(re.search(rf"{call.spec.name}: {name}: expected .*, got ", message))
+
+
+class OnDevice:
+    """A tensor that says it is on a GPU."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.array.__dlpack__()
+
+
+class Impostor(OnDevice):
+    """A tensor on the CPU whose capsule is none, or one of something else."""
+
+    def __init__(self, array: np.ndarray, capsule: Any) -> None:
+        super().__init__(array)
+        self.capsule = capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.capsule
+
+
+class Functions(Door):
+    """The Python functions, over what `convert` makes of an argument."""
+
+    _common = frozenset({"outputs", "strides", "objects", "bool", "double", "missing", "options", "device"})
+
+    def __init__(self, name: str, convert: Callable[[Argument], Any], offers: set[str]) -> None:
+        self.name, self.convert, self.offers = name, convert, self._common | offers
+
+    def can(self, case: Case, spec: OpSpec) -> bool:
+        if case.kind == "missing":
+            parameters = inspect.signature(getattr(dsa_tvm, spec.name)).parameters
+            return parameters[case.argument].default is inspect.Parameter.empty
+        return super().can(case, spec)
+
+    def run(self, call: Call, *, allocate: bool = False) -> list[np.ndarray]:
+        tensors = {name: self._pass(argument) for name, argument in {**call.inputs, **call.outputs}.items()}
+        inputs = {name: tensors[name] for name in call.inputs}
+        out = None if allocate else tuple(tensors[name] for name in call.outputs)
+        try:
+            result = getattr(dsa_tvm, call.spec.name)(**inputs, **call.attrs, **call.options, out=out)
+        except ArgumentError as error:
+            raise Refused(str(error)) from error
+        except TypeError as error:
+            # Python's own, for an argument that is not there.
+            if "missing 1 required" in str(error):
+                raise Refused(str(error)) from error
+            raise
+        if allocate:
+            return [as_numpy(x) for x in (result if isinstance(result, tuple) else (result,))]
+        return [call.tensor(t.name).array for t in call.spec.outputs]
+
+    def blames(self, message: str, call: Call, name: str) -> bool:
+        return super().blames(message, call, name) or message.endswith(f"argument: '{name}'")
+
+    def _pass(self, argument: Argument | None) -> Any:
+        if argument is None or not isinstance(argument.array, np.ndarray) or argument.array.dtype.kind in "UO":
+            return argument and argument.array
+        return self.convert(argument)
+
+
+def to_numpy_door(argument: Argument) -> Any:
+    """The array itself, or an object around it."""
+    import datetime
+
+    forms: dict[str, Callable[[np.ndarray], Any]] = {
+        "strided": lambda x: x,
+        "device": OnDevice,
+        "no capsule": lambda x: Impostor(x, 5),
+        "other capsule": lambda x: Impostor(x, datetime.datetime_CAPI),
+        "used capsule": lambda x: Impostor(x, used_capsule()),
+    }
+    return forms[argument.form](argument.array)
+
+
+def used_capsule() -> Any:
+    """A capsule whose tensor another consumer has taken; the tensor is gone."""
+    producer = Impostor(np.zeros(4, np.float32), None)
+    producer.capsule = producer.array.__dlpack__()
+    np.from_dlpack(producer)
+    return producer.capsule
+
+
+def to_torch(argument: Argument) -> Any:
+    """A torch tensor in the array's memory."""
+    import torch
+
+    array = argument.array
+    name = array.dtype.name
+    if name in ("bfloat16", "float8_e4m3fn"):
+        tensor = torch.from_numpy(array.view(np.uint16 if name == "bfloat16" else np.uint8)).view(getattr(torch, name))
+    else:
+        tensor = torch.from_numpy(array)
+    if argument.form == "device":
+        return tensor.to("meta")
+    if argument.form == "sparse":
+        positions = torch.empty((tensor.dim(), 0), dtype=torch.int64)
+        values = torch.empty(0, dtype=tensor.dtype)
+        return torch.sparse_coo_tensor(positions, values, tensor.shape, check_invariants=True)
+    return tensor.requires_grad_() if argument.form == "requires grad" else tensor
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """A torch tensor or an array as an array."""
+    if isinstance(x, np.ndarray):
+        return x
+    import ml_dtypes
+    import torch
+
+    if x.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        bits = x.view(torch.uint16 if x.dtype is torch.bfloat16 else torch.uint8).numpy()
+        return bits.view(getattr(ml_dtypes, str(x.dtype).removeprefix("torch.")))
+    return x.numpy()
+
+
+class TorchOps(Door):
+    """``torch.ops.dsa_tvm.*``."""
+
+    name = "torch.ops"
+    offers = frozenset({"strides", "objects", "double", "missing", "sparse"})
+
+    def run(self, call: Call) -> list[np.ndarray]:
+        import torch
+
+        importlib.import_module("dsa_tvm.torch_ops")  # registers them
+
+        inputs = [
+            x and (to_torch(x) if isinstance(x.array, np.ndarray) and x.array.dtype.kind not in "UO" else x.array)
+            for x in call.inputs.values()
+        ]
+        try:
+            result = getattr(torch.ops.dsa_tvm, call.spec.name)(*inputs, **call.attrs)
+        except ArgumentError as error:
+            raise Refused(str(error)) from error
+        except RuntimeError as error:
+            # torch's own check against the schema.
+            if "Expected a value of type" in str(error) or "missing value for argument" in str(error):
+                raise Refused(str(error)) from error
+            raise
+        return [as_numpy(x) for x in (result if isinstance(result, tuple) else (result,))]
+
+    def blames(self, message: str, call: Call, name: str) -> bool:
+        return super().blames(message, call, name) or f"argument '{name}'" in message
+
+
+def memories(call: Call) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The memory around every argument, as it is and a copy."""
+    found = {name: memory_of(array) for name, array in call.arrays().items()}
+    return {name: (memory, memory.copy()) for name, memory in found.items() if memory.dtype == np.uint8}
+
+
+def check_memory(call: Call, before: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Raise `AssertionError` if anything but the outputs' own bytes has changed."""
+    for name, (memory, old) in before.items():
+        for output in call.outputs:
+            array = call.tensor(output).array
+            start = array.ctypes.data - memory.ctypes.data
+            # Its own memory, or that of the input it is.
+            if 0 <= start <= len(memory) - array.nbytes:
+                old[start : start + array.nbytes] = memory[start : start + array.nbytes]
+        assert np.array_equal(old, memory), f"memory around or in {name} was written to"
+
+
+#: Every door, by its name.
+DOORS = ("functions, NumPy", "functions, torch", "torch.ops", "ONNX Runtime", "C functions", "dsa_tvm_call")
+
+
+def make_door(name: str) -> Door:
+    """A door by its name; skips the test where its package is not installed."""
+    if "torch" in name:
+        pytest.importorskip("torch")
+    if name == "ONNX Runtime":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        from ort_door import OnnxRuntime
+
+        return OnnxRuntime()
+    from c_door import CDoor
+
+    numpy_needs = {"negative strides", "bytes", "read-only", "other capsule", "no capsule", "used capsule"}
+    doors = {
+        "functions, NumPy": lambda: Functions("functions, NumPy", to_numpy_door, numpy_needs),
+        "functions, torch": lambda: Functions("functions, torch", to_torch, {"sparse", "requires grad"}),
+        "torch.ops": TorchOps,
+        "C functions": lambda: CDoor(typed=True),
+        "dsa_tvm_call": lambda: CDoor(typed=False),
+    }
+    return doors[name]()

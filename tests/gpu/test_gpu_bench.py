@@ -1,0 +1,205 @@
+"""``dsa-tvm bench --suite cuda`` on tensors of the CPU: timing in turns, the table, and what can go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("ml_dtypes")
+
+import torch
+from fake_gpu import CEILINGS, SMALL, FakeGpu
+
+from dsa_tvm import cli, functions, presets
+from dsa_tvm.benchmark.gpu import clock as gpu_device
+from dsa_tvm.benchmark.gpu import command as gpu_bench
+from dsa_tvm.benchmark.gpu import peers as gpu_peers
+from dsa_tvm.benchmark.gpu import workload as gpu_workload
+from dsa_tvm.errors import ArgumentError, DsaError
+from dsa_tvm.ops import OPS
+from dsa_tvm.runtime import library
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """In place of a GPU; the default preset is small."""
+    fake = FakeGpu()
+    monkeypatch.setattr(gpu_device, "find", lambda: fake)
+    monkeypatch.setattr(
+        gpu_device, "in_turns", lambda clock, calls, seconds: {n: c() is None or 0.5 for n, c in calls.items()}
+    )
+    monkeypatch.setitem(presets.PRESETS, "deepseek-v3.2", SMALL)
+    return fake
+
+
+def test_turns_leave_out_what_the_host_takes():
+    """Two contenders, whose launches take longer than their work."""
+    fake = FakeGpu()
+    order = []
+
+    def contender(name, launch, seconds):
+        def call():
+            order.append(name)
+            fake.enqueue(0, launch)
+            fake.enqueue(seconds)
+
+        return call
+
+    calls = {"a": contender("a", 2e-3, 1e-5), "b": contender("b", 5e-5, 1e-3)}
+    times = gpu_device.in_turns(fake, calls, 0.06)
+    assert times == pytest.approx({"a": 1e-5, "b": 1e-3})
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns == ["a", "b"] * 4  # the warm-up, and three turns
+    # A turn of 20 ms has as many calls as fit, and a wait at its end alone.
+    assert order.count("a") - 2 == 3 * 3 and order.count("b") - 2 == 3 * 17
+    assert fake.log.count("flush") == len(order) - 4 and fake.log[8:12] == ["flush"] * 3 + ["synchronize"]
+    assert gpu_device.in_turns(fake, {"a": calls["a"]}, 1e-9)["a"] == pytest.approx(1e-5)
+
+
+def test_a_run(gpu, capsys, tmp_path):
+    target = tmp_path / "figures.json"
+    arguments = ["bench", "--suite", "cuda", "--s-q", "1", "4", "--s-kv", "40", "--json", str(target)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    document = json.loads(target.read_bytes())
+    rows = document["rows"]
+    assert document["gpu"]["name"] == "Fake" and document["ceilings"] == CEILINGS and document["environment"]
+    assert [(r["op"], r["dtype"]) for r in rows[::2]] == [
+        (op, dtype) for op in gpu_workload.SUITE for dtype in gpu_workload.SUITE[op][0]
+    ]
+    for row in rows:
+        assert row["failed"] is row["skipped"] is None and row["ours_ms"] > 0 and row["tbps"] > 0
+        assert row["peers"]["torch"]["ratio"] == 1 and row["error_of_allowed"] <= 1
+        assert (row["tflops"] is None) == (row["op"] == "topk")
+    fp8 = next(r for r in rows if r["dtype"] == "float8_e4m3fn")
+    assert fp8["of_gemm"] == pytest.approx(fp8["tflops"] / 2)
+    lines = [line.split() for line in printed.out.splitlines()]
+    table = [line[:4] for line in lines if line and line[0] in OPS and line[1] in gpu_workload.DTYPES]
+    assert table == [[r["op"], r["dtype"], str(r["s_q"]), "40"] for r in rows]
+    assert "-  DeepGEMM: DeepGEMM's fp8_mqa_logits takes fp8 queries and keys (lightning_indexer s_q 1" in printed.out
+    assert f"[{len(rows)}/{len(rows)}]" in printed.err
+
+
+def run_one(op, tmp_path, *more):
+    target = tmp_path / "figures.json"
+    code = cli.main(["bench", "--suite", "cuda", op, "--s-q", "2", "--s-kv", "40", "50", "--json", str(target), *more])
+    return code, json.loads(target.read_bytes())["rows"]
+
+
+def test_a_wrong_result_has_no_time(gpu, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(functions, "topk", lambda logits, ks, ke, topk: torch.zeros((2, topk), dtype=torch.int32))
+    code, rows = run_one("topk", tmp_path)
+    assert code == 1 and all(row["failed"] and row["ours_ms"] is None for row in rows)
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out and "2 of 2 results are wrong" in printed.err
+
+
+def test_a_wrong_peer_has_no_time(gpu, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_peers._MAKERS, "vllm", lambda work, _: gpu_peers.Peer(lambda: torch.zeros((2, 16)).int()))
+    code, rows = run_one("topk", tmp_path)
+    assert code == 0 and all("result is wrong" in row["peers"]["vllm"]["skipped"] for row in rows)
+    assert all(row["ours_ms"] and row["peers"]["torch"]["ms"] for row in rows)
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+def test_memory_that_runs_out_stops_one_shape_alone(gpu, capsys, tmp_path, monkeypatch):
+    make = gpu_workload.make
+    monkeypatch.setattr(
+        gpu_workload,
+        "make",
+        lambda case, *rest: (raising(FakeGpu.out_of_memory()) if case.s_kv == 40 else make)(case, *rest),
+    )
+    monkeypatch.setitem(gpu_peers._MAKERS, "vllm", raising(FakeGpu.out_of_memory()))
+    code, (first, second) = run_one("topk", tmp_path)
+    assert code == 0 and first["skipped"] == "out of memory" and first["ours_ms"] is None
+    assert second["ours_ms"] and second["peers"]["vllm"] == {"skipped": "out of memory"}
+    assert "-  ours: out of memory (topk s_q 2 s_kv 40)" in capsys.readouterr().out
+
+
+def test_operators_that_are_not_served_are_said(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(functions, "topk", raising(DsaError("topk: there are no CUDA kernels for it")))
+    code, rows = run_one("topk", tmp_path)
+    assert code == 0 and all("no CUDA kernels" in row["skipped"] for row in rows)
+
+
+@pytest.mark.parametrize("where", ["ours", "peer"])
+def test_a_gpu_that_is_lost_ends_it_and_keeps_what_is_done(gpu, capsys, tmp_path, monkeypatch, where):
+    measured, done = gpu_bench.measure, []
+
+    def measure(*args):
+        done.append(args)
+        if len(done) == 2:
+            gpu.dead = True
+            error = raising(RuntimeError("CUDA error: an illegal memory access\nmore"))
+            if where == "ours":
+                monkeypatch.setattr(functions, "topk", error)
+            else:
+                monkeypatch.setitem(gpu_peers._MAKERS, "vllm", error)
+        return measured(*args)
+
+    monkeypatch.setattr(gpu_bench, "measure", measure)
+    code, rows = run_one("topk", tmp_path)
+    assert code == 1 and len(rows) == 1
+    assert "does not go on after an error (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "operator: expected one of"),
+        (["topk", "--threads", "2"], "threads: expected none with --suite cuda"),
+        (["topk", "--dtype", "float16"], "dtype: expected a type that topk takes"),
+        (["topk", "--s-kv", "0"], "s_kv: expected at least 1"),
+        (["topk", "--s-kv", str(2**31)], "s_kv: expected at most"),
+    ],
+)
+def test_refuses(gpu, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        args = cli._parser().parse_args(["bench", "--suite", "cuda", *arguments])
+        args.run(args)
+
+
+@pytest.mark.parametrize(
+    ("version", "available", "words"),
+    [
+        (None, False, r"expected torch with CUDA, got .*, which has none"),
+        ("13.0", False, "expected a CUDA GPU, got none that torch finds"),
+        ("13.0", True, "expected a library with CUDA kernels, got one without; dsa-tvm build --target cuda"),
+    ],
+)
+def test_without_a_gpu_one_line_says_what_is_missing(monkeypatch, capsys, version, available, words):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(library, "cuda_archs", lambda: ())
+    assert cli.main(["bench", "--suite", "cuda"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"dsa-tvm: bench: suite cuda: {words}.*", line)
+
+
+def test_without_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cli.main(["bench", "--suite", "cuda"]) == 1
+    assert (
+        capsys.readouterr().err == "dsa-tvm: bench: suite cuda: expected torch with CUDA, got none; pip install torch\n"
+    )
+
+
+def test_a_gpu_s_clock_and_ceilings():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    gpu = gpu_device.Gpu()
+    x = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    times = gpu_device.in_turns(gpu, {"half": lambda: x[: 2**27].zero_(), "all": x.zero_}, 0.1)
+    assert 1.5 < times["all"] / times["half"] < 2.5
+    assert all(value is None or value > 0 for value in gpu.ceilings(1024, 2**26).values())

@@ -1,0 +1,164 @@
+"""The snippets of a README, and environments that have what its text says and nothing else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from packaging.requirements import Requirement
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INSTALL = re.compile(r"pip install '?\.(?:\[(\w+)\])?'?")
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A block of a README.
+
+    Parameters
+    ----------
+    section : str
+        The title above it, or the file's.
+    language : str
+        ``sh``, ``python`` and so on; "" for none.
+    text : str
+    extra : str, optional
+        Of the package, by the last ``pip install`` in the section's text before it; None where there is none.
+    line : int
+    """
+
+    section: str
+    language: str
+    text: str
+    extra: str | None
+    line: int
+
+
+def snippets(path: Path) -> Iterator[Snippet]:
+    """Those of a file, in their order."""
+    text = path.read_text(encoding="utf-8")
+    for block in _BLOCK.finditer(text):
+        before = text[: block.start()]
+        title = re.split(r"^#+ ", _BLOCK.sub("", before), flags=re.MULTILINE)[-1]
+        installs = _INSTALL.findall(title)
+        yield Snippet(
+            title.partition("\n")[0], block[1], block[2], installs[-1] if installs else None, before.count("\n") + 2
+        )
+
+
+def distributions(requirement: str) -> dict[str, importlib.metadata.Distribution]:
+    """What pip would install for a requirement: as this Python has it, by name."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    seen = set()
+    left = [Requirement(requirement)]
+    while left:
+        wanted = left.pop()
+        for extra in wanted.extras or {""}:
+            name = wanted.name.lower().replace("_", "-")
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            found[name] = importlib.metadata.distribution(name)
+            for line in found[name].requires or ():
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                    left.append(needed)
+    return found
+
+
+def environment(directory: Path, requirement: str) -> Path:
+    """A virtual environment with links to what this Python has of a requirement; its ``bin``."""
+    venv.create(directory, symlinks=True, with_pip=False)
+    site = next(directory.glob("lib/python*/site-packages"))
+    commands = directory / "bin"
+    for distribution in distributions(requirement).values():
+        files = distribution.files or ()
+        for name in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            source = Path(str(distribution.locate_file(name)))
+            if source.exists() and not (site / name).exists():
+                (site / name).symlink_to(source)
+        for entry in distribution.entry_points.select(group="console_scripts"):
+            code = f"import sys; from {entry.module} import {entry.attr} as run; sys.exit(run())"
+            # As a script has it, the working directory is not on the path.
+            write_command(commands / entry.name, f'exec "{commands}/python" -P -c "{code}" "$@"')
+    return commands
+
+
+def write_command(path: Path, line: str) -> None:
+    """An executable shell script of one line."""
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where snippets run.
+
+    Parameters
+    ----------
+    commands, tools : Path
+        First on PATH, before the system's.
+    directory : Path
+    """
+
+    commands: Path
+    tools: Path
+    directory: Path
+
+    @contextmanager
+    def started(self, snippet: Snippet) -> Iterator[tuple[subprocess.Popen, IO[bytes]]]:
+        """A snippet while it runs; afterwards nothing that it has started is left."""
+        # HOME is not there: nothing of the user's settings counts. OMP_WAIT_POLICY leaves the CPUs to other tests.
+        variables = {"PATH": f"{self.commands}:{self.tools}:/usr/local/bin:/usr/bin:/bin", "OMP_WAIT_POLICY": "passive"}
+        if "TMPDIR" in os.environ:
+            variables["TMPDIR"] = os.environ["TMPDIR"]
+        shell = ["bash", "-euo", "pipefail", "-c"]
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(
+                [*(["python", "-c"] if snippet.language == "python" else shell), snippet.text],
+                cwd=self.directory,
+                env=variables,
+                executable=shutil.which("python" if snippet.language == "python" else "bash", path=variables["PATH"]),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+            try:
+                yield process, said
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def run(self, snippet: Snippet, seconds: float) -> str:
+        """Run a snippet as it is printed; what it said. It fails after `seconds`."""
+        with self.started(snippet) as (process, file):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            file.seek(0)
+            said = file.read().decode(errors="replace")
+            status = process.returncode
+        assert status == 0, f"line {snippet.line}, status {status}:\n{snippet.text}\n{said}"
+        return said
+
+
+def ignored(root: Path, *others: str) -> Callable[[str, list[str]], set[str]]:
+    """What `shutil.copytree` leaves out of a copy of the checkout: what git does not track, and `others` at the top."""
+
+    def choose(directory: str, names: list[str]) -> set[str]:
+        top = {"build", "dist", *others} if Path(directory) == root else set()
+        return {name for name in names if name.startswith(".") or name == "__pycache__" or name in top}
+
+    return choose

@@ -1,0 +1,80 @@
+"""Every record that comes with the package: whole, of these operators, replayed on symbolic lengths and checked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from dsa_tvm.schedules import CPU, space
+
+from dsa_tvm import presets, records
+from dsa_tvm.build.candidates import Linker, compile_kernel
+from dsa_tvm.ops import OPS
+from dsa_tvm.records import choice
+from dsa_tvm.runtime import library
+from dsa_tvm.tuning import measure
+from dsa_tvm.tuning.tasks import Task, irregular
+
+READ, DAMAGED = records.read_directory(records.default_directory())
+PLACES = sorted({(r.target, r.op) for r in READ})
+
+
+def test_whole():
+    assert not DAMAGED
+    assert all(r.kind == "final" and r.error is None for r in READ)
+
+
+def runs(target):
+    """Whether this machine runs the library's kernels for `target`."""
+    environment = {**os.environ, "DSA_TVM_TARGET": target}
+    code = "import dsa_tvm; dsa_tvm.active_target()"
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module", params=PLACES, ids="-".join)
+def place(request, tmp_path_factory):
+    """A target and an operator, and what links and loads candidates of them."""
+    target, op = request.param
+    if not runs(target):
+        pytest.skip(f"this machine does not run {target}")
+    directory = tmp_path_factory.mktemp("shipped")
+    default = directory / "default.o"
+    compile_kernel(op, OPS[op].variants[0], target, CPU[op].DEFAULT[target], "default", default)
+    linker = Linker(op, tuple(OPS[op].variants[0].values()), target)
+    return target, op, default, linker, directory
+
+
+def test_replay(place):
+    """Each record's decisions, on lengths that no tile divides."""
+    import tvm
+
+    target, op, default, linker, directory = place
+    mine = [r for r in READ if (r.target, r.op) == (target, op)]
+    task = Task(op, target, presets.get("deepseek-v3.2"), 5, 3001)
+    for i, decisions in enumerate({tuple(sorted(r.decisions.items())): r.decisions for r in mine}.values()):
+        chosen = space.kernel_decisions(CPU[op], decisions)
+        candidate = directory / f"{i}.o"
+        compile_kernel(op, OPS[op].variants[0], target, chosen, "candidate", candidate)
+        path = directory / f"{i}.so"
+        linker.link(default, CPU[op].DEFAULT[target], candidate, chosen, path)
+        module = tvm.runtime.load_module(str(path))
+        for threads in (1, 3):
+            measure.check(module, tvm.cpu(), irregular(task), measure.CANDIDATE, threads)
+
+
+@pytest.mark.parametrize(("target", "op"), PLACES)
+def test_installed_library_uses_them(target, op):
+    """The library that was built with the package holds what the records say."""
+    manifest = library.verify(library.default_path())
+    if target not in manifest["kernels"]:
+        pytest.skip(f"the library has no kernels for {target}")
+    finals = [r for r in READ if r.target == target]
+    default = vars(CPU[op].DEFAULT[target])
+    lengths = vars(presets.get("deepseek-v3.2"))
+    expected = [
+        {"s_q": row.s_q_max, "s_kv": row.s_kv_max, "decisions": dict(row.decisions)}
+        for row in choice.choose(op, finals, default, lengths)
+    ]
+    assert manifest["kernels"][target][op] == expected
