@@ -65,13 +65,14 @@ def key_ranges(
         end = (torch.arange(q_length, device=device) + (q_offset + 1 - kv_offset)).clamp(0, kv_length)[None]
         start = torch.zeros_like(end)
     else:
+        offset: Any = q_offset  # a tensor of static caches, which Transformers' annotation leaves out
 
         def dense(first: int, length: int, padding: torch.Tensor | None = None) -> Any:
             return sdpa_mask(
                 batch_size=batch_size,
                 q_length=length,
                 kv_length=kv_length,
-                q_offset=q_offset + first,
+                q_offset=offset + first,
                 kv_offset=kv_offset,
                 mask_function=mask_function,
                 attention_mask=padding,
@@ -81,10 +82,10 @@ def key_ranges(
                 device=device,
             )
 
-        ranges = _evaluated(dense, q_length, batch_size * kv_length)
-        if ranges is None:
+        found = _evaluated(dense, q_length, batch_size * kv_length)
+        if found is None:
             return dense(0, q_length, attention_mask).expand(batch_size, 1, q_length, kv_length)
-        start, end = ranges
+        start, end = found
     hidden = None
     if attention_mask is not None:
         seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
