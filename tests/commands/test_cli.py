@@ -264,7 +264,8 @@ def test_no_traceback(tmp_path):
     """Odd values at every option of every command, in one process; with a fixed seed."""
     code = f"""
 import io, random, sys, contextlib
-from dsa_tvm import cli, library
+from dsa_tvm import cli
+from dsa_tvm.runtime import library
 lot = random.Random(5)
 odd = {ODD!r}
 commands = {{

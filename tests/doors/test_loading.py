@@ -36,7 +36,7 @@ def copy(tmp_path):
 #: Replaces the library in the moment after it was read.
 SWAP = """
 import os, sys
-from dsa_tvm import library, loading
+from dsa_tvm.runtime import library, loading
 path, other = sys.argv[1:]
 read = loading.sha256
 def read_and_swap(descriptor):
@@ -108,7 +108,7 @@ def test_many_candidates(tmp_path, close, monkeypatch):
 def test_it_is_read_once(copy):
     code = """
 import sys
-from dsa_tvm import library, loading
+from dsa_tvm.runtime import library, loading
 read, number = loading.sha256, []
 loading.sha256 = lambda descriptor: number.append(descriptor) or read(descriptor)
 for _ in range(3):
@@ -144,7 +144,7 @@ def test_its_name_leads_to_the_file():
     """Debuggers and symbolizers read the library by the name that the loader has."""
     code = """
 import ctypes, os
-from dsa_tvm import library
+from dsa_tvm.runtime import library
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_char_p) for name in ("file", "base", "symbol", "address")]
 info = Info()

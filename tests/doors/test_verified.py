@@ -14,7 +14,7 @@ from dsa_tvm.runtime import library, verified
 
 COUNT = """
 import sys
-from dsa_tvm import library, loading
+from dsa_tvm.runtime import library, loading
 read, number = loading.sha256, []
 loading.sha256 = lambda descriptor: number.append(descriptor) or read(descriptor)
 try:
@@ -39,7 +39,7 @@ def copy(tmp_path, monkeypatch):
 
 
 def times_hashed(path, settled="verified._SETTLED_NS = -1"):
-    code = f"from dsa_tvm import verified\n{settled}\n{COUNT}"
+    code = f"from dsa_tvm.runtime import verified\n{settled}\n{COUNT}"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout), done.stderr

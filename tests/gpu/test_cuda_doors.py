@@ -32,7 +32,7 @@ PRESET = presets.get("deepseek-v3.2")
 CALL = """
 import ctypes, os, numpy as np
 from gpu_call import Call, Options
-from dsa_tvm import library
+from dsa_tvm.runtime import library
 rows, s_kv, topk = 3, 900, 64
 x, n, out = np.zeros((rows, s_kv), "f"), np.zeros(rows, "i4"), np.full((rows, topk), -7, "i4")
 call = Call("topk", {"logits": x, "ks": n, "ke": n}, {"topk": topk}, [out])
@@ -377,7 +377,7 @@ def test_the_manifest_lists_what_there_is_for_gpus(built):
     assert manifest["targets"][-1] == dsa_tvm.active_target()
     assert manifest["cuda"]["archs"] == list(CUDA_ARCHS) and manifest["cuda"]["ptx"] == "compute_80"
     assert {"dsa_topk__rows", "dsa_topk__parts", "dsa_topk__merge"} <= manifest["cuda"]["kernels"][0]["topk"].keys()
-    code = "from dsa_tvm import library; import json; print(json.dumps(library.cuda_archs()))"
+    code = "from dsa_tvm.runtime import library; import json; print(json.dumps(library.cuda_archs()))"
     archs = json.loads(python(code, environment(built, built.parent)).stdout)
     assert sorted(archs[:-1]) == sorted(CUDA_ARCHS) and archs[-1] == "compute_80"
 
