@@ -184,7 +184,7 @@ def dense_model(sm_scale: float, lengths: Mapping[str, int], one_query: bool) ->
     """
     from onnx import TensorProto, helper
 
-    from ..export.onnx.bodies import Body
+    from ..export.onnx.body import Body
     from ..export.onnx.nodes import make_model
 
     h_q, d_qk, d_v = (lengths[n] for n in ("h_q", "d_qk", "d_v"))

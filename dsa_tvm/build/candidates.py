@@ -102,13 +102,12 @@ class Linker:
         self._directory = directory
         spec_table.write(self._directory, dims, "0")
         source = linking.export_directory() / "src"
-        files = [str(source / name) for name in (*linking.CORE, "measure/measure.c")]
-        self._compile("-O2", f"-DMEASURED_OP=OP_{op.upper()}", *files, "specs.c")
-        self._compile("-O3", f"-march={_MARCH.get(target, target)}", str(source / "measure" / "peak.c"))
-        self._objects = [str(path) for path in sorted(self._directory.glob("*.o"))]
-
-    def _compile(self, *arguments: str) -> None:
-        linking.run([self._cc, *linking.flags(self._directory), "-c", *arguments], directory=self._directory)
+        files = [*(source / name for name in (*linking.CORE, "measure/measure.c")), directory / "specs.c"]
+        core, peak = directory / "core.o", directory / "peak.o"
+        linking.compile_object(files, core, directory, cc, f"-DMEASURED_OP=OP_{op.upper()}")
+        march = f"-march={_MARCH.get(target, target)}"
+        linking.compile_object([source / "measure" / "peak.c"], peak, directory, cc, "-O3", march)
+        self._objects = [str(core), str(peak)]
 
     def link(
         self, default_object: Path, default_decisions: Any, candidate_object: Path, candidate_decisions: Any, out: Path

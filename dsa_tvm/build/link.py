@@ -19,8 +19,8 @@ CORE = (
     *("cpu/cpus.c", "cpu/kernels.c", "cpu/operators.c", "cpu/rows.c", "cpu/stages.c", "cpu/threads.c"),
 )
 DOOR = ("common/api.c", "common/choose.c")
-_ORT = ("ort/ort.c", "ort/ort_cuda.c", "ort/ort_kernel.c", "ort/ort_schema.c")
-CUDA = ("cuda/cuda.c", "cuda/cuda_driver.c", "cuda/cuda_operators.c", "cuda/cuda_pool.c", "cuda/cuda_stages.c")
+_ORT = ("ort/kernel.c", "ort/register.c", "ort/schema.c")
+CUDA = tuple(f"cuda/{name}.c" for name in ("driver", "kernels", "operators", "pool", "stages", "workspace"))
 #: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.
 GENERATED = ("specs.c", "table.c")
 _GENERATED_CUDA = "cuda_table.c"
@@ -68,9 +68,24 @@ def run(command: Sequence[str], text: str | None = None, directory: Path | None 
 def flags(work: Path) -> list[str]:
     """How every C file is compiled, except for which machine and how well; `work` holds specs.h."""
     export = export_directory()
-    folders = ("common", "cpu", "cuda", "ort", "measure")
-    includes = (str(work), *(str(export / "src" / folder) for folder in folders), str(export / "include"))
+    includes = (str(work), str(export / "src"), str(export / "include"))
     return [*_FLAGS, "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+
+
+def compile_object(files: Iterable[Path], out: Path, work: Path, cc: str, *options: str) -> None:
+    """Compile C files to one object: files of different folders may have one name, so that their objects collide.
+
+    Parameters
+    ----------
+    files : iterable of Path
+    out : Path
+    work : Path
+        Holds specs.h.
+    cc : str
+    *options : str
+        More for the compiler.
+    """
+    run([cc, "-O2", *options, *flags(work), "-r", "-nostdlib", *map(str, files), "-o", str(out)])
 
 
 def version_script(name: str) -> list[str]:
@@ -97,7 +112,7 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     export = export_directory()
     library = work / LIBRARY_NAME
     cuda = (work / _GENERATED_CUDA).exists()
-    sources = (*CORE, *DOOR, *_ORT, *(CUDA if cuda else ("cuda/cuda_none.c",)))
+    sources = (*CORE, *DOOR, *_ORT, *(CUDA if cuda else ("cuda/none.c",)))
     run(
         [
             *(cc, "-O2", *flags(work), "-shared"),

@@ -94,7 +94,7 @@ def source(dims: Mapping[str, Dim]) -> str:
     ]
     return "".join(
         [
-            '/* Generated from the OpSpecs. */\n#include "internal.h"\n\n',
+            '/* Generated from the OpSpecs. */\n#include "common/internal.h"\n\n',
             *values,
             *map(_variants, OPS.values()),
             _array("struct dtype_spec dsa_dtypes[NUM_DTYPES]", dtypes),

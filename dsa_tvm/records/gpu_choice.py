@@ -31,7 +31,7 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sparse_mla_fp8": (("bfloat16",),),
 }
 #: The indexer has a kernel for few queries. Its decisions are tuned at up to so many scores, the others' at more. (When
-#: a library launches it depends on the GPU's multiprocessors as well: cuda_stages.c. One that is made for tuning always
+#: a library launches it depends on the GPU's multiprocessors as well: cuda/stages.c. One that is made for tuning always
 #: launches the stage that is tuned.)
 _FEW_SCORES = 2**18
 #: The stage of the operators that have one with decisions, but for few heads.

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from onnx import TensorProto
 
 from ...runtime.element_types import decode
 from ...runtime.packing import GROUP
-
-if TYPE_CHECKING:
-    from .bodies import Body
+from .body import Body
 
 
 def unpack(b: Body, rows: str, d_v: str) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from ...errors import ArgumentError
-from .bodies import Body, scores, visible
+from .bodies import scores, visible
+from .body import Body
 from .checks import checked_attrs, fixed_lengths, known_spec
 from .nodes import make_model, value_info
 

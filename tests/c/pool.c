@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "internal.h"
+#include "common/internal.h"
 
 enum { CALLERS = 5, ROUNDS = 2000, MOST_TASKS = 97 };
 

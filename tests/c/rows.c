@@ -1,5 +1,5 @@
 /* Kernels that write which row of the table they stand in, instead of computing. */
-#include "internal.h"
+#include "common/internal.h"
 
 static float *row_of(const struct tvm_any *tensor, int64_t row) {
   const dsa_tvm_tensor *t = tensor->value.p;

@@ -2,7 +2,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "x86_level.h"
+#include "common/x86_level.h"
 
 int main(int argc, char **argv) {
   for (int i = 1; i + 3 < argc; i += 4) {

@@ -29,8 +29,7 @@ HYBRID = V1 + "33 30 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
 def compiled(name, directory, *sources):
     source = export_directory() / "src"
     files = [str(HERE.parent / "c" / f"{name}.c"), *(str(source / s) for s in sources)]
-    includes = [f"-I{source / folder}" for folder in ("common", "cpu")]
-    subprocess.run(["cc", "-Wall", "-Werror", *includes, *files, "-o", str(directory / name)], check=True)
+    subprocess.run(["cc", "-Wall", "-Werror", f"-I{source}", *files, "-o", str(directory / name)], check=True)
     return str(directory / name)
 
 

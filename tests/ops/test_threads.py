@@ -407,7 +407,7 @@ def test_the_pool_itself(tmp_path):
 
     source, here = export_directory() / "src", Path(__file__).parent.parent
     header = Path(dsa_tvm.__file__).parent / "include"
-    includes = [f"-I{folder}" for folder in (tmp_path, source / "common", source / "cpu", header)]
+    includes = [f"-I{folder}" for folder in (tmp_path, source, header)]
     spec_table.write(tmp_path, DIMS, "0")
     files = [here / "c" / "pool.c", source / "cpu" / "threads.c", source / "cpu" / "cpus.c"]
     command = [

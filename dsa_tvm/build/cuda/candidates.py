@@ -23,6 +23,9 @@ from . import table as cuda_table
 from .fatbins import KernelSet, Unit
 from .space import Operators, Space
 
+#: The C files that all candidates share, compiled.
+_CORE = "core.o"
+
 
 @dataclass(frozen=True)
 class TunedKernel:
@@ -90,8 +93,9 @@ def found(kernel: TunedKernel, directory: Path, cc: str, nvcc: str) -> Foundatio
     header = cuda_table.header([KernelSet((kernel.arch,), None, (unit,))])
     (directory / "cuda_launch.h").write_text(header + "".join((*_absent(kernel), *_tuned(kernel))))
     source = link.export_directory() / "src"
-    files = [str(source / name) for name in (*link.CORE, *link.DOOR, *link.CUDA)]
-    link.run([cc, "-O2", *link.flags(directory), "-c", *files, *link.GENERATED], directory=directory)
+    files = [source / name for name in (*link.CORE, *link.DOOR, *link.CUDA)]
+    files += [directory / name for name in link.GENERATED]
+    link.compile_object(files, directory / _CORE, directory, cc)
     return Foundation(directory, unit, cc, nvcc)
 
 
@@ -134,11 +138,10 @@ def make(kernel: TunedKernel, foundation: Foundation, decisions: Mapping[str, in
         table = cuda_table.source(sets, {(0, unit.op): fatbin}, link.nvcc_version(foundation.nvcc))
         (work / "cuda_table.c").write_text(table)
         library = work / "candidate.so"
-        objects = sorted(map(str, foundation.directory.glob("*.o")))
         link.run(
             [
                 *(foundation.cc, "-O2", *link.flags(foundation.directory), "-shared"),
-                *(str(work / "cuda_table.c"), *objects),
+                *(str(work / "cuda_table.c"), str(foundation.directory / _CORE)),
                 *("-Wl,-z,defs", "-Wl,-z,noexecstack", *link.version_script("exports.map")),
                 *("-lm", "-lpthread", "-ldl", "-o", str(library)),
             ]

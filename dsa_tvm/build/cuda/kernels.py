@@ -1,7 +1,7 @@
 """The CUDA kernels of each operator: with which decisions, for which types and lengths, and what launching them takes.
 
-An operator joins with a function here and its entry in `OPERATORS`, a struct of the same name in cuda.h that has the
-fields of `Kernel.facts`, and its launches in cuda_stages.c.
+An operator joins with a function here and its entry in `OPERATORS`, a struct of the same name in cuda/kernels.h that
+has the fields of `Kernel.facts`, and its launches in cuda/stages.c.
 """
 
 from __future__ import annotations

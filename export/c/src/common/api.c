@@ -1,7 +1,7 @@
 /* The public functions: each names its arguments, and execute() does the rest. */
 #include <string.h>
 
-#include "internal.h"
+#include "common/internal.h"
 
 int32_t dsa_tvm_abi_version(void) { return DSA_TVM_ABI_VERSION; }
 

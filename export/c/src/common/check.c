@@ -4,8 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "float_mode.h"
-#include "internal.h"
+#include "common/float_mode.h"
+#include "common/internal.h"
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 

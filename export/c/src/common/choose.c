@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "internal.h"
-#include "x86_level.h"
+#include "common/internal.h"
+#include "common/x86_level.h"
 
 static int cpu_runs(const char *target) {
 #if defined(__x86_64__)

@@ -1,7 +1,7 @@
-/* Which device a call is on, and what that asks of its tensors and its workspace. */
+/* Which device a call is on, and whether its tensors are there. */
 #include <stdio.h>
 
-#include "internal.h"
+#include "common/internal.h"
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 
@@ -52,29 +52,4 @@ dsa_tvm_status dsa_check_device(const struct dsa_call *call, const struct tensor
   if (is_on(x, call->device_type, call->device_id)) return DSA_TVM_OK;
   return INVALID("%s: %s: expected a tensor on %s like the others, got one on %s", op, spec->name,
                  device_text(want, call->device_type, call->device_id), device_text(got, type, x->device.device_id));
-}
-
-dsa_tvm_status dsa_check_workspace(const struct dsa_call *call, const dsa_tvm_options *options, uint64_t needed) {
-  const char *op = call->op->name;
-  if (!needed) return DSA_TVM_OK;
-  uint64_t given = options->workspace ? options->workspace_size : 0;
-  if (given < needed)
-    return INVALID("%s: workspace: expected at least %llu bytes on CUDA device %d (dsa_tvm_workspace_size tells how "
-                   "many), got %llu",
-                   op, (unsigned long long)needed, (int)call->device_id, (unsigned long long)given);
-  if ((uintptr_t)options->workspace % CUDA_ALIGNMENT)
-    return INVALID("%s: workspace: expected an address that is a multiple of %d, got %p", op, CUDA_ALIGNMENT,
-                   options->workspace);
-  if (needed > UINTPTR_MAX - (uintptr_t)options->workspace)
-    return INVALID("%s: workspace: expected memory below the end of the address space, got %llu bytes at %p", op,
-                   (unsigned long long)needed, options->workspace);
-  int64_t length = (int64_t)needed;
-  dsa_tvm_tensor memory = {.data = options->workspace, .ndim = 1, .dtype = {DSA_TVM_INT, 8, 1}, .shape = &length};
-  const char *shared = NULL;
-  for (int i = 0; i < call->op->num_inputs; i++)
-    if (call->present[i] && dsa_overlap(&memory, &call->in[i])) shared = call->op->inputs[i].name;
-  for (int i = 0; i < call->op->num_outputs; i++)
-    if (dsa_overlap(&memory, &call->out[i])) shared = call->op->outputs[i].name;
-  if (shared) return INVALID("%s: workspace: expected memory that does not overlap `%s`, got an overlap", op, shared);
-  return DSA_TVM_OK;
 }

@@ -11,8 +11,8 @@
 /* DLPack's numbers of the devices. */
 enum { CPU_DEVICE = 1, CUDA_DEVICE = 2 };
 
-/* Of a workspace on a GPU. */
-enum { CUDA_ALIGNMENT = 256 };
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VARS = 2, MAX_PARTS = 2 };
 
@@ -99,26 +99,24 @@ void dsa_output_shape(const struct dsa_call *call, int output, int64_t shape[MAX
 dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *outputs);
 int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b);
 
-/* device.c: the device that most inputs are on is the call's; and whether a tensor is on it. A call on a GPU also has a
- * workspace, which must be large enough, aligned and its own. */
+/* device.c: the device that most inputs are on is the call's; and whether a tensor is on it. */
 void dsa_find_device(struct dsa_call *call, const dsa_tvm_tensor *const *inputs);
 dsa_tvm_status dsa_check_device(const struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x);
-dsa_tvm_status dsa_check_workspace(const struct dsa_call *call, const dsa_tvm_options *options, uint64_t needed);
 
-/* operators.c: computes a checked call whose tensors are on the CPU. */
+/* cpu/operators.c: computes a checked call whose tensors are on the CPU. */
 dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *executor);
 
-/* cuda_operators.c, or cuda_none.c in a library without CUDA kernels: enqueues a checked call whose tensors are on a
+/* cuda/operators.c, or cuda/none.c in a library without CUDA kernels: enqueues a checked call whose tensors are on a
  * GPU, with the options' workspace (they are whole) or with one from the driver, and tells the bytes that it takes. */
 extern const int dsa_has_cuda;
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options);
 dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream);
 dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 
-/* rows.c: new rows of a cache, a checked call too. */
+/* cpu/rows.c: new rows of a cache, a checked call too. */
 dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_executor *executor);
 
-/* threads.c: the library's own threads. 0: the process default. */
+/* cpu/threads.c: the library's own threads. 0: the process default. */
 struct dsa_executor dsa_pool_executor(int32_t num_threads);
 int dsa_process_cpus(void); /* that this process may use */
 /* A loop on an executor's threads; with one thread, or one task, on the calling thread. */
@@ -177,7 +175,7 @@ extern const int dsa_num_kernel_sets;
 /* choose.c: the kernels for this CPU; NULL with an error set where there are none. */
 const struct kernel_set *dsa_kernels(void);
 
-/* kernels.c: calls of compiled kernels. */
+/* cpu/kernels.c: calls of compiled kernels. */
 struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor);
 struct tvm_any dsa_arg_int(int64_t value);
 struct tvm_any dsa_arg_float(double value);

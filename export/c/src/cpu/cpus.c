@@ -1,6 +1,6 @@
 /* How many CPUs this process may use: its affinity mask and the CPU quota of its cgroups. */
 #define _GNU_SOURCE
-#include "cpus.h"
+#include "cpu/cpus.h"
 
 #include <sched.h>
 #include <stdio.h>

@@ -3,8 +3,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "float_mode.h"
-#include "internal.h"
+#include "common/float_mode.h"
+#include "common/internal.h"
 
 enum { WORKSPACE_ALIGNMENT = 64 }; /* what the generated code assumes */
 

@@ -1,7 +1,7 @@
 /* The operators: what of a checked call each stage gets, and how much of it is in the workspace at a time. */
 #include <stdlib.h>
 
-#include "stages.h"
+#include "cpu/stages.h"
 
 /* What a kernel takes for an input that is absent or empty: a valid address that is never read. */
 static float nothing[16];

@@ -1,7 +1,7 @@
 /* New rows of a cache: bytes are copied, and nothing is computed. */
 #include <string.h>
 
-#include "stages.h"
+#include "cpu/stages.h"
 
 /* What a task copies at least: less is not worth waking a thread for. */
 enum { TASK_BYTES = 256 << 10 };

@@ -1,6 +1,6 @@
 /* How each stage is cut into tasks. Every value is computed by one kernel call in one order, so the results do not
  * depend on the number of threads or on where the cuts fall. */
-#include "stages.h"
+#include "cpu/stages.h"
 
 static int sees(const struct scoring *s, int64_t m, int64_t n0, int64_t n1) {
   int32_t ks = ((const int32_t *)s->ks.data)[m], ke = ((const int32_t *)s->ke.data)[m];

@@ -2,10 +2,7 @@
 #ifndef DSA_TVM_STAGES_H_
 #define DSA_TVM_STAGES_H_
 
-#include "internal.h"
-
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+#include "common/internal.h"
 
 /* Queries next to each other, and the keys that some of them see; the rest of the keys is nobody's. */
 struct visible {

@@ -15,8 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "cpus.h"
-#include "internal.h"
+#include "cpu/cpus.h"
+#include "common/internal.h"
 
 /* More threads are never of use: results do not depend on their number, and speed does not beyond that of the CPUs. */
 enum { MOST_THREADS = 1024, MOST_THREADS_PER_CPU = 4 };

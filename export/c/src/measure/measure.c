@@ -2,8 +2,8 @@
  * to call on this machine or through its RPC on another. */
 #include <time.h>
 
-#include "internal.h"
-#include "measure.h"
+#include "common/internal.h"
+#include "measure/measure.h"
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 

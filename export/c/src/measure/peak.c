@@ -3,8 +3,8 @@
 #include <stdint.h>
 #include <time.h>
 
-#include "internal.h"
-#include "measure.h"
+#include "common/internal.h"
+#include "measure/measure.h"
 
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, CHAINS = 24 };

@@ -2,8 +2,8 @@
 #ifndef DSA_TVM_ORT_H_
 #define DSA_TVM_ORT_H_
 
-#include "internal.h"
-#include "ort_abi.h"
+#include "common/internal.h"
+#include "ort/abi.h"
 
 enum { MINOR_WITH_BORROWED_SHAPES = 24 }; /* the newest interface asked for */
 
@@ -25,17 +25,13 @@ struct ort_op {
   int on_gpu;          /* for CUDAExecutionProvider */
 };
 
-/* ort_schema.c: names, types, optional inputs and shape inference; the kernel's functions are left to the caller. */
+/* schema.c: names, types, optional inputs and shape inference; the kernel's functions are left to the caller. */
 void dsa_ort_describe(struct ort_op *op, const struct ort_runtime *runtime, const struct op_spec *spec,
                       const int8_t *types, int on_gpu);
 
-/* ort_kernel.c: our status, with dsa_tvm_last_error()'s text, as one of ONNX Runtime's; and what a node runs. */
+/* kernel.c: our status, with dsa_tvm_last_error()'s text, as one of ONNX Runtime's; and what a node runs. */
 OrtStatus *dsa_ort_status(const OrtApi *api, dsa_tvm_status status);
 OrtStatus *dsa_ort_create_kernel(const OrtCustomOp *self, const OrtApi *passed, const OrtKernelInfo *info, void **out);
 OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context);
-
-/* ort_cuda.c: the number of the GPU that a value is on; and a checked call on the session's stream. */
-OrtStatus *dsa_ort_gpu_of(const OrtApi *api, const OrtValue *value, int32_t *device_id);
-OrtStatus *dsa_ort_run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const struct dsa_call *call);
 
 #endif

@@ -2,7 +2,7 @@
 #ifndef DSA_TVM_CUDA_POOL_H_
 #define DSA_TVM_CUDA_POOL_H_
 
-#include "cuda.h"
+#include "cuda/kernels.h"
 
 /* Between dsa_cuda_begin and dsa_cuda_end: enqueued on the call's stream, waiting for nothing, also in a capture. What was
  * taken, 0 on failure, is given back behind the last kernel that uses it. */

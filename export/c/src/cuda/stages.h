@@ -3,7 +3,7 @@
 #ifndef DSA_TVM_CUDA_STAGES_H_
 #define DSA_TVM_CUDA_STAGES_H_
 
-#include "cuda.h"
+#include "cuda/kernels.h"
 
 /* Scoring: queries [m0, m1), whose logits are written from the pointer on. */
 struct cuda_scoring {

@@ -1,29 +1,9 @@
 /* The operators on a GPU: what of a checked call each stage gets. */
-#include <stdio.h>
-
-#include "cuda_pool.h"
-#include "cuda_stages.h"
-#include "stages.h"
+#include "cuda/pool.h"
+#include "cuda/stages.h"
+#include "cuda/workspace.h"
 
 const int dsa_has_cuda = 1;
-
-const char *dsa_tvm_cuda_archs(void) {
-  static _Thread_local char text[256];
-  size_t used = 0;
-  for (int i = 0; i < dsa_num_cuda_sets; i++)
-    for (const struct cuda_arch *arch = dsa_cuda_sets[i].archs; arch->number && used < sizeof text; arch++)
-      used += (size_t)snprintf(text + used, sizeof text - used, "sm_%d%s,", arch->number, arch->exact ? "a" : "");
-  for (int i = 0; i < dsa_num_cuda_sets && used < sizeof text; i++)
-    if (dsa_cuda_sets[i].ptx) snprintf(text + used, sizeof text - used, "compute_%d", dsa_cuda_sets[i].ptx);
-  return text;
-}
-
-void *dsa_cuda_take(struct cuda_call *call, uint64_t bytes) {
-  char *taken = call->measuring ? NULL : call->workspace + call->used;
-  call->used += (bytes + CUDA_ALIGNMENT - 1) / CUDA_ALIGNMENT * CUDA_ALIGNMENT;
-  if (call->used > call->peak) call->peak = call->used;
-  return taken;
-}
 
 /* What is held of the logits, and of the indices, of a group of queries: enough for all multiprocessors, and little
  * enough to be read from the cache. A single query may take more. */
@@ -210,7 +190,7 @@ dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *
   struct cuda_call c = {
       .call = call, .stream = options->stream, .workspace = options->workspace, .aligned = is_aligned(call)};
   dsa_tvm_status status = measure(&c);
-  if (status == DSA_TVM_OK) status = dsa_check_workspace(call, options, c.peak);
+  if (status == DSA_TVM_OK) status = dsa_cuda_check_workspace(&c, options);
   if (status == DSA_TVM_OK) status = enqueue(&c);
   dsa_cuda_end(&c);
   return status;

@@ -2,8 +2,8 @@
 #ifndef DSA_TVM_CUDA_H_
 #define DSA_TVM_CUDA_H_
 
-#include "cuda_abi.h"
-#include "internal.h"
+#include "cuda/abi.h"
+#include "common/internal.h"
 
 /* A kernel as every set has it. A stage of an operator has one for each choice of element types and of the lengths that
  * its code is made for; what a kernel leaves open is -1. */
@@ -67,7 +67,7 @@ extern const struct cuda_kernel dsa_cuda_kernels[];
 extern const struct cuda_set dsa_cuda_sets[];
 extern const int dsa_num_cuda_kernels, dsa_num_cuda_sets;
 extern const int dsa_cuda_toolkit; /* whose nvcc made them, 13000 for 13.0 */
-extern const int dsa_cuda_tegra[];  /* compute capabilities, and 0 behind: see gpu_archs.py */
+extern const int dsa_cuda_tegra[];  /* compute capabilities, and 0 behind: see dsa_tvm/gpu/architectures.py */
 extern const int dsa_cuda_system_shared; /* bytes that the system takes of a multiprocessor's shared memory for a block */
 
 enum { MAX_DEVICES = 64 };
@@ -103,13 +103,13 @@ struct cuda_call {
   struct cuda_encoded queries, keys; /* the latest tensor maps: groups of queries share them */
 };
 
-/* cuda.c: makes a context of the call's device current: the caller's, where it has one on that device, else the primary
+/* kernels.c: makes a context of the call's device current: the caller's, where it has one on that device, else the primary
  * one. The first call for a device loads the kernels, the only time that anything is allocated. Every success is
  * followed by dsa_cuda_end. */
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call);
 void dsa_cuda_end(struct cuda_call *call);
 
-/* cuda.c: of `count` kernels from `first` on, the first for the call's element types and lengths: its shape, NULL where
+/* kernels.c: of `count` kernels from `first` on, the first for the call's element types and lengths: its shape, NULL where
  * there is none; and its launch. `args` are the addresses of the kernel's arguments in their order. A
  * grid without blocks is nothing to do. The generated functions of cuda_launch.h, dsa_shape_<op>_<stage> and
  * dsa_launch_<op>_<stage>, call these. */
@@ -121,12 +121,8 @@ const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first,
 dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
                                int64_t dynamic_bytes, void **args);
 
-/* cuda.c: makes `known` the tensor map of `boxes`, if it is not yet. */
+/* kernels.c: makes `known` the tensor map of `boxes`, if it is not yet. */
 dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,
                                    struct cuda_encoded *known);
-
-/* cuda_operators.c: the next bytes of the workspace, aligned as it is. What is taken goes back by setting call->used to
- * what it was before: whatever is enqueued later may have it, for a stream is in order. */
-void *dsa_cuda_take(struct cuda_call *call, uint64_t bytes);
 
 #endif

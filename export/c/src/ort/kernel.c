@@ -1,7 +1,7 @@
 /* A node of ONNX Runtime: its attributes, its inputs and outputs as our tensors, the session's pool as an executor. */
 #include <stdlib.h>
 
-#include "ort.h"
+#include "ort/ort.h"
 
 OrtStatus *dsa_ort_status(const OrtApi *api, dsa_tvm_status status) {
   static const int codes[] = {[DSA_TVM_INVALID_ARGUMENT] = ORT_INVALID_ARGUMENT,
@@ -124,6 +124,25 @@ static struct dsa_executor session_executor(struct session_pool *pool) {
   return executor;
 }
 
+/* The number of the GPU that a value is on. */
+static OrtStatus *gpu_of(const OrtApi *api, const OrtValue *value, int32_t *device_id) {
+  const OrtMemoryInfo *info;
+  int id = 0;
+  OrtStatus *status = api->GetTensorMemoryInfo(value, &info);
+  if (!status) status = api->MemoryInfoGetId(info, &id);
+  *device_id = id;
+  return status;
+}
+
+/* A checked call, on the session's stream. The workspace is none of the session's memory. Calls of a session may run at a time, each on a stream of its own: its
+ * allocator, which is not told the stream, hands out what another call gave back before its kernels were done with it;
+ * and its scratch buffers, which are the stream's, end the process where there is no memory left. */
+static OrtStatus *run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const struct dsa_call *call) {
+  void *stream = NULL;
+  OrtStatus *status = api->KernelContext_GetGPUComputeStream(context, &stream);
+  return status ? status : dsa_ort_status(api, dsa_cuda_run_pooled(call, stream));
+}
+
 OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
   const struct kernel *kernel = state;
   const OrtApi *api = kernel->runtime->api;
@@ -147,7 +166,7 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
     if ((status = read_shape(kernel->runtime, value, &type, shapes[i], &shape, &rank))) return status;
     tensors[i] = tensor_of(type, shape, rank);
     if (kernel->on_gpu) {
-      if (gpu < 0 && (status = dsa_ort_gpu_of(api, value, &gpu))) return status;
+      if (gpu < 0 && (status = gpu_of(api, value, &gpu))) return status;
       tensors[i].device.device_type = CUDA_DEVICE;
       tensors[i].device.device_id = gpu;
     }
@@ -171,7 +190,7 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
     outputs[i] = &tensors[i];
   }
   if ((status = dsa_ort_status(api, dsa_check_outputs(&call, outputs)))) return status;
-  if (kernel->on_gpu) return dsa_ort_run_on_gpu(api, context, &call);
+  if (kernel->on_gpu) return run_on_gpu(api, context, &call);
   struct session_pool pool = {api, context};
   struct dsa_executor executor = session_executor(&pool);
   return dsa_ort_status(api, dsa_run(&call, &executor));

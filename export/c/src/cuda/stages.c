@@ -1,8 +1,8 @@
 /* Which kernels each stage launches, with what grid, shared memory and workspace. */
-#include "cuda_stages.h"
+#include "cuda/stages.h"
 
+#include "cuda/workspace.h"
 #include "cuda_launch.h"
-#include "stages.h"
 
 /* Blocks for each multiprocessor that a launch for many queries is cut for: those that see fewer keys leave room for
  * others. One for few queries is cut for as many as there is room for: each has its keys on their way all the time. */

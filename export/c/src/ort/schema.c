@@ -1,5 +1,5 @@
 /* What ONNX Runtime knows of an operator before it runs: name, types, and shapes as far as a model fixes them. */
-#include "ort.h"
+#include "ort/ort.h"
 
 /* Up to 1.23, ONNX Runtime dereferences the missing type of an input left out before it calls a shape inference: it
  * would crash while it loads such a model. */

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "ort.h"
+#include "ort/ort.h"
 
 #define DOMAIN "ai.dsa"
 

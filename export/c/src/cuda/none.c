@@ -1,5 +1,5 @@
 /* In the place of the CUDA side in a library that was built without it: the checks let no call get here. */
-#include "internal.h"
+#include "common/internal.h"
 
 const int dsa_has_cuda = 0;
 

@@ -1,9 +1,9 @@
 /* Workspaces in the order of a stream: what one call gives back, the driver gives to whoever is enqueued behind it. */
-#include "cuda_pool.h"
+#include "cuda/pool.h"
 
 #include <pthread.h>
 
-#include "cuda_driver.h"
+#include "cuda/driver.h"
 
 static cu_memory_pool pools[MAX_DEVICES];
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;

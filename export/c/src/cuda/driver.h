@@ -2,7 +2,7 @@
 #ifndef DSA_TVM_CUDA_DRIVER_H_
 #define DSA_TVM_CUDA_DRIVER_H_
 
-#include "cuda_abi.h"
+#include "cuda/abi.h"
 
 /* Its entry points, from the moment that dsa_cuda_find_driver returns NULL. */
 struct cuda_driver {

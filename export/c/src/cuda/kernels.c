@@ -4,8 +4,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cuda.h"
-#include "cuda_driver.h"
+#include "cuda/kernels.h"
+#include "cuda/driver.h"
+
+const char *dsa_tvm_cuda_archs(void) {
+  static _Thread_local char text[256];
+  size_t used = 0;
+  for (int i = 0; i < dsa_num_cuda_sets; i++)
+    for (const struct cuda_arch *arch = dsa_cuda_sets[i].archs; arch->number && used < sizeof text; arch++)
+      used += (size_t)snprintf(text + used, sizeof text - used, "sm_%d%s,", arch->number, arch->exact ? "a" : "");
+  for (int i = 0; i < dsa_num_cuda_sets && used < sizeof text; i++)
+    if (dsa_cuda_sets[i].ptx) snprintf(text + used, sizeof text - used, "compute_%d", dsa_cuda_sets[i].ptx);
+  return text;
+}
 
 /* A device, and what it has of its set's kernels. */
 static struct device {
