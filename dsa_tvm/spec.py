@@ -22,7 +22,10 @@ DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
     "uint8": (1, 8),
 }
 
-#: The same of types that no operator takes, so that an error can name them.
+#: Bytes of an element, which are also the least alignment of its address.
+ELEMENT_BYTES: Mapping[str, int] = {name: bits // 8 for name, (_, bits) in DLPACK_TYPES.items()}
+
+#: DLPack (type code, bits) of types that no operator takes, so that an error can name them.
 OTHER_DLPACK_TYPES: Mapping[str, tuple[int, int]] = {
     "float8_e3m4": (7, 8),
     "float8_e4m3": (8, 8),

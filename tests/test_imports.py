@@ -20,7 +20,7 @@ ALLOWED = {
     "presets": {"errors"},
     "gpu": {"errors"},
     "terminal": {"errors"},
-    "ops": {"runtime", "spec"},
+    "ops": {"spec"},
     "runtime": {"errors", "ops", "spec"},
     "functions": {"ops", "runtime"},
     "torch_ops": {"errors", "ops", "runtime", "spec"},

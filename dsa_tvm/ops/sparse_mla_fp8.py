@@ -1,8 +1,7 @@
 """Sparse attention over a packed fp8 cache: `sparse_mla` of bfloat16 over rows that are kept in bytes.
 
-A row of kv is d_v e4m3, d_v / 128 float32 that scale 128 of them each, and d_qk - d_v bf16 that are key only. What is
-computed with are bf16: e4m3 times scale, rounded to f32 and then to bf16, to nearest even. All backends multiply the
-same bits, so the tolerances are those of bf16.
+`packed_rows` describes a row of kv. What is computed with are bf16: e4m3 times scale, rounded to f32 and then to bf16,
+to nearest even. All backends multiply the same bits, so the tolerances are those of bf16.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..runtime.packing import unpack_mla_rows
 from ..spec import TensorSpec
-from . import sparse_mla
+from . import packed_rows, sparse_mla
 
 #: Element types that the kernels are made for: K stands for the packed rows.
-KERNEL = {"T": "bfloat16", "K": "float8_e4m3fn"}
+KERNEL = {"T": packed_rows.KEY_ONLY, "K": packed_rows.SCALED}
 
 
 def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v):
@@ -32,7 +30,7 @@ def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v
     -------
     out [s_q, h_q, d_v], max_logits [s_q, h_q], lse [s_q, h_q] : ndarray, float64
     """
-    rows = unpack_mla_rows(np.asarray(kv), d_v)
+    rows = packed_rows.unpack(np.asarray(kv), d_v)
     return sparse_mla.reference(q, rows, indices, attn_sink, topk_length, sm_scale=sm_scale, d_v=d_v)
 
 

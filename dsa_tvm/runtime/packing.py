@@ -1,8 +1,4 @@
-"""Rows of the latent cache in bytes: fp8 with scales, and bfloat16 for what is key only.
-
-A row is, in this order, d_v float8_e4m3fn, d_v / 128 little-endian float32 that each scale 128 of them, and d_qk - d_v
-bfloat16: 656 bytes for 576 and 512. FlashMLA and vLLM lay out theirs in the same way.
-"""
+"""Packs and unpacks a user's latent rows, NumPy arrays or torch tensors, in the format of `ops.packed_rows`."""
 
 from __future__ import annotations
 
@@ -12,14 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
-from .element_types import decode, encode
+from ..ops import packed_rows
+from ..ops.packed_rows import GROUP, LARGEST, LEAST
 from .tensors import is_torch
-
-#: Numbers that share a scale.
-GROUP = 128
-
-#: The largest float8_e4m3fn, and what the largest number of a group, or its scale, is taken to be at least.
-_FP8_MAX, _LEAST = 448.0, 1e-4
 
 
 def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) -> Any:
@@ -53,18 +44,7 @@ def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) ->
     _check_type("pack_mla_rows: values", values, _is_floating(values), "a floating-point type")
     if is_torch(values):
         return _pack_torch(values, d_v, power_of_two)
-    values = np.ascontiguousarray(values, np.float32)
-    groups = values[:, :d_v].reshape(len(values), d_v // GROUP, GROUP)
-    amax = np.abs(groups).max(-1)
-    if power_of_two:
-        mantissa, exponent = np.frexp(np.maximum(amax / np.float32(_FP8_MAX), np.float32(_LEAST)))
-        scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
-    else:
-        scale = np.maximum(amax, np.float32(_LEAST)) / np.float32(_FP8_MAX)
-    with np.errstate(invalid="ignore"):
-        codes = encode(groups / scale[..., None], "float8_e4m3fn").reshape(-1, d_v)
-    key_only = encode(values[:, d_v:], "bfloat16").astype("<u2")
-    return np.concatenate([codes, scale.astype("<f4").view(np.uint8), key_only.view(np.uint8)], 1)
+    return packed_rows.pack(np.ascontiguousarray(values, np.float32), d_v, power_of_two)
 
 
 def _pack_torch(values: Any, d_v: int, power_of_two: bool) -> Any:
@@ -74,11 +54,11 @@ def _pack_torch(values: Any, d_v: int, power_of_two: bool) -> Any:
     groups = values[:, :d_v].float().reshape(len(values), d_v // GROUP, GROUP)
     amax = groups.abs().amax(-1)
     if power_of_two:
-        mantissa, exponent = torch.frexp((amax / _FP8_MAX).clamp(min=_LEAST))
+        mantissa, exponent = torch.frexp((amax / LARGEST).clamp(min=LEAST))
         scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
     else:
-        scale = amax.clamp(min=_LEAST) / _FP8_MAX
-    codes = (groups / scale[..., None]).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+        scale = amax.clamp(min=LEAST) / LARGEST
+    codes = (groups / scale[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     key_only = values[:, d_v:].bfloat16().contiguous()
     parts = [codes.view(torch.uint8).view(-1, d_v), scale.view(torch.uint8), key_only.view(torch.uint8)]
     return torch.cat(parts, 1)
@@ -103,7 +83,7 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
     ArgumentError
         `rows` is no matrix of bytes, or has a width that no packed rows have.
     """
-    scales = d_v + d_v // GROUP * 4
+    scales = packed_rows.scales_end(d_v)
     _check("unpack_mla_rows: rows", rows, d_v, least=scales)
     _check_type("unpack_mla_rows: rows", rows, _type_name(rows) == "uint8", "uint8")
     if (rows.shape[1] - scales) % 2:
@@ -116,13 +96,7 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
         codes, scale, key_only = (_reinterpreted(x, t) for x, t in zip(parts, _torch_types(), strict=True))
         groups = codes.float().view(len(rows), d_v // GROUP, GROUP) * scale[..., None]
         return torch.cat([groups.view(len(rows), d_v).bfloat16(), key_only], 1)
-    rows = np.asarray(rows)
-    scale = np.ascontiguousarray(rows[:, d_v:scales]).view("<f4").astype(np.float32)
-    groups = decode(rows[:, :d_v], "float8_e4m3fn").reshape(len(rows), d_v // GROUP, GROUP)
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = (groups * scale[..., None]).reshape(len(rows), d_v)
-    key_only = np.ascontiguousarray(rows[:, scales:]).view("<u2").astype(np.uint16)
-    return decode(np.concatenate([encode(values, "bfloat16"), key_only], 1), "bfloat16")
+    return packed_rows.unpack(np.asarray(rows), d_v)
 
 
 def _reinterpreted(part: Any, dtype: Any) -> Any:

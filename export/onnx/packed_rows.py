@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ...runtime.element_types import decode
-from ...runtime.packing import GROUP
+from ...ops.element_types import decode
+from ...ops.packed_rows import GROUP, SCALED
 from .body import Body
 
 
@@ -22,7 +22,7 @@ def unpack(b: Body, rows: str, d_v: str) -> str:
         return b("Reshape", b.cast(cut, TensorProto.INT32), b("Concat", few, *last, axis=0), allowzero=1)
 
     codes = part(b.const([0]), d_v, groups, b.const([GROUP]))
-    elements = b("Gather", b.const(decode(np.arange(256, dtype=np.uint8), "float8_e4m3fn")), codes, axis=0)
+    elements = b("Gather", b.const(decode(np.arange(256, dtype=np.uint8), SCALED)), codes, axis=0)
     scales = _float32(b, part(d_v, scales_end, groups, b.const([4])))
     values = b("Mul", elements, b.unsqueeze(scales, 3))
     values = b("Cast", b("Cast", values, to=TensorProto.BFLOAT16), to=TensorProto.FLOAT)

@@ -9,14 +9,6 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from ...spec import DLPACK_TYPES
-
-#: Bytes an element takes; also the alignment every pointer has at least.
-WIDTH = {name: bits // 8 for name, (_, bits) in DLPACK_TYPES.items()}
-
-#: The type a kernel's buffers have for each element type: an unsigned integer for all that are narrower than f32.
-STORAGE = {name: name if width == 4 else f"uint{8 * width}" for name, width in WIDTH.items()}
-
 #: Elements that are converted or copied at a time. Every width (d_idx, d_qk, d_v) is a multiple of it.
 STEP = 32
 

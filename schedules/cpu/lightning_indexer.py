@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import CHAIN, STEP, STORAGE, VECTOR, WIDTH
+from ...spec import ELEMENT_BYTES
+from ..storage import STORAGE
+from .elements import CHAIN, STEP, VECTOR
 from .products import BF16_EXACT, FloatProducts, products_of
 
 
@@ -148,8 +150,8 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
         scaled: T.int64,
     ):
         T.func_attr({"tirx.noalias": True})
-        Q = T.match_buffer(q, (s_q, h_idx, d_idx), STORAGE[q_type], align=WIDTH[q_type])
-        K = T.match_buffer(k, (s_kv, d_idx), STORAGE[k_type], align=WIDTH[k_type])
+        Q = T.match_buffer(q, (s_q, h_idx, d_idx), STORAGE[q_type], align=ELEMENT_BYTES[q_type])
+        K = T.match_buffer(k, (s_kv, d_idx), STORAGE[k_type], align=ELEMENT_BYTES[k_type])
         W = T.match_buffer(weights, (s_q, h_idx), "float32", align=4)
         KS = T.match_buffer(ks, (s_q,), "int32", align=4)
         KE = T.match_buffer(ke, (s_q,), "int32", align=4)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .elements import STEP, STORAGE, WIDTH, f32_bits, narrow, u32, widen
-
-#: Element type of packed rows, the bf16 that they stand for, and how many e4m3 have one scale.
-_PACKED, _MEANT, _GROUP = "float8_e4m3fn", "bfloat16", 128
+from ...ops.packed_rows import GROUP, KEY_ONLY, SCALED
+from ...spec import ELEMENT_BYTES
+from ..storage import STORAGE
+from .elements import STEP, f32_bits, narrow, u32, widen
 
 
 def rows_of(variant: dict[str, str]):
     """The class for element types T and, where rows are packed, K."""
-    return PackedRows if variant.get("K") == _PACKED else PlainRows
+    return PackedRows if variant.get("K") == SCALED else PlainRows
 
 
 @T.meta_class
@@ -33,7 +33,7 @@ class PlainRows:
     @staticmethod
     def stored(dtype: str) -> tuple[str, int]:
         """What kv's buffer is declared as, and its alignment."""
-        return STORAGE[dtype], WIDTH[dtype]
+        return STORAGE[dtype], ELEMENT_BYTES[dtype]
 
     @staticmethod
     def width(d_qk, d_packed):
@@ -67,7 +67,7 @@ class PackedRows:
 
     def __init__(self, kv, dtype: str, d_qk, d_v) -> None:
         self.kv, self.d_qk, self.d_v = kv, d_qk, d_v
-        self.key_only = d_v + d_v // _GROUP * 4
+        self.key_only = d_v + d_v // GROUP * 4
 
     def scale(self, row, group):
         """The f32 of one group, from its bytes."""
@@ -84,12 +84,12 @@ class PackedRows:
 
     @T.inline
     def put(self, row, keys, at):
-        for g in T.serial(self.d_v // _GROUP):
+        for g in T.serial(self.d_v // GROUP):
             scale: T.let = self.scale(row, g)
-            for d in T.serial(_GROUP // STEP):
+            for d in T.serial(GROUP // STEP):
                 for l in T.vectorized(STEP):
-                    value: T.let = widen(self.kv[row, g * _GROUP + d * STEP + l], _PACKED) * scale
-                    keys[at, g * _GROUP + d * STEP + l] = widen(narrow(value, _MEANT), _MEANT)
+                    value: T.let = widen(self.kv[row, g * GROUP + d * STEP + l], SCALED) * scale
+                    keys[at, g * GROUP + d * STEP + l] = widen(narrow(value, KEY_ONLY), KEY_ONLY)
         for d in T.serial((self.d_qk - self.d_v) // STEP):
             for l in T.vectorized(STEP):
                 keys[at, self.d_v + d * STEP + l] = self.bf16(row, d * STEP + l)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from ...spec import DIMS
-from .elements import CHAIN, STEP, STORAGE, VECTOR, WIDTH, is_nan, narrow, widen
+from ...spec import DIMS, ELEMENT_BYTES
+from ..storage import STORAGE
+from .elements import CHAIN, STEP, VECTOR, is_nan, narrow, widen
 from .exponential import exp_nonpositive
 from .mla_rows import rows_of
 
@@ -131,12 +132,12 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         has_length: T.int64,
     ):
         T.func_attr({"tirx.noalias": True})
-        Q = T.match_buffer(q, (s_q, h_q, d_qk), STORAGE[dtype], align=WIDTH[dtype])
+        Q = T.match_buffer(q, (s_q, h_q, d_qk), STORAGE[dtype], align=ELEMENT_BYTES[dtype])
         KV = T.match_buffer(kv, (s_kv, Rows.width(d_qk, d_packed)), STORED, align=ALIGNED)
         INDEX = T.match_buffer(indices, (s_rows, topk), "int32", align=4)
         SINK = T.match_buffer(attn_sink, (s_sink,), "float32", align=4)
         LENGTH = T.match_buffer(topk_length, (s_length,), "int32", align=4)
-        OUT = T.match_buffer(out, (s_q, h_q, d_v), STORAGE[dtype], align=WIDTH[dtype])
+        OUT = T.match_buffer(out, (s_q, h_q, d_v), STORAGE[dtype], align=ELEMENT_BYTES[dtype])
         MAX = T.match_buffer(max_logits, (s_rows, h_q), "float32", align=4)
         LSE = T.match_buffer(lse, (s_q, h_q), "float32", align=4)
         with T.sblock("task"):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from tvm.script import tirx as T
 
 WARP = 32
-
-#: Bytes of one element; bool and pointers never live in shared memory.
-_BYTES = {"float32": 4, "int32": 4, "uint32": 4, "uint64": 8, "uint16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,10 @@ class SharedPool:
 
     def place(self, shape: tuple, dtype: str, align: int = 16) -> Place:
         """The next `shape` of `dtype`, aligned to `align` bytes."""
-        start = -(-self.bytes // align) * align
+        start, size = -(-self.bytes // align) * align, np.dtype(dtype).itemsize
         if all(isinstance(n, int) for n in shape):
-            self.bytes = start + math.prod(shape) * _BYTES[dtype]
-        return Place(shape, dtype, start // _BYTES[dtype])
+            self.bytes = start + math.prod(shape) * size
+        return Place(shape, dtype, start // size)
 
 
 def shared(pool, place: Place):

@@ -13,9 +13,9 @@ from tuning_records import LENGTHS, make
 from dsa_tvm import presets
 from dsa_tvm.errors import RecordError
 from dsa_tvm.gpu.architectures import FEW_HEADS, best_for, is_arch, runs_on, shared_bytes, tensor_flops
+from dsa_tvm.ops.element_types import decode, encode
 from dsa_tvm.records import gpu_choice
 from dsa_tvm.records.gpu_choice import BUCKETS, TIMED, choose, stage_of
-from dsa_tvm.runtime.element_types import decode, encode
 from dsa_tvm.tuning.gpu import measure as cuda_measure
 from dsa_tvm.tuning.tasks import Task
 from dsa_tvm.tuning.trials import Trials

@@ -15,11 +15,11 @@ from types import ModuleType
 from typing import Any
 
 from ...gpu.architectures import FEW_HEADS, HOPPER
-from ...ops import OPS, sparse_mla_fp8
+from ...ops import OPS, packed_rows, sparse_mla_fp8
 from ...schedules.cuda import write_rows
 from ...schedules.cuda.indexer.portable import kernel as lightning_indexer
 from ...schedules.cuda.indexer.sm90 import kernel as hopper_indexer
-from ...schedules.cuda.mla import combine, packed_gather
+from ...schedules.cuda.mla import combine
 from ...schedules.cuda.mla.portable import kernel as sparse_mla
 from ...schedules.cuda.mla.sm90 import kernel as hopper_mla
 from ...schedules.cuda.topk import kernel as topk
@@ -156,7 +156,7 @@ def _sparse_mla(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[
 
 
 def _sparse_mla_fp8(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
-    whole = [d_v for d_v in dims["d_v"].values if d_v % packed_gather.GROUP == 0]
+    whole = [d_v for d_v in dims["d_v"].values if d_v % packed_rows.GROUP == 0]
     for variant in _variants("sparse_mla_fp8"):
         widths = itertools.product(dims["d_qk"].values, whole)
         yield from _attentions(arch, dims, chosen, variant, sparse_mla_fp8.KERNEL, widths)

@@ -15,13 +15,13 @@ from ...benchmark import check
 from ...benchmark.workload import Workload
 from ...errors import BuildError, KernelError
 from ...gpu.driver import Memory, Stream
+from ...ops.element_types import STORAGE, decode, encode
 from ...runtime import loading
 from ...runtime.calls import Attribute, Options
 from ...runtime.dlpack import CUDA, View
-from ...runtime.element_types import STORAGE, decode, encode
 from ...runtime.loading import CheckedFile
 from ...runtime.tensors import Pack
-from ...spec import DLPACK_TYPES
+from ...spec import DLPACK_TYPES, ELEMENT_BYTES
 
 #: What outputs and workspaces are filled with: NaN as any floating-point type, and no index.
 _NAN, _NO_INDEX = 0xFF, 0xB3
@@ -90,7 +90,7 @@ class Operands:
         views = []
         for tensor, (dtype, shape) in zip(spec.outputs, self._results, strict=True):
             byte = _NO_INDEX if dtype == "int32" else _NAN
-            memory = Guarded(math.prod(shape) * STORAGE[dtype].itemsize, byte)
+            memory = Guarded(math.prod(shape) * ELEMENT_BYTES[dtype], byte)
             self.written[tensor.name] = memory
             views.append(_view(memory, dtype, shape))
         self.taken = Pack(views)

@@ -19,9 +19,8 @@ from ...benchmark import check as gate
 from ...benchmark import workload
 from ...gpu.architectures import tensor_flops
 from ...gpu.driver import Event, Gpu, Memory, Stream
-from ...runtime.element_types import STORAGE
 from ...runtime.loading import CheckedFile
-from ...spec import DLPACK_TYPES
+from ...spec import DLPACK_TYPES, ELEMENT_BYTES
 from ..tasks import Effort, Task, irregulars
 from .call import Library, Problem
 
@@ -196,7 +195,7 @@ def _bytes_read(task: Task, ke: np.ndarray) -> int:
     p, s_q = task.preset.lengths, task.s_q
     if task.op == "topk":
         return 4 * int(ke.astype(np.int64).sum())
-    width = {name: STORAGE[dtype].itemsize for name, dtype in task.variant.items()}
+    width = {name: ELEMENT_BYTES[dtype] for name, dtype in task.variant.items()}
     if task.op == "lightning_indexer":
         return width["T"] * s_q * p["h_idx"] * p["d_idx"] + width["K"] * int(ke[-1]) * p["d_idx"]
     # The keys of one query at least.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from ...storage import STORAGE
 from ..emit import WARP, call
 from .online_softmax import LN_2, LOG2_E, exp2, max_nan
 from .portable.kernel import EMPTY, STATS
@@ -31,7 +32,7 @@ def tensor_ir(variant: dict[str, str], d_v: int) -> tirx.PrimFunc:
         first two are those of `sparse_mla`, and attn_sink is read only when its flag is 1.
     """
     dtype = variant["T"]
-    STORE = "float32" if dtype == "float32" else "uint16"
+    STORE = STORAGE[dtype]
     QUADS = d_v // 4
     OWN = -(-QUADS // THREADS)
     pack = "pack_f16" if dtype == "float16" else "pack_bf16"

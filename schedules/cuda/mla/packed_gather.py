@@ -9,20 +9,9 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from ....spec import DIMS
+from ....ops.packed_rows import GROUP, row_bytes
 from ..emit import WARP, Place, SharedPool, call
 from .gather import Gather
-
-#: Element type that stands for packed rows, and how many e4m3 have one scale.
-PACKED = "float8_e4m3fn"
-GROUP = 128
-
-
-def row_bytes(d_qk: int, d_v: int) -> int:
-    """Bytes of a packed row."""
-    found = DIMS["d_packed"].determined({"d_qk": d_qk, "d_v": d_v})
-    assert found is not None
-    return found
 
 
 @T.meta_class

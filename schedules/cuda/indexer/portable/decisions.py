@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .....gpu.architectures import shared_bytes, shared_bytes_of_each
-
-#: Bytes of each element type.
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+from .....spec import ELEMENT_BYTES
 
 #: Heads of the widest query, for which memory is planned.
 MAX_HEADS = 64
@@ -22,7 +20,7 @@ def product_of(variant: dict[str, str], arch: str = "cuda") -> str:
     """The type whose products the scores are sums of: it holds all keys, and queries whole or in `planes`."""
     if variant["K"] != "float8_e4m3fn" or (variant["T"] == variant["K"] and arch in _MULTIPLY_E4M3):
         return variant["K"]
-    return "float16" if WIDTH[variant["T"]] == 1 else {"float32": "bfloat16"}.get(variant["T"], variant["T"])
+    return "float16" if ELEMENT_BYTES[variant["T"]] == 1 else {"float32": "bfloat16"}.get(variant["T"], variant["T"])
 
 
 def planes(variant: dict[str, str]) -> int:
@@ -82,8 +80,8 @@ class Decisions:
 
     def shared_bytes(self, variant: dict[str, str], product: str, d_idx: int, h_idx: int) -> int:
         """Shared memory of a launch; `product` as `product_of` has it."""
-        keys = self.stages * self.block_keys * row_stride(d_idx * WIDTH[variant["K"]])
-        head = planes(variant) * row_stride(d_idx * WIDTH[product]) + WIDTH["float32"]
+        keys = self.stages * self.block_keys * row_stride(d_idx * ELEMENT_BYTES[variant["K"]])
+        head = planes(variant) * row_stride(d_idx * ELEMENT_BYTES[product]) + ELEMENT_BYTES["float32"]
         return keys + self.queries * self.head_rows(h_idx) * head
 
 

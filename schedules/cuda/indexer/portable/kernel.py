@@ -10,15 +10,14 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from .....spec import ELEMENT_BYTES
+from ....storage import STORAGE
 from ...emit import WARP, Place, SharedPool, call, shared
-from .decisions import DEFAULT, WIDTH, Decisions, choices, default, planes, product_of, row_stride
+from .decisions import DEFAULT, Decisions, choices, default, planes, product_of, row_stride
 from .head_sum import HeadSum
 from .tiles import FmaScores, MmaScores, Rows
 
 __all__ = ["DEFAULT", "Decisions", "choices", "default", "product_of", "tensor_ir"]
-
-#: Type of a buffer of each element type.
-STORAGE = {"float32": "float32", "bfloat16": "uint16", "float16": "uint16", "float8_e4m3fn": "uint8", "int8": "uint8"}
 
 
 def clamp(x, low, high):
@@ -54,7 +53,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
     """
     if d_idx % 32 or not 32 <= d_idx <= 256:
         raise ValueError(f"lightning_indexer: d_idx: expected a multiple of 32 in 32..256, got {d_idx}")
-    most_tiles = 1024 // (d_idx * WIDTH[product])
+    most_tiles = 1024 // (d_idx * ELEMENT_BYTES[product])
     if c.key_tiles > most_tiles and product != "float32":
         raise ValueError(f"lightning_indexer: key_tiles: expected at most {most_tiles}, got {c.key_tiles}")
     q_type, k_type = variant["T"], variant["K"]
@@ -62,7 +61,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
     GROUP = 8 * c.head_tiles
     # Keys of a lane after the sum over heads.
     OWN = max(KEY_TILES // 2, 1)
-    PLANES, K_WIDTH = planes(variant), WIDTH[k_type]
+    PLANES, K_WIDTH = planes(variant), ELEMENT_BYTES[k_type]
     K_CHUNKS, K_CHUNK = d_idx * K_WIDTH // 16, 16 // K_WIDTH
     COPIES = -(-KEYS * K_CHUNKS // THREADS)
     # What one thread brings of a query at a time: 16 bytes, or 16 elements to be converted.
@@ -70,7 +69,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
     WORDS = f"words_{q_type}"
     Q_CHUNK = 16 if CONVERTED else K_CHUNK
     Q_CHUNKS = d_idx // Q_CHUNK
-    Q_STRIDE = row_stride(d_idx * WIDTH[product])
+    Q_STRIDE = row_stride(d_idx * ELEMENT_BYTES[product])
     Scores = FmaScores if product == "float32" else MmaScores
     # Tiles on their way. One that must stay while it is used leaves no room for that many, unless it is the only one.
     AHEAD = STAGES if Scores.HELD or STAGES == 1 else STAGES - 1
@@ -117,7 +116,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
         pool = T.alloc_buffer((0,), "uint8", scope="shared.dyn")
         places = T.meta_var(SharedPool())
         keys = Rows(pool, places, STAGES * KEYS, d_idx * K_WIDTH)
-        heads = Rows(pool, places, QUERIES * PLANES * rows, d_idx * WIDTH[product])
+        heads = Rows(pool, places, QUERIES * PLANES * rows, d_idx * ELEMENT_BYTES[product])
         # Behind the heads, whose number the launch decides.
         behind: T.let = places.bytes // 4 + QUERIES * PLANES * rows * (Q_STRIDE // 4)
         head_weights = shared(pool, Place((QUERIES, rows), "float32", behind))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from .....spec import ELEMENT_BYTES
 from ...emit import WARP, SharedPool, call, shared
-from .decisions import WIDTH, planes, row_stride
+from .decisions import planes, row_stride
 
 #: Names of the products of each type.
 _MMA = {"bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "e4m3", "int8": "s8"}
@@ -78,7 +79,7 @@ class MmaScores:
         self.keys, self.queries = keys, queries
         self.lane, self.warp = tx % WARP, tx // WARP
         self.key_tiles, self.head_tiles, self.planes = c.key_tiles, c.head_tiles, planes(variant)
-        self.steps = d_idx * WIDTH[product] // 32
+        self.steps = d_idx * ELEMENT_BYTES[product] // 32
         self.a = T.alloc_local((c.key_tiles, self.steps, 4), "uint32")
         self.raw = T.alloc_local((4,), "uint32")
         self.b = T.alloc_local((4,), "uint32")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .....gpu.architectures import HOPPER, shared_bytes_of_each
+from .....spec import ELEMENT_BYTES
 
-#: Types whose products wgmma makes: bytes of an element.
-WIDTH = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+#: Element types that wgmma multiplies.
+_MULTIPLIED = ("bfloat16", "float16", "float8_e4m3fn")
 
 #: By consumer warpgroups: registers of a thread of the producer, and of the consumers. Together no more than a block of
 #: so many threads is given at its launch.
@@ -19,7 +20,7 @@ HEADS = (32, 64)
 
 def serves(variant: dict[str, str]) -> bool:
     """Whether there is such a kernel for these types."""
-    return variant["T"] == variant["K"] and variant["T"] in WIDTH
+    return variant["T"] == variant["K"] and variant["T"] in _MULTIPLIED
 
 
 def padded_heads(h_idx: int) -> int:
@@ -29,7 +30,7 @@ def padded_heads(h_idx: int) -> int:
 
 def span(variant: dict[str, str], d_idx: int) -> int:
     """Bytes of a row that lie together in shared memory: those of a swizzle's row, and of a row of a copied box."""
-    row = d_idx * WIDTH[variant["K"]]
+    row = d_idx * ELEMENT_BYTES[variant["K"]]
     return next(bytes_ for bytes_ in (128, 64, 32) if row % bytes_ == 0)
 
 
@@ -98,16 +99,16 @@ class Decisions:
 
     def k_box(self, variant: dict[str, str], d_idx: int) -> tuple[int, int]:
         """Rows and elements of the boxes that k's tensor map, [s_kv, d_idx], is made for; `span` is their swizzle."""
-        return self.block_keys, span(variant, d_idx) // WIDTH[variant["K"]]
+        return self.block_keys, span(variant, d_idx) // ELEMENT_BYTES[variant["K"]]
 
     def q_box(self, variant: dict[str, str], d_idx: int, heads: int) -> tuple[int, int, int]:
         """The same of q's, [s_q, h_idx, d_idx]."""
-        return self.columns // heads, heads, span(variant, d_idx) // WIDTH[variant["T"]]
+        return self.columns // heads, heads, span(variant, d_idx) // ELEMENT_BYTES[variant["T"]]
 
     def shared_bytes(self, variant: dict[str, str], d_idx: int) -> int:
         """Shared memory of a launch."""
         rows = self.stages * self.block_keys + self.parts * self.columns
-        return rows * d_idx * WIDTH[variant["K"]] + 8 * (2 * self.stages + 1)
+        return rows * d_idx * ELEMENT_BYTES[variant["K"]] + 8 * (2 * self.stages + 1)
 
 
 DEFAULT = {"sm_90a": Decisions(warpgroups=1, columns=128, parts=2, stages=8)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from .....spec import ELEMENT_BYTES
 from ...emit import WARP, SharedPool, call, shared
-from .decisions import WIDTH, Decisions, span
+from .decisions import Decisions, span
 
 
 @T.meta_class
@@ -28,7 +29,7 @@ class Ring:
         self.keys, self.columns, self.parts, self.stages = c.block_keys, c.columns, c.parts, c.stages
         self.warps = c.warpgroups * 4
         self.span = span(variant, d_idx)
-        self.elements = self.span // WIDTH[variant["K"]]
+        self.elements = self.span // ELEMENT_BYTES[variant["K"]]
         self.blocks = d_idx // self.elements
         self.descriptor = f"descriptor<{self.span}>"
         self.row_bytes = self.blocks * self.span

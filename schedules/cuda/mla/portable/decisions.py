@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .....gpu.architectures import FEW_HEADS, shared_bytes
+from .....ops.packed_rows import GROUP, SCALED
 from ...emit import WARP, Place, SharedPool
 from ..gather import RowGather
 from ..online_softmax import OnlineSoftmax
-from ..packed_gather import GROUP, PACKED, PackedGather
+from ..packed_gather import PackedGather
 from .fma import FmaTiles
 from .mma import MmaTiles
 
 
 def gather_of(variant: dict[str, str]):
     """The class that brings the rows: packed ones, where K says so."""
-    return PackedGather if variant.get("K") == PACKED else RowGather
+    return PackedGather if variant.get("K") == SCALED else RowGather
 
 
 def tiles_of(dtype: str):

@@ -14,9 +14,11 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from .....ops.packed_rows import row_bytes
+from ....storage import STORAGE
 from ...emit import SharedPool, call, shared
 from ..online_softmax import LN_2, LOG2_E, OnlineSoftmax, exp2
-from ..packed_gather import PackedGather, row_bytes
+from ..packed_gather import PackedGather
 from .decisions import DEFAULT, STAGES, Decisions, choices, default, gather_of, tiles_of, work_place
 
 __all__ = [
@@ -60,7 +62,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     """
     dtype = variant["T"]
     c.check(variant, d_qk, d_v)
-    STORE = "float32" if dtype == "float32" else "uint16"
+    STORE = STORAGE[dtype]
     HEADS, BK, SLOTS, THREADS = c.heads, c.block_keys, c.stages, c.threads
     Tiles, Gather = tiles_of(dtype), gather_of(variant)
     KEY, WIDTH = ("uint8", row_bytes(d_qk, d_v)) if Gather is PackedGather else (STORE, d_qk)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .....ops.packed_rows import SCALED
 from ...emit import Place, SharedPool
-from ..packed_gather import PACKED
 
 #: Heads of a block: the rows of a warpgroup's product.
 HEADS = 64
@@ -81,11 +81,11 @@ class Decisions:
         """Raise ValueError where there is no such kernel."""
         dtype = variant["T"]
         keys = variant.get("K", dtype)
-        if dtype not in ("bfloat16", "float16") or keys not in (dtype, PACKED):
+        if dtype not in ("bfloat16", "float16") or keys not in (dtype, SCALED):
             raise ValueError(f"sparse_mla: no kernel of warpgroups for {variant}")
-        if keys == PACKED and dtype != "bfloat16":
+        if keys == SCALED and dtype != "bfloat16":
             raise ValueError(f"sparse_mla: no kernel of warpgroups for {variant}")
-        if keys == PACKED and self.consumer_registers > PACKED_REGISTERS:
+        if keys == SCALED and self.consumer_registers > PACKED_REGISTERS:
             raise ValueError(f"sparse_mla: too few registers for the copies of {variant}: {self}")
         if d_v != D_V or d_qk not in (D_V, D_V + ATOM):
             raise ValueError(f"sparse_mla: no kernel of warpgroups for d_qk {d_qk} and d_v {d_v}")

@@ -16,10 +16,10 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from .....ops.packed_rows import SCALED, row_bytes
 from ...emit import WARP, SharedPool, call, shared
 from ..gather import SCANNED, find_last
 from ..online_softmax import LOG2_E
-from ..packed_gather import PACKED, row_bytes
 from ..portable.kernel import STATS
 from .decisions import DEFAULT, HEADS, KEYS, THREADS, WARPGROUP, Decisions, choices, exchange
 from .gather import RowGather
@@ -52,7 +52,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     """
     dtype = variant["T"]
     c.check(variant, d_qk, d_v)
-    packed = variant.get("K", dtype) == PACKED
+    packed = variant.get("K", dtype) == SCALED
     KEY, WIDTH, Gather = ("uint8", row_bytes(d_qk, d_v), PackedGather) if packed else ("uint16", d_qk, RowGather)
     MORE, FEWER = f"more_registers<{c.consumer_registers}>", f"fewer_registers<{c.producer_registers}>"
 

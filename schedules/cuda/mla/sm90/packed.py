@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from .....ops.packed_rows import row_bytes
 from ...emit import call
-from ..packed_gather import row_bytes
 from .decisions import D_V, WARPGROUP
 from .gather import AT_A_TIME, OF_A_WARP, Gather
 from .products import half_atom
