@@ -59,12 +59,9 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    if args.suite == "cuda":
-        from .benchmark.gpu.command import run
-    else:
-        from .benchmark.command import run
+    from .benchmark import command
 
-    run(args)
+    command.run(args)
 
 
 def _tune(args: argparse.Namespace) -> None:

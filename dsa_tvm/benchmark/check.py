@@ -1,4 +1,7 @@
-"""Is a result right? Sampled rows against the float64 references, within the tolerances of the `OpSpec`."""
+"""Is a result right? Sampled rows against the float64 references.
+
+Ours are held to the tolerances of the `OpSpec`, peers' to wider ones. Arrays and torch tensors are both taken.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ import numpy as np
 from .. import functions
 from ..errors import DsaError
 from ..ops import OPS
+from ..runtime.packing import unpack_mla_rows
 from ..spec import Tolerance
-from .workload import Workload
+from .workload import Workload, to_numpy
 
 _LOGITS = OPS["lightning_indexer"]
+#: Peers may round products and sums to 16 bits on the way; what they compute must be the same all the same.
+PEER_LOGITS = Tolerance(abs=2e-2, rel=2e-2, cos=2e-5)
+PEER_OUT = Tolerance(abs=1e-2, rel=3.01 / 64, cos=1e-4)
 #: Inputs that all queries share.
 OF_KEYS = {t.name for spec in OPS.values() for t in spec.inputs if t.shape[0] != "s_q"}
 
@@ -234,6 +241,116 @@ def check(
     return Finding(errors[0][0], max(share for _, share in errors), near_ties)
 
 
-def _rows(inputs: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
+class Checker:
+    """The references of some queries of one workload, made once for several results.
+
+    Parameters
+    ----------
+    work : Workload
+        Arrays or torch tensors.
+
+    Attributes
+    ----------
+    rows : list of int
+        The queries that are looked at.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        self.rows = sample(work.lengths["s_q"])
+        inputs = {name: to_numpy(x) for name, x in _rows(work.inputs, self.rows).items()}
+        self._given = work
+        self._work = Workload(work.op, inputs, work.attrs, {**work.lengths, "s_q": len(self.rows)})
+        self._known: tuple[Any, ...] | None = None
+        if work.op in ("lightning_indexer", "topk", "sparse_mla", "sparse_mla_fp8"):
+            self._known = references(self._work, range(len(self.rows)))
+
+    def ours(self, outputs: Sequence[Any]) -> Finding:
+        """Check our outputs, all of them, within the operator's tolerances.
+
+        Parameters
+        ----------
+        outputs : sequence of ndarray or tensor
+            In the operator's order.
+
+        Returns
+        -------
+        Finding
+
+        Raises
+        ------
+        CheckError
+        """
+        selected = None
+        if self._work.op == "dsa_attention":
+            # Of all queries: a call with the sampled ones alone may be the work of another kernel.
+            indexer = indexer_inputs(self._given.inputs)
+            selected = self._sampled(functions.indexer_topk(**indexer, topk=self._work.attrs["topk"]))
+        arrays = [self._sampled(x) for x in outputs]
+        return check(self._work, arrays, range(len(self.rows)), known=self._known, selected=selected)
+
+    def peer(self, name: str, result: Any) -> None:
+        """Check a peer's first output, in its own order and within `PEER_LOGITS` and `PEER_OUT`.
+
+        Parameters
+        ----------
+        name : str
+            What to call it in messages.
+        result : ndarray or tensor, or (out, indices) for `dsa_attention`
+
+        Raises
+        ------
+        CheckError
+        """
+        where, inputs, op = f"{name}: {self._work.op}", self._work.inputs, self._work.op
+        if op == "dsa_attention":
+            out, chosen = (self._sampled(x) for x in result)
+            self._selection(where, indexer_inputs(inputs), chosen)
+            self._attention(where, out, np.asarray(chosen, np.int32), inputs["kv"])
+        elif op == "sparse_mla":
+            self._attention(where, self._sampled(result), inputs["indices"], inputs["kv"])
+        elif op == "sparse_mla_fp8":
+            kv = unpack_mla_rows(inputs["kv"], self._work.attrs["d_v"])
+            self._attention(where, self._sampled(result), inputs["indices"], kv)
+        elif op == "indexer_topk":
+            self._selection(where, inputs, self._sampled(result))
+        elif op == "topk":
+            self._topk(where, self._sampled(result))
+        else:
+            (logits,) = self._known or ()
+            # What is outside a query's range, many leave as it was.
+            compare(where, np.where(np.isneginf(logits), -np.inf, self._sampled(result)), logits, PEER_LOGITS)
+
+    def _sampled(self, x: Any) -> np.ndarray:
+        return to_numpy(x[self.rows])
+
+    def _attention(self, where: str, out: np.ndarray, indices: np.ndarray, kv: np.ndarray) -> None:
+        attrs = {name: self._work.attrs[name] for name in ("sm_scale", "d_v")}
+        expected = OPS["sparse_mla"].reference(self._work.inputs["q"], kv, indices, **attrs)[0]
+        compare(where, out, expected, PEER_OUT)
+
+    def _selection(self, where: str, indexer: Mapping[str, np.ndarray], chosen: np.ndarray) -> None:
+        (logits,) = _LOGITS.reference(**indexer)
+        for row, exact in zip(chosen, logits, strict=True):
+            padded = np.full(self._work.lengths["topk"], -1, np.int64)
+            seen = np.sort(_visible(row, ~np.isneginf(exact)))
+            padded[: len(seen)] = seen
+            check_selection(where, padded, exact, len(padded), PEER_LOGITS)
+
+    def _topk(self, where: str, chosen: np.ndarray) -> None:
+        """The values must be the largest; which of equal ones, a peer may choose."""
+        (expected,) = self._known or ()
+        for row, logits, right in zip(chosen, self._work.inputs["logits"], expected, strict=True):
+            seen, right = _visible(row, ~np.isneginf(logits)), _visible(right, ~np.isneginf(logits))
+            if len(np.unique(seen)) != len(seen) or not np.array_equal(np.sort(logits[seen]), np.sort(logits[right])):
+                raise CheckError(f"{where}: the values at the indices are not the largest")
+
+
+def _visible(row: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """The indices of a row that a query may see: a peer may fill up with others."""
+    row = row[(row >= 0) & (row < len(visible))]
+    return row[visible[row]]
+
+
+def _rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """The inputs cut to some queries."""
     return {n: x if n in OF_KEYS else x[list(rows)] for n, x in inputs.items()}

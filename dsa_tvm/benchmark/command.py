@@ -1,25 +1,19 @@
-"""``dsa-tvm bench``: the operators against torch and plain ONNX Runtime, in one run on one machine."""
+"""``dsa-tvm bench``: the operators and others that do the same work, in one run on one machine, checked first."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
-from .. import functions, presets
-from ..errors import ArgumentError
-from ..runtime import library, machine
 from ..terminal.progress import Progress
-from ..terminal.text import aligned, digits
-from . import check, figures, workload
-from .peers import Skipped, peer
+from . import clock, figures
+from .check import Checker, CheckError
+from .cpu import CpuSuite
+from .cuda import CudaSuite
+from .peers import Skipped
+from .suite import Case, LostError, Suite
 from .workload import Workload
-
-_PEERS = {"torch": "torch", "ort": "ORT", "numpy": "numpy"}
-_DEFAULTS = {"s_q": [1, 16, 128], "s_kv": [2048, 32768], "dtype": "float32", "seconds": 1.0}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,177 +22,121 @@ def run(args: argparse.Namespace) -> None:
     Parameters
     ----------
     args : argparse.Namespace
-        op, s_q, s_kv, threads, preset, dtype, seconds and json, as `dsa_tvm.cli` parses them.
+        suite, op, s_q, s_kv, threads, preset, dtype, seconds and json, as `dsa_tvm.cli` parses them.
 
     Raises
     ------
     ArgumentError
         An unknown operator, preset or type, or a number out of range.
-    gate.CheckError
+    CheckError
         An operator gave a wrong result. It has no time in the table; the others do.
+    DsaError
+        There is no GPU to measure, or it stopped working.
     LibraryError
-        As `dsa_tvm.runtime.library.load`.
+        As `dsa_tvm.runtime.library.load`, or the library has no CUDA kernels.
     """
-    chosen = bool(args.s_q or args.s_kv)
-    args = figures.with_defaults(args, _DEFAULTS)
-    ops, threads, preset = _checked(args)
-    shapes = list(itertools.product(ops, args.s_q, args.s_kv))
-    if chosen:
-        for op, s_q, s_kv in shapes:
-            workload.expect_memory(op, preset, s_q, s_kv)
-    disturbed = workload.load_notes()
-    peers = [name for name in _PEERS if name != "numpy" or "topk" in ops]
-    print(f"{library.active_target()}, {args.preset}, {args.dtype}; times are medians, x is the peer's time over ours")
-    widths = [17, 5, 7, 7, 9, 13, *(w for _ in peers for w in (9, 7))]
-    header = ["operator", "s_q", "s_kv", "threads", "ours ms", "rate"]
-    header += [title for name in peers for title in (f"{_PEERS[name]} ms", f"x {_PEERS[name]}")]
+    suite: Suite = CudaSuite(args) if args.suite == "cuda" else CpuSuite(args)
+    for line in suite.heading():
+        print(line)
     rows: list[dict[str, Any]] = []
     try:
-        with Progress(len(shapes) * len(threads)) as progress:
-            progress.say(aligned(header, widths))
-            for op, s_q, s_kv in shapes:
-                for row in _measure(op, s_q, s_kv, threads, peers, preset, args, progress):
-                    rows.append(row)
-                    progress.say(aligned(_cells(row, peers), widths))
+        with Progress(len(suite.cases)) as progress:
+            operator = None
+            for case in suite.cases:
+                if case.op != operator:
+                    for line in suite.header(case.op, first=operator is None):
+                        progress.say(line)
+                    operator = case.op
+                progress.step(suite.title(case))
+                rows.append(measure(case, suite))
+                progress.say(suite.line(rows[-1]))
     finally:
         # After Ctrl-C as well: what has been measured has been measured.
         if args.json and rows:
-            sizes = {"name": args.preset, **asdict(preset)}
-            document = {"target": library.active_target(), "preset": sizes, "seconds": args.seconds, "rows": rows}
-            figures.write(args.json, document)
-    short = [f"memory left at the end: {machine.memory()}"] if any(row["skipped"] for row in rows) else []
-    for line in [*figures.notes(rows, _PEERS), *short, *disturbed]:
+            figures.write(args.json, {**suite.document(), "rows": rows})
+    for line in [*figures.notes(rows, suite.titles), *suite.remarks(rows)]:
         print(line)
     figures.raise_for_wrong(rows)
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median time of each call, taken in turns, so that a change of the machine's speed meets all of them.
+def measure(case: Case, suite: Suite) -> dict[str, Any]:
+    """One row of the results.
 
     Parameters
     ----------
-    calls : mapping
-        Functions without arguments, by name.
-    seconds : float
-        Time for each, spread over `figures.ROUNDS` turns; a turn has at least one call.
+    case : Case
+    suite : Suite
 
     Returns
     -------
     dict
-        Seconds by name.
+        The keys of `Suite.blank` and `Suite.figures`, and of the check: "failed" where our result was wrong, "skipped"
+        where there is none; "peers" by name: ms and ratio, or "skipped".
+
+    Raises
+    ------
+    LostError
+        The device stopped working.
+    Exception
+        Whatever our call raised that `Suite.reason` lets end the run.
     """
-    for call in calls.values():
-        call()
-
-    def turn(call: Callable[[], Any]) -> list[float]:
-        taken: list[float] = []
-        begin = now = time.perf_counter()
-        while not taken or now - begin < seconds / figures.ROUNDS:
-            start = now
-            call()
-            now = time.perf_counter()
-            taken.append(now - start)
-        # The first call of a turn meets the caches and the spinning threads that the one before it left.
-        return taken[1:] or taken
-
-    return figures.in_turns(calls, turn)
-
-
-def _checked(args: argparse.Namespace) -> tuple[list[str], list[int], presets.Preset]:
-    figures.check_threads("bench", args.threads)
-    preset = figures.check_arguments(args, ("s_q", "s_kv"))
-    if args.dtype not in workload.DTYPES:
-        raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {args.dtype!r}")
-    for op in args.op or ():
-        if not workload.serves(op, args.dtype):
-            raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {args.dtype!r}")
-    ops = [op for op in dict.fromkeys(args.op or workload.OPERATORS) if workload.serves(op, args.dtype)]
-    threads = args.threads or sorted({1, machine.usable_cpus()})
-    return ops, list(dict.fromkeys(threads)), preset
-
-
-def _measure(
-    op: str,
-    s_q: int,
-    s_kv: int,
-    threads: list[int],
-    peers: list[str],
-    preset: presets.Preset,
-    args: argparse.Namespace,
-    progress: Progress,
-) -> Iterator[dict[str, Any]]:
-    """A row for each number of threads."""
-
-    def begun(count: int) -> dict[str, Any]:
-        progress.step(f"{op}  s_q {s_q}  s_kv {s_kv}  threads {count}")
-        row: dict[str, Any] = {"op": op, "s_q": s_q, "s_kv": s_kv, "threads": count, "dtype": args.dtype}
-        return row | {
-            "failed": None,
-            "skipped": None,
-            **dict.fromkeys(("ours_ms", "gflops", "us_per_row")),
-            "peers": {},
-        }
-
+    row = suite.blank(case)
     try:
-        plain = workload.make(op, preset, s_q, s_kv)
-        work = workload.with_dtype(plain, args.dtype)
-    except workload.SizeError as error:
-        for count in threads:
-            yield begun(count) | {"skipped": f"needs {machine.in_units(error.needed)} of memory, less is left"}
-        return
-    for count in threads:
-        row = begun(count)
-        ours = _ours(work, count)
+        return row | _measured(case, suite, row["peers"])
+    except CheckError as error:
+        return row | {"failed": str(error)}
+    except LostError:
+        raise
+    except Exception as error:
+        reason = suite.reason(error)
+        if reason is None:
+            raise
+        return row | {"skipped": reason}
+    finally:
+        suite.release()
+
+
+def _measured(case: Case, suite: Suite, peers: dict[str, Any]) -> dict[str, Any]:
+    work, checker = suite.inputs(case)
+    ours = suite.ours(case, work)
+    outputs = ours()
+    finding = checker.ours(outputs if isinstance(outputs, tuple) else (outputs,))
+    del outputs
+    calls: dict[str, Callable[[], Any]] = {"ours": ours}
+    for name in suite.peers(case.op):
         try:
-            outputs = ours()
-            finding = check.check(work, outputs if isinstance(outputs, tuple) else (outputs,), check.sample(s_q))
-        except check.CheckError as error:
-            yield row | {"failed": str(error)}
-            continue
-        calls = {"ours": ours}
-        for name in peers:
-            if name == "numpy" and op != "topk":
-                continue
-            try:
-                calls[name] = peer(name, plain, count)
-            except Skipped as reason:
-                row["peers"][name] = {"skipped": str(reason)}
-        del outputs
-        times = interleaved(calls, args.seconds)
-        seconds = times.pop("ours")
-        row["peers"] |= figures.peer_figures(times, seconds)
-        row |= {
-            "ours_ms": 1e3 * seconds,
-            "max_error": finding.error,
-            "error_of_allowed": finding.of_allowed,
-            "near_ties": finding.near_ties,
-        }
-        if op == "topk":
-            yield row | {"us_per_row": 1e6 * seconds / s_q}
-        else:
-            ks, ke = _ranges(op, preset, plain)
-            yield row | {"gflops": workload.flops(op, plain.lengths, ks, ke) / seconds / 1e9}
+            calls[name] = _peer(name, case, suite, work, checker)
+        except Skipped as reason:
+            peers[name] = {"skipped": str(reason)}
+    times = clock.medians(suite.clock, calls, suite.seconds)
+    seconds = times.pop("ours")
+    peers |= figures.peer_figures(times, seconds)
+    return {
+        "ours_ms": 1e3 * seconds,
+        "max_error": finding.error,
+        "error_of_allowed": finding.of_allowed,
+        "near_ties": finding.near_ties,
+        **suite.figures(case, work, seconds),
+    }
 
 
-def _ours(work: Workload, threads: int) -> Callable[[], Any]:
-    function = getattr(functions, work.op)
-    return lambda: function(**work.inputs, **work.attrs, num_threads=threads)
-
-
-def _ranges(op: str, preset: presets.Preset, work: Workload) -> tuple[Any, Any]:
-    if "ke" in work.inputs:
-        return work.inputs["ks"], work.inputs["ke"]
-    # The attention alone is not told what is visible: what it was given to attend to counts.
-    selected = (work.inputs["indices"] >= 0).sum(1)
-    return 0 * selected, selected
-
-
-def _cells(row: Mapping[str, Any], peers: list[str]) -> list[str]:
-    cells = [row["op"], *(str(row[n]) for n in ("s_q", "s_kv", "threads"))]
-    if row["ours_ms"] is None:
-        return [*cells, "FAILED" if row["failed"] else "-", "-", *("-" for _ in peers for _ in range(2))]
-    cells.append(digits(row["ours_ms"]))
-    cells.append(
-        f"{digits(row['gflops'])} GFLOP/s" if row["us_per_row"] is None else f"{digits(row['us_per_row'])} us/row"
-    )
-    return cells + figures.peer_cells(row, peers)
+def _peer(name: str, case: Case, suite: Suite, work: Workload, checker: Checker) -> Callable[[], Any]:
+    """A peer's call, which gave the right result once."""
+    try:
+        peer = suite.peer(name, case, work)
+        result = peer.call()
+        if suite.checks_peers:
+            checker.peer(name, peer.result(result))
+        return peer.call
+    except Skipped:
+        raise
+    except CheckError as error:
+        raise Skipped(f"its result is wrong: {error}") from error
+    except suite.out_of_memory as error:
+        raise Skipped("out of memory") from error
+    except Exception as error:  # other people's code: whatever it raises is why it is left out
+        line = str(error).strip().partition("\n")[0][:200]
+        suite.check_alive(f"{name}: {line}")
+        raise Skipped(f"{type(error).__name__}: {line}") from error
+    finally:
+        suite.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from ..spec import INT32_MAX
 from ..terminal.extras import expect_installed
 from ..terminal.progress import Progress
 from ..terminal.text import digits, duration, table
-from . import check, figures, prompt, workload
-from .peers import Skipped, check_bytes, check_memory, dense_model, onnxruntime_errors, session
+from . import check, clock, figures, prompt, workload
+from .peers import Skipped
+from .peers.cpu import check_bytes, check_memory, dense_model, onnxruntime_errors, session
 from .workload import Workload
 
 CHUNK = 128
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     ------
     ArgumentError
         A text or a number that does not serve.
-    gate.CheckError
+    CheckError
         A result differs from the float64 reference or from plain ONNX Runtime by more than the tolerance.
     DsaError
         onnx or onnxruntime is not installed, or refuses the library.
@@ -230,16 +231,21 @@ def _dense(
 
 def _race(stage: _Stage, contenders: Mapping[str, tuple[Any, list[dict[str, np.ndarray]]]]) -> None:
     """Median time of a call of each contender, taken in turns after a first call that is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
     for running, feeds in contenders.values():
         running.run(None, feeds[0])
-    for i in [*range(len(stage.feeds))] * stage.repeats:
-        for name, (running, feeds) in contenders.items():
+
+    def timed(running: Any, feeds: list[dict[str, np.ndarray]]) -> Callable[[int], float]:
+        def call(turn: int) -> float:
             start = time.perf_counter()
-            running.run(None, feeds[i])
-            taken[name].append(time.perf_counter() - start)
-    stage.seconds = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    if "dense" in taken:
+            running.run(None, feeds[turn % len(feeds)])
+            return time.perf_counter() - start
+
+        return call
+
+    turns = {name: timed(*contender) for name, contender in contenders.items()}
+    taken = list(clock.take_turns(turns, len(stage.feeds) * stage.repeats))
+    stage.seconds = {name: statistics.median(times[name] for times in taken) for name in contenders}
+    if "dense" in stage.seconds:
         stage.seconds["dense"] *= stage.queries / len(contenders["dense"][1][0]["q"])
 
 

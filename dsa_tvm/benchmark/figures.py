@@ -1,12 +1,11 @@
-"""What the benchmarks share: contenders in turns, the notes below a table, the JSON file."""
+"""What the suites of the benchmark share: checks of arguments, cells and notes of a table, the JSON file."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,6 @@ from ..runtime.machine import THREADS
 from ..terminal.text import digits
 from .check import CheckError
 from .workload import OPERATORS
-
-#: Turns that every contender gets.
-ROUNDS = 3
-
-
-def in_turns(calls: Mapping[str, Any], turn: Callable[[Any], Sequence[float]]) -> dict[str, float]:
-    """Median time of each call, taken in turns, so that a change of the machine's speed meets all of them.
-
-    Parameters
-    ----------
-    calls : mapping
-        What to time, by name.
-    turn : callable
-        Takes one of them, and gives the times of one turn of it.
-
-    Returns
-    -------
-    dict
-        Times by name, in the unit of `turn`.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name] += turn(call)
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def with_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
@@ -141,7 +115,7 @@ def notes(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[
 
 
 def raise_for_wrong(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `gate.CheckError` where a row says in "failed" that our result was wrong."""
+    """Raise `CheckError` where a row says in "failed" that our result was wrong."""
     failed = [f"{row['op']} s_q {row['s_q']} s_kv {row['s_kv']}: {row['failed']}" for row in rows if row["failed"]]
     if failed:
         raise CheckError(f"bench: {len(failed)} of {len(rows)} results are wrong; the first: {failed[0]}")

@@ -1,4 +1,7 @@
-"""Seeded inputs of the operators, how much work they are, and how much memory is there for them."""
+"""Seeded inputs of the operators, how much work they are, and how much memory is there for them.
+
+The inputs are arrays, or torch tensors on the device that is measured.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +23,8 @@ from ..spec import INT32_MAX, OpSpec, TensorSpec, completed
 #: What a call and its check take beside what grows with its size.
 _SLACK_BYTES = 32 << 20
 DTYPES = ("float32", "bfloat16", "float16")
+#: What 1.0 is in int8: of normally distributed numbers few leave its range.
+_INT8_SCALE = 1 / 40
 
 #: The operators that are measured: those that compute something for queries.
 OPERATORS = tuple(op for op, spec in OPS.items() if "s_q" in spec.dims)
@@ -49,7 +54,7 @@ class Workload:
     op : str
         Name of the operator.
     inputs : mapping
-        The inputs by name: C-contiguous arrays, float32 (or `with_dtype`), int32 and bytes; on a GPU, torch tensors.
+        The inputs by name: C-contiguous arrays, or torch tensors.
     attrs : mapping
         The attributes by name.
     lengths : mapping
@@ -67,7 +72,16 @@ class Workload:
         return OPS[self.op]
 
 
-def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workload:
+def make(
+    op: str,
+    preset: Preset,
+    s_q: int,
+    s_kv: int,
+    seed: int = 0,
+    *,
+    types: Mapping[str, str] | None = None,
+    device: Any = None,
+) -> Workload:
     """Random inputs: the last `s_q` tokens of a causal sequence of `s_kv`.
 
     Parameters
@@ -78,45 +92,61 @@ def make(op: str, preset: Preset, s_q: int, s_kv: int, seed: int = 0) -> Workloa
     s_q, s_kv : int
         Query and key tokens, at least 1.
     seed : int
+        Arrays and tensors of the same seed differ.
+    types : mapping, optional
+        Element types by type variable, one of the operator's variants; float32 by default. float8_e4m3fn and int8 keys
+        of the indexer get a scale each.
+    device : torch.device or str, optional
+        Where to make torch tensors; arrays by default.
 
     Returns
     -------
     Workload
-        float32. Query m sees the keys ``[0, s_kv - s_q + m + 1)``.
+        Query m sees the keys ``[0, s_kv - s_q + m + 1)``.
 
     Raises
     ------
     SizeError
-        As `expect_memory`.
+        As `expect_memory`, for arrays.
+    ArgumentError
+        As `with_dtype`.
     """
-    expect_memory(op, preset, s_q, s_kv)
+    if device is None:
+        expect_memory(op, preset, s_q, s_kv)
+    source: _Source = _Arrays(seed) if device is None else _Tensors(seed, device)
+    types = types or {}
     spec = OPS[op]
     lengths = completed({"s_q": s_q, "s_kv": s_kv, **preset.lengths})
-    required = [t for t in spec.inputs if not t.optional]
-    rng = np.random.default_rng(seed)
-    ke = causal_ends(s_q, s_kv)
-    inputs = {}
-    for tensor in required:
+    ends = source.put(causal_ends(s_q, s_kv))
+    inputs: dict[str, Any] = {}
+    for tensor in spec.inputs:
+        scales_keys = tensor.name.endswith("k_scale")
+        if tensor.optional and not (scales_keys and types.get("K") in ("float8_e4m3fn", "int8")):
+            continue
         shape = tuple(lengths[d] for d in tensor.shape)
+        dtype = spec.dtype_of(tensor, types)
         value: Any
         if tensor.name == "ks":
-            value = np.zeros(shape, np.int32)
+            value = source.put(np.zeros(shape, np.int32))
         elif tensor.name == "ke":
-            value = ke
+            value = ends
         elif tensor.name == "indices":
-            value = _random_indices(rng, ke, s_kv, preset.topk)
+            value = source.indices(ends, s_kv, preset.topk)
+        elif scales_keys:
+            value = source.uniform(0.5, 2, shape)
         elif tensor.packs:
-            numbers = rng.standard_normal((*shape[:-1], lengths[tensor.packs]), np.float32)
-            value = pack_mla_rows(numbers, preset.d_v)
+            value = pack_mla_rows(source.normal((*shape[:-1], lengths[tensor.packs])), preset.d_v)
         else:
-            value = rng.standard_normal(shape, np.float32)
+            value = source.normal(shape)
         if tensor.name == "weights":
-            value *= np.float32(preset.h_idx**-0.5 * preset.d_idx**-0.5)
+            value *= preset.h_idx**-0.5 * preset.d_idx**-0.5 * (_INT8_SCALE**2 if types.get("K") == "int8" else 1)
         if "d_qk" in tensor.shape and "h_q" in tensor.shape:
-            value *= np.float32(preset.q_spread)
+            value *= preset.q_spread
+        if dtype == "int8":
+            value = (value / _INT8_SCALE).round().clip(-128, 127)
         if tensor.name == "logits":
-            value[np.arange(s_kv) >= ke[:, None]] = -np.inf
-        inputs[tensor.name] = value
+            source.hide(value, ends)
+        inputs[tensor.name] = source.cast(value, dtype)
     values = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
     return Workload(op, inputs, {a.name: values[a.name] for a in spec.attrs}, lengths)
 
@@ -195,15 +225,20 @@ def with_dtype(work: Workload, dtype: str) -> Workload:
         raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "float32":
         return work
-    numpy_type: Any = np.float16
-    if dtype == "bfloat16":
-        try:
-            import ml_dtypes
-        except ImportError as error:
-            raise ArgumentError("dtype: bfloat16: expected the package ml_dtypes, got none; pip install it") from error
-        numpy_type = ml_dtypes.bfloat16
     free = {t.name for t in work.spec.inputs if t.dtype in ("T", "K")}
-    return replace(work, inputs={n: x.astype(numpy_type) if n in free else x for n, x in work.inputs.items()})
+    return replace(work, inputs={n: _cast(x, dtype) if n in free else x for n, x in work.inputs.items()})
+
+
+def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype in ("T", "K") or str(x.dtype) == dtype:  # float32 where the caller names no types
+        return x
+    if dtype not in ("bfloat16", "float8_e4m3fn"):
+        return x.astype(dtype)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ArgumentError(f"dtype: {dtype}: expected the package ml_dtypes, got none; pip install it") from error
+    return x.astype(getattr(ml_dtypes, dtype))
 
 
 def flops(op: str, lengths: Mapping[str, int], ks: np.ndarray, ke: np.ndarray) -> int:
@@ -232,6 +267,68 @@ def flops(op: str, lengths: Mapping[str, int], ks: np.ndarray, ke: np.ndarray) -
     return count
 
 
+def ranges(work: Workload) -> tuple[np.ndarray, np.ndarray]:
+    """First and last visible keys for `flops`: ks and ke, [s_q] int32 each.
+
+    The attention alone is not told what is visible: what it is given to attend to counts.
+    """
+    if "ke" in work.inputs:
+        return to_numpy(work.inputs["ks"]), to_numpy(work.inputs["ke"])
+    selected = to_numpy((work.inputs["indices"] >= 0).sum(1))
+    return 0 * selected, selected
+
+
+def traffic(work: Workload) -> int:
+    """Bytes that any implementation must move: every input once, and every output once.
+
+    Of the latent rows, those count that some query selects; of `topk`'s logits, those that are visible. Where the
+    selection is not known yet, that of a single query stands for all.
+
+    Parameters
+    ----------
+    work : Workload
+        Of `make`.
+    """
+    lengths, (ks, ke) = work.lengths, ranges(work)
+    total = 0
+    for name, x in work.inputs.items():
+        elements = math.prod(x.shape)
+        if name == "logits":
+            elements = int(np.maximum(ke.astype(np.int64) - ks, 0).sum())
+        elif name == "kv":
+            elements = x.shape[1] * (
+                _selected(to_numpy(work.inputs["indices"]), len(x))
+                if "indices" in work.inputs
+                else min(len(x), lengths["topk"])
+            )
+        total += elements * x.itemsize
+    first = work.inputs[work.spec.inputs[0].name].itemsize
+    sizes = {"float32": 4, "int32": 4, "T": first}
+    return total + sum(math.prod(lengths[d] for d in t.shape) * sizes[t.dtype] for t in work.spec.outputs)
+
+
+def _selected(indices: np.ndarray, rows: int) -> int:
+    """How many rows some query selects."""
+    found = np.zeros(rows, bool)
+    found[indices[indices >= 0]] = True
+    return int(found.sum())
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """A torch tensor as an array, its type from ml_dtypes where NumPy has none; an array as it is."""
+    if isinstance(x, np.ndarray):
+        return x
+    import torch
+
+    carriers = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+    x = x.detach().contiguous().cpu()
+    if x.dtype not in carriers:
+        return x.numpy()
+    import ml_dtypes
+
+    return x.view(carriers[x.dtype]).numpy().view(getattr(ml_dtypes, str(x.dtype).removeprefix("torch.")))
+
+
 def load_notes() -> list[str]:
     """A line for a report of times where other processes keep the CPUs busy, else nothing."""
     load, cpus = os.getloadavg()[0], machine.usable_cpus()
@@ -240,9 +337,90 @@ def load_notes() -> list[str]:
     return [f"the load average was {load:.1f} on {cpus} CPUs before this began: the times may be disturbed"]
 
 
-def _random_indices(rng: np.random.Generator, ke: np.ndarray, s_kv: int, topk: int) -> np.ndarray:
-    indices = np.full((len(ke), topk), -1, np.int32)
-    for row, stop in zip(indices, ke, strict=True):
-        count = min(int(stop), topk)
-        row[:count] = np.sort(rng.choice(int(stop), count, replace=False)) if count else ()
-    return indices
+class _Source(Protocol):
+    """What `make` needs of NumPy and of torch."""
+
+    def put(self, x: np.ndarray) -> Any:
+        """The same numbers there."""
+
+    def normal(self, shape: tuple[int, ...]) -> Any:
+        """float32 of mean 0 and variance 1."""
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> Any:
+        """float32."""
+
+    def indices(self, ends: Any, s_kv: int, topk: int) -> Any:
+        """[s_q, topk] int32: in each row different keys below its end, ascending, and -1 behind."""
+
+    def hide(self, logits: Any, ends: Any) -> None:
+        """-inf from each row's end on."""
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """The nearest numbers of that type."""
+
+
+class _Arrays:
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def put(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self._rng.standard_normal(shape, np.float32)
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
+        return self._rng.uniform(low, high, shape).astype(np.float32)
+
+    def indices(self, ends: np.ndarray, s_kv: int, topk: int) -> np.ndarray:
+        indices = np.full((len(ends), topk), -1, np.int32)
+        for row, stop in zip(indices, ends, strict=True):
+            count = min(int(stop), topk)
+            row[:count] = np.sort(self._rng.choice(int(stop), count, replace=False)) if count else ()
+        return indices
+
+    def hide(self, logits: np.ndarray, ends: np.ndarray) -> None:
+        logits[np.arange(logits.shape[1]) >= ends[:, None]] = -np.inf
+
+    def cast(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        return _cast(x, dtype)
+
+
+class _Tensors:
+    def __init__(self, seed: int, device: Any) -> None:
+        import torch
+
+        self._torch, self._device = torch, device
+        self._rng = torch.Generator(device).manual_seed(seed)
+
+    def put(self, x: np.ndarray) -> Any:
+        return self._torch.from_numpy(x).to(self._device)
+
+    def normal(self, shape: tuple[int, ...]) -> Any:
+        return self._torch.randn(shape, device=self._device, generator=self._rng)
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> Any:
+        return self._torch.empty(shape, device=self._device).uniform_(low, high, generator=self._rng)
+
+    def indices(self, ends: Any, s_kv: int, topk: int) -> Any:
+        torch = self._torch
+        parts = []
+        count = min(topk, s_kv)
+        for stop in ends.split(256):
+            chance = torch.rand((len(stop), s_kv), device=self._device, generator=self._rng)
+            self._hide(chance, stop, -1)
+            chosen = chance.topk(count)
+            # What may not be seen sorts behind everything else.
+            rows = chosen.indices.masked_fill(chosen.values < 0, INT32_MAX).sort().values.int()
+            rows = rows.masked_fill(rows == INT32_MAX, -1)
+            parts.append(torch.nn.functional.pad(rows, (0, topk - count), value=-1))
+        return torch.cat(parts)
+
+    def hide(self, logits: Any, ends: Any) -> None:
+        self._hide(logits, ends, -self._torch.inf)
+
+    def _hide(self, x: Any, ends: Any, value: float) -> None:
+        x.masked_fill_(self._torch.arange(x.shape[1], device=self._device) >= ends[:, None], value)
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        return x if dtype in ("T", "K") else x.to(getattr(self._torch, dtype))

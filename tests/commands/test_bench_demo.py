@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from dsa_tvm import cli, functions, presets
-from dsa_tvm.benchmark import check as gate
-from dsa_tvm.benchmark import command as bench
-from dsa_tvm.benchmark import demo, peers, prompt, workload
+from dsa_tvm.benchmark import check, clock, command, cpu, demo, prompt, workload
+from dsa_tvm.benchmark.peers import Skipped
+from dsa_tvm.benchmark.peers import cpu as peers
 from dsa_tvm.errors import ArgumentError
 from dsa_tvm.ops import OPS
 from dsa_tvm.runtime import machine
@@ -75,53 +75,57 @@ def test_workload_is_seeded_and_causal():
     assert workload.flops("dsa_attention", first.lengths, first.inputs["ks"], first.inputs["ke"]) == expected
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", workload.OPERATORS)
 @pytest.mark.parametrize("dtype", workload.DTYPES)
-def test_the_gate_passes_what_is_right(op, dtype):
+def test_the_check_passes_what_is_right(op, dtype):
     pytest.importorskip("ml_dtypes")
     if not workload.serves(op, dtype):
         pytest.skip(f"{op} has no {dtype}")
     work = workload.with_dtype(workload.make(op, SMALL, 4, 50), dtype)
     outputs = getattr(functions, op)(**work.inputs, **work.attrs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    finding = gate.check(work, outputs, range(4))
+    finding = check.check(work, outputs, range(4))
     assert finding.of_allowed <= 1
     wrong = outputs[0].copy()
     wrong[2].flat[3] = 1 if wrong.dtype == np.int32 else 99
-    with pytest.raises(gate.CheckError, match=op):
-        gate.check(work, (wrong, *outputs[1:]), range(4))
+    with pytest.raises(check.CheckError, match=op):
+        check.check(work, (wrong, *outputs[1:]), range(4))
 
 
 def test_compare_looks_at_infinities_first():
     reference = np.array([1.0, -np.inf, np.nan])
-    assert gate.compare("x", reference.astype(np.float32), reference, TIGHT) == (0.0, 0.0)
+    assert check.compare("x", reference.astype(np.float32), reference, TIGHT) == (0.0, 0.0)
     for wrong in ([1.0, np.inf, np.nan], [1.0, -np.inf, 0.0], [np.nan, -np.inf, np.nan], [1.1, -np.inf, np.nan]):
-        with pytest.raises(gate.CheckError):
-            gate.compare("x", np.array(wrong), reference, TIGHT)
+        with pytest.raises(check.CheckError):
+            check.compare("x", np.array(wrong), reference, TIGHT)
 
 
 def test_a_selection_may_differ_by_near_ties_only():
     logits = np.array([5.0, 1.0, 1.0 + 1e-7, 4.0, -np.inf])
 
-    def check(*row):
-        return gate.check_selection("x", np.array(row, np.int32), logits, len(row), TIGHT)
+    def near_ties(*row):
+        return check.check_selection("x", np.array(row, np.int32), logits, len(row), TIGHT)
 
-    assert check(0, 2, 3) == 0
-    assert check(0, 1, 3) == 1
-    assert check(0, 1, 2, 3, -1) == 0
+    assert near_ties(0, 2, 3) == 0
+    assert near_ties(0, 1, 3) == 1
+    assert near_ties(0, 1, 2, 3, -1) == 0
     for wrong in ((1, 2, 3), (0, 3, 2), (0, 3, 3), (0, 3, 4), (0, 3, 9), (0, 3, -1), (0, 1, 2, 3, 4)):
-        with pytest.raises(gate.CheckError):
-            check(*wrong)
+        with pytest.raises(check.CheckError):
+            near_ties(*wrong)
 
 
-@pytest.mark.parametrize("name, op", [("numpy", "topk"), *((name, op) for name in ("torch", "ort") for op in OPS)])
+@pytest.mark.parametrize(
+    "name, op", [("numpy", "topk"), *((name, op) for name in ("torch", "ort") for op in workload.OPERATORS)]
+)
 @pytest.mark.parametrize("s_q, s_kv", [(1, 40), (6, 40), (1, 9), (6, 9)])
 def test_peers_do_the_same_work(name, op, s_q, s_kv):
     work = workload.make(op, SMALL, s_q, s_kv)
     try:
-        got = np.asarray(peers.peer(name, work, 2)())
-    except peers.Skipped as reason:
+        peer = peers.prepare(name, work, 2)
+    except Skipped as reason:
         pytest.skip(str(reason))
+    result = peer.result(peer.call())
+    got = np.asarray(result[0] if isinstance(result, tuple) else result)
     ours_at = work if workload.serves(op, "float32") else workload.with_dtype(work, "bfloat16")
     ours = getattr(functions, op)(**ours_at.inputs, **work.attrs)
     if op in ("topk", "indexer_topk"):
@@ -147,8 +151,8 @@ def test_dense_model_attends_to_every_earlier_key(s_q):
 
 def test_a_peer_that_needs_too_much_memory_is_skipped(monkeypatch):
     monkeypatch.setattr(peers, "MEMORY_LIMIT", 1000)
-    with pytest.raises(peers.Skipped, match=r"would need .* KiB, the limit is 1 KiB"):
-        peers.peer("torch", workload.make("lightning_indexer", SMALL, 1, 100), 1)
+    with pytest.raises(Skipped, match=r"would need .* KiB, the limit is 1 KiB"):
+        peers.prepare("torch", workload.make("lightning_indexer", SMALL, 1, 100), 1)
 
 
 def test_bench_prints_a_row_each_and_writes_json(small, capsys, tmp_path):
@@ -157,7 +161,7 @@ def test_bench_prints_a_row_each_and_writes_json(small, capsys, tmp_path):
     assert cli.main([*arguments, "--json", str(target)]) == 0
     printed = capsys.readouterr()
     table = [line.split() for line in printed.out.splitlines() if line.split()[0] in OPS]
-    ops = [op for op in OPS if workload.serves(op, "float32")]
+    ops = [op for op in workload.OPERATORS if workload.serves(op, "float32")]
     assert [line[:4] for line in table] == [
         [op, str(s_q), "40", str(threads)] for op in ops for s_q in (1, 3) for threads in (1, 2)
     ]
@@ -182,15 +186,15 @@ def test_bench_gives_a_wrong_result_no_time(small, capsys, tmp_path, monkeypatch
 
 
 def test_bench_keeps_what_is_done_on_interrupt(small, tmp_path, monkeypatch):
-    done, interleaved = [], bench.interleaved
+    done, medians = [], clock.medians
 
-    def interrupted(calls, seconds):
+    def interrupted(*arguments):
         if done:
             raise KeyboardInterrupt
-        done.append(calls)
-        return interleaved(calls, seconds)
+        done.append(arguments)
+        return medians(*arguments)
 
-    monkeypatch.setattr(bench, "interleaved", interrupted)
+    monkeypatch.setattr(clock, "medians", interrupted)
     target = tmp_path / "figures.json"
     arguments = ["bench", "topk", "--s-q", "1", "--s-kv", "40", "50", "--threads", "1", "--seconds", "0.001"]
     assert cli.main([*arguments, "--json", str(target)]) == 130
@@ -217,7 +221,7 @@ def test_bench_keeps_what_is_done_on_interrupt(small, tmp_path, monkeypatch):
 def test_bench_refuses(arguments, message):
     args = cli._parser().parse_args(["bench", *arguments])
     with pytest.raises(ArgumentError, match=message):
-        bench.run(args)
+        command.run(args)
 
 
 @pytest.fixture
@@ -307,8 +311,8 @@ def test_demo_in_little_memory(tiny, short):
 def test_bench_in_little_memory(small, short, capsys, tmp_path, monkeypatch):
     """Sizes that do not fit are left out with what they need; those that were asked for are refused at once."""
     short(64 << 20)
-    monkeypatch.setitem(bench._DEFAULTS, "s_q", [1])
-    monkeypatch.setitem(bench._DEFAULTS, "s_kv", [40, 10**6])
+    monkeypatch.setitem(cpu.DEFAULTS, "s_q", [1])
+    monkeypatch.setitem(cpu.DEFAULTS, "s_kv", [40, 10**6])
     target = tmp_path / "figures.json"
     arguments = ["bench", "sparse_mla", "--threads", "1", "--seconds", "0.001", "--json", str(target)]
     assert cli.main(arguments) == 0

@@ -16,25 +16,67 @@ import torch
 from fake_gpu import CEILINGS, SMALL, FakeGpu
 
 from dsa_tvm import cli, functions, presets
-from dsa_tvm.benchmark.gpu import clock as gpu_device
-from dsa_tvm.benchmark.gpu import command as gpu_bench
-from dsa_tvm.benchmark.gpu import peers as gpu_peers
-from dsa_tvm.benchmark.gpu import workload as gpu_workload
+from dsa_tvm.benchmark import clock, command, cuda, device
+from dsa_tvm.benchmark.clock import DeviceClock
+from dsa_tvm.benchmark.peers import Peer
+from dsa_tvm.benchmark.peers import cuda as peers
 from dsa_tvm.errors import ArgumentError, DsaError
 from dsa_tvm.ops import OPS
 from dsa_tvm.runtime import library
+
+#: What our operators take on the GPU, and torch's; no two ratios are the same.
+OURS = {op: (1 + i) * 1e-3 for i, op in enumerate(cuda.SUITE)}
+TORCH = {op: (1.5 + 3 * i) * 1e-3 for i, op in enumerate(cuda.SUITE)}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """In place of a GPU; the default preset is small."""
     fake = FakeGpu()
-    monkeypatch.setattr(gpu_device, "find", lambda: fake)
-    monkeypatch.setattr(
-        gpu_device, "in_turns", lambda clock, calls, seconds: {n: c() is None or 0.5 for n, c in calls.items()}
-    )
+    monkeypatch.setattr(device, "find", lambda: fake)
+    for op, seconds in OURS.items():
+        monkeypatch.setattr(functions, op, fake.taking(seconds, getattr(functions, op)))
+    prepare = peers._MAKERS["torch"]
+
+    def torch_peer(work, capability):
+        peer = prepare(work, capability)
+        return Peer(fake.taking(TORCH[work.op], peer.call), peer.result)
+
+    monkeypatch.setitem(peers._MAKERS, "torch", torch_peer)
     monkeypatch.setitem(presets.PRESETS, "deepseek-v3.2", SMALL)
     return fake
+
+
+@pytest.mark.parametrize(("alternate", "order"), [(False, "ababab"), (True, "abbaab")])
+def test_contenders_take_turns(alternate, order):
+    """In order, or back and forth; a caller that has seen enough takes no more."""
+    asked = []
+
+    def turns():
+        return clock.take_turns({n: lambda i, n=n: asked.append(n) or (n, i) for n in "ab"}, 3, alternate)
+
+    assert list(turns()) == [{"a": ("a", i), "b": ("b", i)} for i in range(3)]
+    assert asked == list(order)
+    asked.clear()
+    next(turns())
+    assert asked == ["a", "b"]
+
+
+def test_the_median_is_of_all_turns():
+    """Of a clock that slows down from turn to turn, and takes two times in each."""
+
+    class Slowing:
+        def turns(self, call, seconds):
+            call()
+            assert seconds == 2
+            return lambda i: [10.0**i, 3 * 10.0**i]
+
+    done = []
+    assert clock.medians(Slowing(), {"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 6) == {
+        "a": 20.0,
+        "b": 20.0,
+    }
+    assert done == ["a", "b"]
 
 
 def test_turns_leave_out_what_the_host_takes():
@@ -43,51 +85,73 @@ def test_turns_leave_out_what_the_host_takes():
     order = []
 
     def contender(name, launch, seconds):
-        def call():
-            order.append(name)
-            fake.enqueue(0, launch)
-            fake.enqueue(seconds)
-
-        return call
+        return fake.taking(seconds, lambda: order.append(name), launch)
 
     calls = {"a": contender("a", 2e-3, 1e-5), "b": contender("b", 5e-5, 1e-3)}
-    times = gpu_device.in_turns(fake, calls, 0.06)
+    times = clock.medians(DeviceClock(fake), calls, 0.06)
     assert times == pytest.approx({"a": 1e-5, "b": 1e-3})
     turns = [name for name, _ in itertools.groupby(order)]
     assert turns == ["a", "b"] * 4  # the warm-up, and three turns
     # A turn of 20 ms has as many calls as fit, and a wait at its end alone.
     assert order.count("a") - 2 == 3 * 3 and order.count("b") - 2 == 3 * 17
     assert fake.log.count("flush") == len(order) - 4 and fake.log[8:12] == ["flush"] * 3 + ["synchronize"]
-    assert gpu_device.in_turns(fake, {"a": calls["a"]}, 1e-9)["a"] == pytest.approx(1e-5)
+    assert clock.medians(DeviceClock(fake), {"a": calls["a"]}, 1e-9)["a"] == pytest.approx(1e-5)
 
 
 def test_a_run(gpu, capsys, tmp_path):
     target = tmp_path / "figures.json"
-    arguments = ["bench", "--suite", "cuda", "--s-q", "1", "4", "--s-kv", "40", "--json", str(target)]
-    assert cli.main(arguments) == 0
+    arguments = ["bench", "--suite", "cuda", "--s-q", "1", "4", "--s-kv", "40", "--seconds", "0.01"]
+    assert cli.main([*arguments, "--json", str(target)]) == 0
     printed = capsys.readouterr()
     document = json.loads(target.read_bytes())
     rows = document["rows"]
     assert document["gpu"]["name"] == "Fake" and document["ceilings"] == CEILINGS and document["environment"]
+    assert document["suite"] == "cuda" and document["preset"]["topk"] == 16 and document["seconds"] == 0.01
     assert [(r["op"], r["dtype"]) for r in rows[::2]] == [
-        (op, dtype) for op in gpu_workload.SUITE for dtype in gpu_workload.SUITE[op][0]
+        (op, dtype) for op in cuda.SUITE for dtype in cuda.SUITE[op][0]
     ]
     for row in rows:
-        assert row["failed"] is row["skipped"] is None and row["ours_ms"] > 0 and row["tbps"] > 0
-        assert row["peers"]["torch"]["ratio"] == 1 and row["error_of_allowed"] <= 1
-        assert (row["tflops"] is None) == (row["op"] == "topk")
-    fp8 = next(r for r in rows if r["dtype"] == "float8_e4m3fn")
-    assert fp8["of_gemm"] == pytest.approx(fp8["tflops"] / 2)
+        op = row["op"]
+        assert row["failed"] is row["skipped"] is None and row["tbps"] > 0 and row["error_of_allowed"] <= 1
+        assert row["ours_ms"] == pytest.approx(1e3 * OURS[op])
+        assert row["peers"]["torch"] == pytest.approx({"ms": 1e3 * TORCH[op], "ratio": TORCH[op] / OURS[op]})
+        assert (row["tflops"] is None) == (op == "topk")
     lines = [line.split() for line in printed.out.splitlines()]
-    table = [line[:4] for line in lines if line and line[0] in OPS and line[1] in gpu_workload.DTYPES]
+    table = [line[:4] for line in lines if line and line[0] in OPS and line[1] in cuda.DTYPES]
     assert table == [[r["op"], r["dtype"], str(r["s_q"]), "40"] for r in rows]
     assert "-  DeepGEMM: DeepGEMM's fp8_mqa_logits takes fp8 queries and keys (lightning_indexer s_q 1" in printed.out
     assert f"[{len(rows)}/{len(rows)}]" in printed.err
 
 
-def run_one(op, tmp_path, *more):
+def test_figures_by_hand(gpu, capsys, tmp_path):
+    """Operations and bytes over the seconds of our call, and the cells that are printed of them."""
     target = tmp_path / "figures.json"
-    code = cli.main(["bench", "--suite", "cuda", op, "--s-q", "2", "--s-kv", "40", "50", "--json", str(target), *more])
+    arguments = ["bench", "lightning_indexer", "sparse_mla_fp8", "--suite", "cuda", "--s-q", "1", "--s-kv", "40"]
+    assert cli.main([*arguments, "--seconds", "0.01", "--json", str(target)]) == 0
+    bf16, fp8, packed = json.loads(target.read_bytes())["rows"]
+    # 40 keys, 3 heads of 32. q, weights, ks, ke, k and, of fp8, a scale each; logits.
+    assert bf16["tflops"] == pytest.approx(2 * 40 * 3 * 32 / 1e-3 / 1e12)
+    assert bf16["tbps"] == pytest.approx((96 * 2 + 12 + 8 + 40 * 32 * 2 + 40 * 4) / 1e-3 / 1e12)
+    assert bf16["of_gemm"] == pytest.approx(bf16["tflops"] / 1e-4) and bf16["of_copy"] == pytest.approx(
+        bf16["tbps"] / 1e-5
+    )
+    assert fp8["tflops"] == pytest.approx(bf16["tflops"]) and fp8["of_gemm"] == pytest.approx(fp8["tflops"] / 2e-4)
+    assert fp8["tbps"] == pytest.approx((96 + 12 + 8 + 40 * (32 + 4) + 40 * 4) / 1e-3 / 1e12)
+    # 16 keys, 2 heads of 576 and 512, multiplied as bf16; ours on rows of bf16 is a peer.
+    assert packed["tflops"] == pytest.approx(2 * 16 * 2 * (576 + 512) / OURS["sparse_mla_fp8"] / 1e12)
+    assert packed["of_gemm"] == pytest.approx(packed["tflops"] / 1e-4)
+    assert packed["peers"]["bf16"]["ratio"] == pytest.approx(OURS["sparse_mla"] / OURS["sparse_mla_fp8"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first, second, third = (line for line in lines if line and line[0] in OPS)
+    expected = "lightning_indexer bfloat16 1 40 1.00 7.7e-06 2.9e-06 8% 29% 1.50 1.50"
+    assert first[:11] == expected.split()
+    assert second[1] == "float8_e4m3fn" and second[4:9] == ["1.00", "7.7e-06", "1.7e-06", "4%", "17%"]
+    assert third[9:13] == ["4.00", "0.80", "13.5", "2.70"]
+
+
+def run_one(op, tmp_path):
+    target = tmp_path / "figures.json"
+    code = cli.main(["bench", "--suite", "cuda", op, "--s-q", "2", "--s-kv", "40", "50", "--json", str(target)])
     return code, json.loads(target.read_bytes())["rows"]
 
 
@@ -100,7 +164,7 @@ def test_a_wrong_result_has_no_time(gpu, capsys, tmp_path, monkeypatch):
 
 
 def test_a_wrong_peer_has_no_time(gpu, capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu_peers._MAKERS, "vllm", lambda work, _: gpu_peers.Peer(lambda: torch.zeros((2, 16)).int()))
+    monkeypatch.setitem(peers._MAKERS, "vllm", lambda work, _: Peer(lambda: torch.zeros((2, 16)).int()))
     code, rows = run_one("topk", tmp_path)
     assert code == 0 and all("result is wrong" in row["peers"]["vllm"]["skipped"] for row in rows)
     assert all(row["ours_ms"] and row["peers"]["torch"]["ms"] for row in rows)
@@ -114,13 +178,13 @@ def raising(error):
 
 
 def test_memory_that_runs_out_stops_one_shape_alone(gpu, capsys, tmp_path, monkeypatch):
-    make = gpu_workload.make
+    make = cuda.make
     monkeypatch.setattr(
-        gpu_workload,
+        cuda,
         "make",
         lambda case, *rest: (raising(FakeGpu.out_of_memory()) if case.s_kv == 40 else make)(case, *rest),
     )
-    monkeypatch.setitem(gpu_peers._MAKERS, "vllm", raising(FakeGpu.out_of_memory()))
+    monkeypatch.setitem(peers._MAKERS, "vllm", raising(FakeGpu.out_of_memory()))
     code, (first, second) = run_one("topk", tmp_path)
     assert code == 0 and first["skipped"] == "out of memory" and first["ours_ms"] is None
     assert second["ours_ms"] and second["peers"]["vllm"] == {"skipped": "out of memory"}
@@ -135,7 +199,7 @@ def test_operators_that_are_not_served_are_said(gpu, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["ours", "peer"])
 def test_a_gpu_that_is_lost_ends_it_and_keeps_what_is_done(gpu, capsys, tmp_path, monkeypatch, where):
-    measured, done = gpu_bench.measure, []
+    measured, done = command.measure, []
 
     def measure(*args):
         done.append(args)
@@ -145,13 +209,13 @@ def test_a_gpu_that_is_lost_ends_it_and_keeps_what_is_done(gpu, capsys, tmp_path
             if where == "ours":
                 monkeypatch.setattr(functions, "topk", error)
             else:
-                monkeypatch.setitem(gpu_peers._MAKERS, "vllm", error)
+                monkeypatch.setitem(peers._MAKERS, "vllm", error)
         return measured(*args)
 
-    monkeypatch.setattr(gpu_bench, "measure", measure)
+    monkeypatch.setattr(command, "measure", measure)
     code, rows = run_one("topk", tmp_path)
     assert code == 1 and len(rows) == 1
-    assert "does not go on after an error (" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("does not go on after an error (") == 1
 
 
 @pytest.mark.parametrize(
@@ -198,8 +262,8 @@ def test_without_torch(monkeypatch, capsys):
 def test_a_gpu_s_clock_and_ceilings():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    gpu = gpu_device.Gpu()
+    gpu = device.Gpu()
     x = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    times = gpu_device.in_turns(gpu, {"half": lambda: x[: 2**27].zero_(), "all": x.zero_}, 0.1)
+    times = clock.medians(DeviceClock(gpu), {"half": lambda: x[: 2**27].zero_(), "all": x.zero_}, 0.1)
     assert 1.5 < times["all"] / times["half"] < 2.5
     assert all(value is None or value > 0 for value in gpu.ceilings(1024, 2**26).values())

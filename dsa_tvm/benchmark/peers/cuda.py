@@ -1,4 +1,4 @@
-"""The same work done by other packages on a GPU: DeepGEMM, FlashMLA, vLLM and Triton; torch is in `gpu_torch`.
+"""The same work done by other packages on a GPU: DeepGEMM, FlashMLA, vLLM and Triton; torch is in `torch_peer`.
 
 None of them is needed: each is asked for when the benchmark runs, and one that is not there says so.
 """
@@ -10,15 +10,15 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ... import functions
 from ...runtime.packing import unpack_mla_rows
-from ..peers import Skipped
 from ..workload import Workload
-from . import torch_peers as gpu_torch
+from . import Peer, Skipped, torch_peer
+
+_CACHE_PAGE = 64
 
 #: Names in the results, and in the table.
 TITLES = {
@@ -40,22 +40,6 @@ BY_OPERATOR: Mapping[str, tuple[str, ...]] = {
     "sparse_mla_fp8": ("bf16", "torch", "flash_mla_fp8"),
     "dsa_attention": ("torch",),
 }
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One peer's call.
-
-    Parameters
-    ----------
-    call : callable
-        Takes nothing; enqueues the work.
-    result : callable
-        Takes what `call` returned, and gives the operator's first output as `gpu_check.Checker.peer` takes it.
-    """
-
-    call: Callable[[], Any]
-    result: Callable[[Any], Any] = lambda x: x
 
 
 def prepare(name: str, work: Workload, capability: int) -> Peer:
@@ -99,16 +83,16 @@ def _bf16(work: Workload, capability: int) -> Peer:
 
 
 def _torch(work: Workload, capability: int) -> Peer:
-    return Peer(gpu_torch.prepare(work, capability))
+    return Peer(torch_peer.prepare(work, capability))
 
 
 def _triton(work: Workload, capability: int) -> Peer:
     _import("triton")
-    if work.lengths["s_q"] * work.lengths["h_idx"] * work.lengths["s_kv"] * 2 > gpu_torch.LIMIT:
+    if work.lengths["s_q"] * work.lengths["h_idx"] * work.lengths["s_kv"] * 2 > torch_peer.LIMIT:
         raise Skipped("torch.compile's indexer holds every head's logits, which are too large")
     compiled = _compiled()
-    queries, keys, weights = (gpu_torch.as_bf16(work.inputs[n]) for n in ("q", "k", "weights"))
-    hidden, scale = gpu_torch.hidden(work), work.inputs.get("k_scale")
+    queries, keys, weights = (torch_peer.as_bf16(work.inputs[n]) for n in ("q", "k", "weights"))
+    hidden, scale = torch_peer.hidden(work), work.inputs.get("k_scale")
     return Peer(lambda: compiled(queries, keys, weights, hidden, scale))
 
 
@@ -116,7 +100,7 @@ def _triton(work: Workload, capability: int) -> Peer:
 def _compiled() -> Callable[..., Any]:
     import torch
 
-    return torch.compile(gpu_torch.plain_indexer, dynamic=True)
+    return torch.compile(torch_peer.plain_indexer, dynamic=True)
 
 
 def _deep_gemm(work: Workload, capability: int) -> Peer:
@@ -167,7 +151,7 @@ def _flash_mla_fp8(work: Workload, capability: int) -> Peer:
     if work.lengths["d_qk"] != 576 or work.lengths["s_q"] > 256:
         raise Skipped("FlashMLA's decoding takes rows of 576, and few queries")
     attend = package.flash_mla_with_kvcache
-    cache = gpu_torch.flash_mla_cache(work.inputs["kv"])
+    cache = flash_mla_cache(work.inputs["kv"])
     options: dict[str, Any] = _legacy(attend, work, capability)
     if options.get("use_legacy"):
         options["kv_format"] = "V32"
@@ -214,7 +198,7 @@ def _vllm(work: Workload, capability: int) -> Peer:
         if lengths["topk"] not in (512, 1024, 2048):
             raise Skipped("vLLM's persistent_topk takes topk 512, 1024 and 2048")
         select = _vllm_operator("_C*.so", "_C", "persistent_topk")
-        out, memory = gpu_torch.indices_like(work), gpu_torch.bytes_like(work, 2**20)
+        out, memory = _indices_like(work), _bytes_like(work, 2**20)
         return Peer(lambda: select(t["logits"], t["ke"], out, memory, lengths["topk"], lengths["s_kv"]), lambda _: out)
     attend = _vllm_operator("_flashmla_C*.so", "_flashmla_C", "sparse_prefill_fwd")
     arguments = [*_one_kv_head(work), work.attrs["sm_scale"], work.attrs["d_v"]]
@@ -226,8 +210,33 @@ def _vllm(work: Workload, capability: int) -> Peer:
 def _vllm_prefill(work: Workload, capability: int) -> Peer:
     t, lengths = work.inputs, work.lengths
     select = _vllm_operator("_C*.so", "_C", "top_k_per_row_prefill")
-    out, sizes = gpu_torch.indices_like(work), (lengths["s_q"], lengths["s_kv"], 1, lengths["topk"])
+    out, sizes = _indices_like(work), (lengths["s_q"], lengths["s_kv"], 1, lengths["topk"])
     return Peer(lambda: select(t["logits"], t["ks"], t["ke"], out, *sizes), lambda _: out)
+
+
+def _indices_like(work: Workload) -> Any:
+    """Memory for `topk`'s output."""
+    import torch
+
+    shape = (work.lengths["s_q"], work.lengths["topk"])
+    return torch.full(shape, -1, dtype=torch.int32, device=work.inputs["logits"].device)
+
+
+def _bytes_like(work: Workload, size: int) -> Any:
+    """Zeroed memory."""
+    import torch
+
+    return torch.zeros(size, dtype=torch.uint8, device=work.inputs["logits"].device)
+
+
+def flash_mla_cache(rows: Any) -> Any:
+    """Packed rows of 576 as FlashMLA takes them: tensor [pages, 64, 1, 656], float8_e4m3fn."""
+    import torch
+
+    pages = -(-len(rows) // _CACHE_PAGE)
+    cache = rows.new_zeros((pages * _CACHE_PAGE, rows.shape[1]))
+    cache[: len(rows)] = rows
+    return cache.view(pages, _CACHE_PAGE, 1, -1).view(torch.float8_e4m3fn)
 
 
 _MAKERS: Mapping[str, Callable[[Workload, int], Peer]] = {

@@ -1,4 +1,4 @@
-"""The operators in plain torch, in the fastest form it offers, for a GPU; and FlashMLA's pages."""
+"""The operators in plain torch, in the fastest form it offers, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ...runtime.packing import unpack_mla_rows
-from ..peers import Skipped
 from ..workload import Workload
+from . import Skipped
 
 #: Bytes of an intermediate result: more queries than these allow go one group after another.
 LIMIT = 2**31
 
-_CACHE_PAGE = 64
 
-
-def prepare(work: Workload, capability: int) -> Callable[[], Any]:
+def prepare(work: Workload, capability: int | None = None) -> Callable[[], Any]:
     """The work of one call.
 
     Parameters
     ----------
     work : Workload
         torch tensors.
-    capability : int
+    capability : int, optional
         The GPU's; 90 for 9.0.
 
     Returns
@@ -45,10 +43,14 @@ def prepare(work: Workload, capability: int) -> Callable[[], Any]:
         return torch.topk(logits, count, sorted=False)
 
     if work.op == "topk":
+        # The logits are -inf already where a query may not look.
         return lambda: select(t["logits"])[1]
     if work.op in ("sparse_mla", "sparse_mla_fp8"):
-        return lambda: _attend(work, t["indices"])
-    index = _indexer(work, capability)
+        unused = t["indices"] < 0
+        given = unused if bool(unused.any()) else None
+        return lambda: _attend(work, t["indices"], given)
+    unseen = hidden(work)
+    index = _indexer(work, unseen, capability)
     if work.op == "lightning_indexer":
         return index
     if work.op == "indexer_topk":
@@ -56,8 +58,11 @@ def prepare(work: Workload, capability: int) -> Callable[[], Any]:
 
     def attention() -> Any:
         values, indices = select(index())
-        indices = indices.int().masked_fill(torch.isneginf(values), -1)
-        return _attend(work, indices), indices
+        if unseen is None:
+            return _attend(work, indices, None), indices
+        unused = torch.isneginf(values)
+        indices = indices.masked_fill(unused, -1)
+        return _attend(work, indices, unused), indices
 
     return attention
 
@@ -85,7 +90,7 @@ def plain_indexer(q: Any, k: Any, weights: Any, unseen: Any, k_scale: Any) -> An
     return logits if unseen is None else logits.masked_fill(unseen, float("-inf"))
 
 
-def _indexer(work: Workload, capability: int) -> Callable[[], Any]:
+def _indexer(work: Workload, unseen: Any, capability: int | None) -> Callable[[], Any]:
     import torch
 
     t = work.inputs
@@ -95,13 +100,11 @@ def _indexer(work: Workload, capability: int) -> Callable[[], Any]:
     if q.dtype is torch.int8:
         raise Skipped("torch has no int8 product whose result is float")
     fp8 = q.element_size() == 1
-    if fp8 and capability < 89:
+    if fp8 and (capability or 0) < 89:
         raise Skipped("torch has no fp8 product below compute capability 8.9")
     one = torch.ones((), device=q.device)
-    group = max(1, LIMIT // (h_idx * len(k) * 2))
     # The sum over the heads as a product, which is the fastest; it wants one type.
     weights = t["weights"].to(torch.bfloat16 if fp8 else q.dtype)
-    unseen = hidden(work)
 
     def scores(rows: Any) -> Any:
         if fp8:
@@ -109,12 +112,19 @@ def _indexer(work: Workload, capability: int) -> Callable[[], Any]:
             return torch._scaled_mm(rows, k.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
         return torch.matmul(rows, k.T)
 
+    def logits_of(part: slice) -> Any:
+        heads = scores(q[part].reshape(-1, d_idx)).relu_().view(-1, h_idx, len(k))
+        return torch.bmm(weights[part, None], heads)[:, 0]
+
+    def logits_of_one() -> Any:
+        # The products that a CPU does faster for a single query.
+        return torch.matmul(torch.matmul(k, q[0].T).relu_(), weights[0])[None]
+
     def index() -> Any:
-        logits = torch.empty((s_q, len(k)), device=q.device)
-        for m in range(0, s_q, group):
-            part = slice(m, min(m + group, s_q))
-            heads = scores(q[part].reshape(-1, d_idx)).relu_().view(-1, h_idx, len(k))
-            logits[part] = torch.bmm(weights[part, None], heads)[:, 0]
+        if s_q == 1 and capability is None:
+            logits = logits_of_one().float()
+        else:
+            logits = _in_groups(s_q, h_idx * len(k) * weights.element_size(), torch.float32, logits_of)
         if k_scale is not None:
             logits.mul_(k_scale)
         return logits if unseen is None else logits.masked_fill_(unseen, -torch.inf)
@@ -122,43 +132,38 @@ def _indexer(work: Workload, capability: int) -> Callable[[], Any]:
     return index
 
 
-def _attend(work: Workload, indices: Any) -> Any:
+def _attend(work: Workload, indices: Any, unused: Any) -> Any:
+    """`unused` [s_q, topk] bool: which of the indices are -1; None where none is."""
     import torch
 
     q, kv, d_v = work.inputs["q"], work.inputs["kv"], work.attrs["d_v"]
-    out = torch.empty((*q.shape[:2], d_v), dtype=q.dtype, device=q.device)
-    group = max(1, LIMIT // (indices.shape[1] * (q.shape[2] + q.shape[1]) * q.element_size()))
-    for m in range(0, len(q), group):
-        part = slice(m, min(m + group, len(q)))
+
+    def out_of(part: slice) -> Any:
         rows = indices[part]
-        keys = kv.index_select(0, rows.clamp(min=0).reshape(-1))
+        found = rows if unused is None else rows.clamp(min=0)
+        keys = kv.index_select(0, found.reshape(-1))
         keys = (unpack_mla_rows(keys, d_v) if work.op == "sparse_mla_fp8" else keys).view(*rows.shape, -1)
         scores = torch.bmm(q[part], keys.transpose(1, 2)).mul_(work.attrs["sm_scale"])
-        scores.masked_fill_((rows < 0)[:, None], -torch.inf)
-        out[part] = torch.bmm(scores.softmax(-1), keys[:, :, :d_v])
-    return out
+        if unused is not None:
+            scores.masked_fill_(unused[part, None], -torch.inf)
+        return torch.bmm(scores.softmax(-1), keys[:, :, :d_v])
+
+    size = indices.shape[1] * (q.shape[2] + q.shape[1]) * q.element_size()
+    return _in_groups(len(q), size, q.dtype, out_of)
 
 
-def indices_like(work: Workload) -> Any:
-    """Memory for `topk`'s output."""
+def _in_groups(queries: int, size: int, dtype: Any, result_of: Callable[[slice], Any]) -> Any:
+    """The results of as many queries at a time as `LIMIT` allows, where each takes so many bytes."""
     import torch
 
-    shape = (work.lengths["s_q"], work.lengths["topk"])
-    return torch.full(shape, -1, dtype=torch.int32, device=work.inputs["logits"].device)
-
-
-def bytes_like(work: Workload, size: int) -> Any:
-    """Zeroed memory."""
-    import torch
-
-    return torch.zeros(size, dtype=torch.uint8, device=work.inputs["logits"].device)
-
-
-def flash_mla_cache(rows: Any) -> Any:
-    """Packed rows of 576 as FlashMLA takes them: tensor [pages, 64, 1, 656], float8_e4m3fn."""
-    import torch
-
-    pages = -(-len(rows) // _CACHE_PAGE)
-    cache = rows.new_zeros((pages * _CACHE_PAGE, rows.shape[1]))
-    cache[: len(rows)] = rows
-    return cache.view(pages, _CACHE_PAGE, 1, -1).view(torch.float8_e4m3fn)
+    group = max(1, LIMIT // size)
+    if group >= queries:
+        return result_of(slice(0, queries)).to(dtype)
+    first = result_of(slice(0, group))
+    results = torch.empty((queries, *first.shape[1:]), dtype=dtype, device=first.device)
+    results[:group] = first
+    del first
+    for m in range(group, queries, group):
+        part = slice(m, min(m + group, queries))
+        results[part] = result_of(part)
+    return results

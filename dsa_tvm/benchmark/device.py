@@ -1,101 +1,20 @@
-"""The GPU that is measured: its errors, its clock, and what it can do at most."""
+"""The GPU that is measured, through torch: its errors, what tells its time, and what it can do at most."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from ...errors import DsaError, LibraryError
-from ...runtime import library
-from .. import figures
-
-#: Calls of one turn at most: what is enqueued is held in the driver's memory.
-MOST_CALLS = 400
-#: Seconds that the GPU is held at most while a call is enqueued.
-LONGEST_HOLD = 5e-3
-
-
-class Clock(Protocol):
-    """What timing needs of a device."""
-
-    def now(self) -> float:
-        """The host's time in seconds."""
-
-    def synchronize(self) -> None:
-        """Wait for everything that was enqueued."""
-
-    def hold(self, seconds: float) -> None:
-        """Enqueue that much waiting."""
-
-    def flush(self) -> None:
-        """Enqueue what throws everything out of the L2 cache."""
-
-    def mark(self) -> Any:
-        """Enqueue a mark."""
-
-    def elapsed(self, begin: Any, end: Any) -> float:
-        """Seconds between two marks that have been passed."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    call: Callable[[], Any]
-    calls: int
-    hold: float
-
-
-def in_turns(clock: Clock, calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median time of each call on the device, taken in turns, each with a cold L2 cache.
-
-    The device is held until a call is enqueued, so that what the host takes to launch it does not count.
-
-    Parameters
-    ----------
-    clock : Clock
-    calls : mapping
-        Functions that enqueue, by name.
-    seconds : float
-        Time for each, spread over `figures.ROUNDS` turns; a turn has at least one call.
-
-    Returns
-    -------
-    dict
-        Seconds by name.
-    """
-
-    def turn(plan: _Plan) -> list[float]:
-        marks = []
-        for _ in range(plan.calls):
-            clock.hold(plan.hold)
-            clock.flush()
-            begin = clock.mark()
-            plan.call()
-            marks.append((begin, clock.mark()))
-        clock.synchronize()
-        return [clock.elapsed(*pair) for pair in marks]
-
-    return figures.in_turns({name: _plan(clock, call, seconds) for name, call in calls.items()}, turn)
-
-
-def _plan(clock: Clock, call: Callable[[], Any], seconds: float) -> _Plan:
-    for _ in range(2):  # the first compiles, loads and allocates
-        clock.synchronize()
-        begin = clock.now()
-        call()
-        enqueued = clock.now() - begin
-        clock.synchronize()
-        taken = clock.now() - begin
-    hold = min(1.5 * enqueued, LONGEST_HOLD)
-    count = int(seconds / figures.ROUNDS / max(taken + hold, 1e-6))
-    return _Plan(call, min(max(count, 1), MOST_CALLS), hold)
+from ..errors import DsaError, LibraryError
+from ..runtime import library
+from .clock import DeviceClock, medians
 
 
 class Gpu:
-    """The current GPU of torch, as a `Clock`.
+    """The current GPU of torch, as a `clock.Device`.
 
     Attributes
     ----------
@@ -209,7 +128,7 @@ class Gpu:
             calls["fp8_tflops"] = fp8
         except (RuntimeError, TypeError, NotImplementedError):
             pass  # no such product on this card, or in this torch
-        times = in_turns(self, calls, 0.5)
+        times = medians(DeviceClock(self), calls, 0.5)
         work = {"bf16_tflops": 2 * size**3, "fp8_tflops": 2 * size**3, "copy_tbps": 2 * copy_bytes}
         return {name: work[name] / times[name] / 1e12 if name in times else None for name in work}
 

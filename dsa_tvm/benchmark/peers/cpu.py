@@ -1,51 +1,43 @@
-"""The same work done by others: torch, plain ONNX Runtime and NumPy, each in the fastest form it offers."""
+"""The same work done on a CPU by torch, plain ONNX Runtime and NumPy; and the sessions of ONNX Runtime."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from ..errors import DsaError
-from ..runtime.machine import available_memory, in_units
-from ..runtime.packing import unpack_mla_rows
-from .workload import Workload
+from ...errors import DsaError
+from ...runtime.machine import available_memory, in_units
+from ...runtime.packing import unpack_mla_rows
+from ..workload import Workload
+from . import Peer, Skipped, torch_peer
 
+#: Names in the results, and in the table.
+TITLES = {"torch": "torch", "ort": "ORT", "numpy": "numpy"}
 #: A peer that would need more than this is left out.
 MEMORY_LIMIT = 6 * 2**30
-
-
 #: What importing a peer takes.
 _LOADED_BYTES = {"torch": 160 << 20}
 
 
-class Skipped(Exception):
-    """Why a peer does not run."""
-
-
-def peer(name: str, work: Workload, threads: int) -> Callable[[], Any]:
-    """The work of one call, ready to be timed.
+def prepare(name: str, work: Workload, threads: int) -> Peer:
+    """A peer's work of one call, ready to be timed.
 
     Parameters
     ----------
     name : str
-        ``"torch"``, ``"ort"``, or ``"numpy"`` for `topk`.
+        A key of `TITLES`; ``"numpy"`` for `topk` alone.
     work : Workload
         float32, and bytes.
     threads : int
 
-    Returns
-    -------
-    callable
-        Takes nothing, returns the operator's first output. It has run once.
-
     Raises
     ------
     Skipped
-        The package is not installed, the peer would need too much memory, or it fails.
+        The package is not installed, or the peer would need too much memory.
     """
     if work.op == "sparse_mla_fp8":
         # They have no such rows: they get what these stand for.
@@ -54,15 +46,7 @@ def peer(name: str, work: Workload, threads: int) -> Callable[[], Any]:
     if name in _LOADED_BYTES and name not in sys.modules:
         check_bytes(_LOADED_BYTES[name])
     check_memory(work.op, work.lengths, held=1 if name == "torch" else 3)
-    try:
-        call = {"torch": _torch, "ort": _ort, "numpy": _numpy}[name](work, threads)
-        call()
-    except Skipped:
-        raise
-    except Exception as error:  # other people's code: whatever it raises is why it is left out
-        words = str(error).strip().partition("\n")[0][:200]
-        raise Skipped(f"{type(error).__name__}: {words}") from error
-    return call
+    return {"torch": _torch, "ort": _ort, "numpy": _numpy}[name](work, threads)
 
 
 def check_memory(op: str, lengths: Mapping[str, int], held: int) -> None:
@@ -130,7 +114,7 @@ def session(model: Any, threads: int, library: str | None = None) -> Any:
         raise DsaError(f"onnxruntime: {error}") from error
 
 
-def _ort(work: Workload, threads: int) -> Callable[[], Any]:
+def _ort(work: Workload, threads: int) -> Peer:
     try:
         import onnxruntime  # noqa: F401
 
@@ -140,13 +124,13 @@ def _ort(work: Workload, threads: int) -> Callable[[], Any]:
     running = session(model, threads)
     output = [running.get_outputs()[0].name]
     feeds = dict(work.inputs)
-    return lambda: running.run(output, feeds)[0]
+    return Peer(lambda: running.run(output, feeds), lambda x: x[0])
 
 
 def _plain_model(work: Workload) -> Any:
     from onnx import TensorProto, helper
 
-    from ..export import build_plain_model
+    from ...export import build_plain_model
 
     # The form for a single query is another, and faster.
     dims = {"s_q": 1} if work.lengths["s_q"] == 1 else {}
@@ -184,8 +168,8 @@ def dense_model(sm_scale: float, lengths: Mapping[str, int], one_query: bool) ->
     """
     from onnx import TensorProto, helper
 
-    from ..export.onnx.body import Body
-    from ..export.onnx.nodes import make_model
+    from ...export.onnx.body import Body
+    from ...export.onnx.nodes import make_model
 
     h_q, d_qk, d_v = (lengths[n] for n in ("h_q", "d_qk", "d_v"))
     b = Body()
@@ -206,56 +190,18 @@ def dense_model(sm_scale: float, lengths: Mapping[str, int], one_query: bool) ->
     return make_model("dense_attention", b.nodes, [q, kv, ke], [out])
 
 
-def _numpy(work: Workload, threads: int) -> Callable[[], Any]:
+def _numpy(work: Workload, threads: int) -> Peer:
     logits, topk = work.inputs["logits"], work.lengths["topk"]
     if topk >= logits.shape[1]:
         raise Skipped("argpartition has nothing to leave out")
-    return lambda: np.argpartition(logits, -topk, axis=-1)[:, -topk:]
+    return Peer(lambda: np.argpartition(logits, -topk, axis=-1)[:, -topk:])
 
 
-def _torch(work: Workload, threads: int) -> Callable[[], Any]:
+def _torch(work: Workload, threads: int) -> Peer:
     try:
         import torch
     except ImportError as error:
         raise Skipped("torch is not installed") from error
     torch.set_num_threads(threads)
-    t = {name: torch.from_numpy(x) for name, x in work.inputs.items()}
-    count = min(work.lengths["topk"], work.lengths["s_kv"])
-    sm_scale, d_v = work.attrs.get("sm_scale", 1.0), work.attrs.get("d_v")
-    hidden: Any = torch.arange(work.lengths["s_kv"]) >= t["ke"][:, None] if "ke" in t else None
-    # Where every query sees every key there is nothing to mask.
-    masked = hidden is not None and bool(hidden.any())
-
-    def indexer(q: Any, k: Any) -> Any:
-        s_q, h_idx, d_idx = q.shape
-        if s_q == 1:
-            return torch.matmul(torch.matmul(k, q[0].T).relu_(), t["weights"][0])[None]
-        heads = torch.matmul(q.view(-1, d_idx), k.T).relu_().view(s_q, h_idx, -1)
-        logits = torch.bmm(t["weights"][:, None], heads)[:, 0]
-        return logits.masked_fill_(hidden, -torch.inf) if masked else logits
-
-    def select(logits: Any) -> Any:
-        return torch.topk(logits, count, sorted=False)
-
-    def attend(indices: Any, skipped: Any) -> Any:
-        rows = indices if skipped is None else indices.clamp(min=0)
-        keys = t["kv"].index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
-        scores = torch.bmm(t["q"], keys.transpose(1, 2)).mul_(sm_scale)
-        if skipped is not None:
-            scores.masked_fill_(skipped[:, None], -torch.inf)
-        return torch.bmm(scores.softmax(-1), keys[:, :, :d_v])
-
-    def attention() -> Any:
-        values, indices = select(indexer(t["index_q"], t["index_k"]))
-        return attend(indices, torch.isneginf(values) if masked else None)
-
-    given = t["indices"].clone() if "indices" in t else None
-    skipped = given < 0 if given is not None and bool((given < 0).any()) else None
-    return {
-        "lightning_indexer": lambda: indexer(t["q"], t["k"]),
-        # The logits are -inf already where a query may not look.
-        "topk": lambda: select(t["logits"])[1],
-        "indexer_topk": lambda: select(indexer(t["q"], t["k"]))[1],
-        "sparse_mla": lambda: attend(given, skipped),
-        "dsa_attention": attention,
-    }[work.op]
+    tensors = {name: torch.from_numpy(x) for name, x in work.inputs.items()}
+    return Peer(torch_peer.prepare(Workload(work.op, tensors, work.attrs, work.lengths)))

@@ -1,1 +1,0 @@
-"""``dsa-tvm bench --suite cuda``: the same on a GPU."""

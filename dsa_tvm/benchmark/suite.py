@@ -1,0 +1,125 @@
+"""What the benchmark asks of a suite: `cpu` and `cuda` are the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import DsaError
+from .check import Checker
+from .clock import Clock
+from .peers import Peer
+from .workload import Workload
+
+
+class LostError(DsaError):
+    """The device stopped working: every later call in this process would fail, too."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the results.
+
+    Parameters
+    ----------
+    op : str
+    dtype : str
+        Of the keys.
+    s_q, s_kv : int
+    threads : int, optional
+        On a CPU.
+    """
+
+    op: str
+    dtype: str
+    s_q: int
+    s_kv: int
+    threads: int | None = None
+
+
+class Suite(Protocol):
+    """Cases of one command line on one kind of device.
+
+    Attributes
+    ----------
+    cases : sequence of Case
+    clock : Clock
+    seconds : float
+        Time for each figure.
+    titles : mapping
+        How the table calls each peer.
+    out_of_memory : tuple of type
+        What the device, or the generator of inputs, raises then.
+    checks_peers : bool
+        Whether a peer's result is checked before it is timed.
+    """
+
+    cases: Sequence[Case]
+    clock: Clock
+    seconds: float
+    titles: Mapping[str, str]
+    out_of_memory: tuple[type[Exception], ...]
+    checks_peers: bool
+
+    def heading(self) -> list[str]:
+        """Lines above the table: where this is measured."""
+
+    def document(self) -> dict[str, Any]:
+        """What the JSON file has beside the rows."""
+
+    def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Lines below the notes."""
+
+    def header(self, op: str, first: bool) -> list[str]:
+        """Lines above an operator's rows, the first operator or a later one."""
+
+    def line(self, row: Mapping[str, Any]) -> str:
+        """A row of the table."""
+
+    def title(self, case: Case) -> str:
+        """For the progress."""
+
+    def blank(self, case: Case) -> dict[str, Any]:
+        """A row without figures: "failed", "skipped" and "peers" are among its keys."""
+
+    def inputs(self, case: Case) -> tuple[Workload, Checker]:
+        """The inputs of a call, and the check of its results.
+
+        Raises
+        ------
+        Exception
+            One of `out_of_memory`.
+        """
+
+    def ours(self, case: Case, work: Workload) -> Callable[[], Any]:
+        """Our call on these inputs."""
+
+    def peers(self, op: str) -> Sequence[str]:
+        """Names of those that do an operator's work."""
+
+    def peer(self, name: str, case: Case, work: Workload) -> Peer:
+        """A peer's call on these inputs.
+
+        Raises
+        ------
+        Skipped
+        """
+
+    def figures(self, case: Case, work: Workload, seconds: float) -> dict[str, Any]:
+        """What follows from the seconds of our call, as keys of a row."""
+
+    def reason(self, error: Exception) -> str | None:
+        """Why there are no figures after an error of our call; None where the error ends the run.
+
+        Raises
+        ------
+        LostError
+            As `check_alive`.
+        """
+
+    def check_alive(self, after: str) -> None:
+        """Raise `LostError` where the device stopped working; `after` says what happened before."""
+
+    def release(self) -> None:
+        """Give memory back that nobody holds any more."""
