@@ -1,0 +1,212 @@
+"""Exported models in ONNX Runtime, with the library and without, against Transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from small_models import TOPK, make, prompt  # noqa: E402
+
+from dsa_tvm import export  # noqa: E402
+from dsa_tvm.errors import ArgumentError, ModelError  # noqa: E402
+from dsa_tvm.models.onnx import Generator, export_model  # noqa: E402
+
+LENGTH, NEW = 300, 16
+#: Of logits of about 2 in float32.
+CLOSE = {"rtol": 0, "atol": 2e-5}
+#: One with a scaled rotary embedding, and one with a layer that has no indexer.
+KINDS = ("deepseek-yarn", "glm-shared")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: make(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def exported(models, tmp_path_factory):
+    """Directories of the exported models."""
+    made = {}
+    for kind, model in models.items():
+        model.set_attn_implementation("eager")
+        made[kind] = tmp_path_factory.mktemp("exported") / "model"
+        export_model(model, made[kind])
+        assert model.config._attn_implementation == "eager"
+    return made
+
+
+@pytest.fixture(scope="module")
+def generators(exported):
+    """By kind, and whether with the library."""
+    return {(kind, lib): Generator(exported[kind], library=lib, threads=1) for kind in KINDS for lib in (True, False)}
+
+
+def feeds(generator, ids, mask, capacity):
+    """Inputs of one run, with empty caches."""
+    caches = {
+        name: np.zeros((len(ids), capacity, value.shape[2]), np.float32) for name, value in generator._caches.items()
+    }
+    positions = np.where(mask.numpy() > 0, mask.numpy().cumsum(-1) - 1, -1)
+    return {"input_ids": ids.numpy(), "position_ids": positions, "logits_to_keep": np.arange(ids.shape[1]), **caches}
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["library", "bodies"])
+@pytest.mark.parametrize("s_q", [1, 7, LENGTH])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill(kind, s_q, library, models, generators):
+    """Logits of every token; tokens are dropped in the long ones."""
+    assert LENGTH > 3 * TOPK
+    generator = generators[kind, library]
+    for batch, padding in ((1, 0), (3, min(40, (s_q - 1) // 3))):
+        ids, mask = prompt(batch, s_q, padding)
+        out = generator.session.run(["logits"], feeds(generator, ids, mask, s_q + 9))[0]
+        for implementation in ("eager", "dsa_tvm"):
+            models[kind].set_attn_implementation(implementation)
+            with torch.no_grad():
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                expected = models[kind](ids, attention_mask=mask, position_ids=positions).logits
+            real = mask.bool()
+            torch.testing.assert_close(torch.from_numpy(out)[real], expected[real], **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def generated(models):
+    """What `model.generate` says, once for each question."""
+    kept = {}
+
+    def ask(kind, batch, padding, implementation):
+        key = (kind, batch, padding, implementation)
+        if key not in kept:
+            ids, mask = prompt(batch, LENGTH, padding)
+            models[kind].set_attn_implementation(implementation)
+            with torch.no_grad():
+                made = models[kind].generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+            kept[key] = made[:, LENGTH:].tolist()
+        return kept[key]
+
+    return ask
+
+
+def prompts_of(ids, mask):
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["library", "bodies"])
+@pytest.mark.parametrize(("batch", "padding"), [(1, 0), (3, 40)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens(kind, batch, padding, library, generators, generated):
+    """Those of `model.generate`, with the prompt in one piece and in pieces, one of which is padding for some."""
+    ids, mask = prompt(batch, LENGTH, padding)
+    for chunk in (1000, 71):
+        seen: list[tuple[int, int]] = []
+
+        def progress(done, of, seen=seen):
+            seen.append((done, of))
+
+        got = generators[kind, library].generate(prompts_of(ids, mask), NEW, chunk=chunk, progress=progress)
+        for implementation in ("eager", "dsa_tvm"):
+            assert got == generated(kind, batch, padding, implementation)
+        assert seen[-1] == (LENGTH, LENGTH) and len(seen) == -(-LENGTH // chunk)
+    timing = generators[kind, library].timing
+    assert timing.prefill_tokens == int(mask.sum()) and timing.decode_tokens == batch * (NEW - 1)
+    assert "prefill" in str(timing) and "decode" in str(timing)
+
+
+def test_a_sequence_ends_at_its_token(generators, generated):
+    """And the others go on as they would without it."""
+    ids, mask = prompt(3, LENGTH, 40)
+    expected = generated("glm-shared", 3, 40, "eager")
+    ends = frozenset([expected[1][4]])
+    got = generators["glm-shared", True].generate(prompts_of(ids, mask), NEW, eos_token_ids=ends)
+    for mine, whole in zip(got, expected, strict=True):
+        stop = next((i + 1 for i, token in enumerate(whole) if token in ends), NEW)
+        assert mine == whole[:stop]
+    steps = list(generators["glm-shared", True].stream([[5] * 9], NEW, eos_token_ids=frozenset(range(256))))
+    assert len(steps) == 1
+
+
+def test_caches_stay_where_they_are(generators, monkeypatch):
+    """One memory from the first chunk to the last step, in which every row has its token."""
+    generator, seen = generators["deepseek-yarn", True], []
+    run = generator._run
+
+    def watched(ids, positions, keep, caches):
+        before = {name: value.numpy().copy() for name, value in caches.items()}
+        out = run(ids, positions, keep, caches)
+        seen.append({name: value.data_ptr() for name, value in caches.items()})
+        for name, value in caches.items():
+            changed = (value.numpy() != before[name]).any(-1)
+            for row, at in zip(changed, positions, strict=True):
+                assert set(np.flatnonzero(row)) == set(at[at >= 0])
+        return out
+
+    monkeypatch.setattr(generator, "_run", watched)
+    ids, mask = prompt(2, 50, 10)
+    generator.generate(prompts_of(ids, mask), 5, chunk=20, capacity=60)
+    assert len(seen) == 3 + 4 and all(pointers == seen[0] for pointers in seen)
+
+
+def test_inputs_and_outputs(exported):
+    model = onnx.load(exported["glm-shared"] / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(str(exported["glm-shared"] / "model.onnx"))
+
+    def shapes(values):
+        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+    caches = {
+        f"past_key_values.layers.{layer}.{name}": ["batch", "capacity", width]
+        for layer in range(3)
+        for name, width in (("keys", 576), ("indexer_keys", 128))
+        if (layer, name) != (2, "indexer_keys")
+    }
+    tokens = ["batch", "s_q"]
+    inputs = {"input_ids": tokens, "position_ids": tokens, "logits_to_keep": ["n"]}
+    assert shapes(model.graph.input) == inputs | {f"input.{name}": shape for name, shape in caches.items()}
+    outputs = {"logits": ["batch", "n", 256]}
+    assert shapes(model.graph.output) == outputs | {f"output.{name}": shape for name, shape in caches.items()}
+    ours = [node.op_type for node in model.graph.node if node.domain == "ai.dsa"]
+    assert {name: ours.count(name) for name in set(ours)} == {"WriteRows": 5, "IndexerTopK": 2, "SparseMLA": 3}
+    assert {function.name for function in model.functions} == set(ours)
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["library", "bodies"])
+def test_a_position_behind_the_capacity_is_an_error(library, generators):
+    generator = generators["deepseek-yarn", library]
+    ids, mask = prompt(2, 10)
+    inputs = feeds(generator, ids, mask, 9)
+    with pytest.raises(Exception, match="out of data bounds"):
+        generator.session.run(["logits"], inputs)
+
+
+def test_arguments(generators, exported, tmp_path):
+    generator = generators["deepseek-yarn", True]
+    for expected, prompts, new, options in (
+        ("prompts: expected one at least, got none", [], 1, {}),
+        ("prompts: 1: expected a token at least, got none", [[1], []], 1, {}),
+        (r"prompts: 0: expected tokens in 0\.\.255, got 3 to 256", [[3, 256]], 1, {}),
+        (r"prompts: 0: expected tokens in 0\.\.255, got -1 to 3", [[3, -1]], 1, {}),
+        ("max_new_tokens: expected 1 at least, got 0", [[1]], 0, {}),
+        ("chunk: expected 1 at least, got 0", [[1]], 1, {"chunk": 0}),
+        (r"expected at most 9 \(capacity\), got 10", [[1, 2]], 8, {"capacity": 9}),
+        (r"expected at most 163840 \(max_position_embeddings\), got 163841", [[1]], 163840, {}),
+    ):
+        with pytest.raises(ArgumentError, match=expected):
+            generator.stream(prompts, new, **options)
+    with pytest.raises(ArgumentError, match="threads: expected 0 for all"):
+        Generator(exported["deepseek-yarn"], threads=-1)
+    with pytest.raises(ModelError, match=r"config\.json: expected the file of an exported model, got none"):
+        Generator(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"expected a directory with model\.onnx, got none"):
+        Generator(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ModelError, match="expected a model that ONNX Runtime can load"):
+        Generator(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(export.build_model("topk", topk=4).SerializeToString())
+    with pytest.raises(ModelError, match="expected a model that dsa-tvm export has made, got inputs logits, ks, ke"):
+        Generator(tmp_path)
