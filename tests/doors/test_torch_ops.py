@@ -40,7 +40,7 @@ def arguments(name, device, s_q=3, s_kv=200, dtype=torch.float32, key_dtype=None
         "topk": (torch.randn(s_q, s_kv), ks, ke),
         "indexer_topk": (*index, ks, ke, torch.rand(s_kv)),
         "sparse_mla": (q, kv, indices, torch.randn(4)),
-        "sparse_mla_fp8": (q.bfloat16(), dsa_tvm.pack_mla_rows(kv), indices, torch.randn(4)),
+        "sparse_mla_fp8": (q.bfloat16(), dsa_tvm.pack_mla_rows(kv.float()), indices, torch.randn(4)),
         "dsa_attention": (*index, ks, ke, q, kv, torch.rand(s_kv), torch.randn(4)),
         "write_rows": (kv[None], q[None, :, 0].contiguous(), torch.randint(-2, s_kv, (1, s_q), dtype=torch.int32)),
     }[name]
