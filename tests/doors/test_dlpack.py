@@ -11,7 +11,7 @@ import pytest
 import dsa_tvm
 from dsa_tvm.ops import OPS
 from dsa_tvm.runtime import dlpack
-from dsa_tvm.runtime.dlpack import Tensor, _capsule_pointer
+from dsa_tvm.runtime.dlpack import Tensor, capsule_pointer
 from dsa_tvm.runtime.tensors import as_tensor
 
 
@@ -197,7 +197,7 @@ def test_an_offset_that_wraps_around_is_refused(offset):
     class Wrapping(Foreign):
         def __dlpack__(self, **kwargs):
             capsule = self.array.__dlpack__()
-            Tensor.from_address(_capsule_pointer(capsule, b"dltensor")).byte_offset = offset
+            Tensor.from_address(capsule_pointer(capsule, b"dltensor")).byte_offset = offset
             return capsule
 
     with pytest.raises(dsa_tvm.ArgumentError, match="topk: logits: expected an address of 64 bits, got data 0x"):
