@@ -12,6 +12,7 @@ from ..errors import ArgumentError, RecordError
 from ..ops import OPS
 from ..presets import PRESETS
 from ..runtime.files import expect_writable, write_atomically
+from ..terminal.extras import expect_installed
 from ..terminal.text import digits, table
 from . import choice, curve, gpu_choice
 from .log import Damage, Log, default_directory, logs, merge
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     place(show, nargs="?")
     show.add_argument("--op", choices=list(choice.BUCKETS), help="only this operator")
     show.add_argument("--shape", type=_shape, metavar="S_QxS_KV", help="only this size, such as 1x32768")
-    show.add_argument("--png", type=Path, metavar="FILE", help="draw the curve of one search into FILE")
+    show.add_argument(
+        "--png", type=Path, metavar="FILE", help="draw the curve of one search into FILE, with matplotlib"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         There is no such directory, a file cannot be written, or `verify` found damage.
     ArgumentError
         A picture of more or less than one search.
+    DsaError
+        A picture without matplotlib.
     """
     args.action(args)
 
@@ -136,6 +141,7 @@ def _show(args: argparse.Namespace) -> None:
             )
         if not any(record.kind == "trial" for records in searches.values() for record in records):
             raise ArgumentError("records show: png: expected a search with trials, got only finals: there is no curve")
+        expect_installed("records show: png", "plot", "matplotlib")
         _try_png(args.png)
     for (target, op, types, shape, machine), records in searches.items():
         print(f"{_heading(target, op, types, dict(shape))}  on {machine}")

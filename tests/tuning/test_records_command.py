@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import struct
-import zlib
+import io
+import sys
 
+import numpy as np
 import pytest
 from tuning_records import make
 
-from dsa_tvm.errors import ArgumentError, RecordError
+from dsa_tvm.errors import ArgumentError, DsaError, RecordError
 from dsa_tvm.records import Log, command, curve
 
 
@@ -119,6 +120,7 @@ def test_show(directory, capsys):
 
 
 def test_show_a_picture(directory, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     file = tmp_path / "curve.png"
     with pytest.raises(ArgumentError, match="png: expected one search, got 2"):
         run("show", directory, "--png", file)
@@ -126,6 +128,15 @@ def test_show_a_picture(directory, tmp_path, capsys):
         run("show", directory, "--shape", "1x32768", "--png", directory)
     run("show", directory, "--shape", "1x32768", "--png", file)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_a_picture_without_matplotlib(directory, tmp_path, capsys, monkeypatch):
+    """Before anything is printed or written."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    file = tmp_path / "curve.png"
+    with pytest.raises(DsaError, match=r"png: expected matplotlib to be installed.*pip install 'dsa_tvm\[plot\]'"):
+        run("show", directory, "--shape", "1x32768", "--png", file)
+    assert not file.exists() and not capsys.readouterr().out
 
 
 def test_merge(directory, log, tmp_path, capsys):
@@ -160,28 +171,29 @@ def test_curve_as_text():
     assert wide[:2] == [" 2.000 |     *****", " 1.000 |*****"]
 
 
-def pixels(png):
-    """Rows of an eight-bit grey PNG without filters; every checksum is looked at."""
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, at = {}, 8
-    while at < len(png):
-        (length,) = struct.unpack_from(">I", png, at)
-        kind, data = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
-        assert struct.unpack_from(">I", png, at + 8 + length)[0] == zlib.crc32(kind + data)
-        chunks[kind], at = data, at + 12 + length
-    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
-    width, height, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert rest == [8, 0, 0, 0, 0]
-    data = zlib.decompress(chunks[b"IDAT"])
-    rows = [data[y * (width + 1) : (y + 1) * (width + 1)] for y in range(height)]
-    assert len(data) == height * (width + 1) and all(row[0] == 0 for row in rows)
-    return [row[1:] for row in rows]
+def heights(speedups):
+    """Of the curve in its picture, in pixels above the axis of the trials, from left to right."""
+    image = pytest.importorskip("matplotlib.image")
+    pixels = image.imread(io.BytesIO(curve.as_png(speedups, width=500, height=300)))
+    assert pixels.shape[:2] == (300, 500)
+    colors = pixels[:, :, :3]
+    # The curve alone has a colour; the axes are dark.
+    drawn = colors.max(2) - colors.min(2) > 0.3
+    axis = np.flatnonzero((colors.max(2) < 0.3).sum(1) > 300)[-1]
+    columns = np.flatnonzero(drawn.any(0))
+    return columns, np.array([axis - np.flatnonzero(drawn[:, x]).mean() for x in columns])
 
 
 def test_curve_as_png():
     """A line that goes up once, in the middle, from the bottom to the top."""
-    rows = pixels(curve.as_png([1.0] * 50 + [2.0] * 50, width=256, height=124))
-    black = [[y for y in range(100) if rows[y][x] == 0] for x in range(60, 256)]
-    assert all(len(column) == 2 for column in (*black[:90], *black[102:]))
-    assert max(black[0]) - max(black[-1]) == 89 and max(map(len, black)) > 85
-    assert any(0 in row[:50] for row in rows) and any(0 in row[56:] for row in rows[105:])
+    columns, found = heights([1.0] * 50 + [2.0] * 25 + [0.0] * 25)
+    middle = (columns[0] + columns[-1]) / 2
+    left, right = found[columns < middle - 3], found[columns > middle + 3]
+    assert np.ptp(left) == np.ptp(right) == 0 and 0 < left[0] < 10 and right[0] - left[0] > 200
+
+
+def test_a_curve_of_one_trial():
+    """A failed one is a line at the bottom, and one that was better a line at the top."""
+    for speedup, low, high in ((0.0, 0, 10), (3.0, 200, 300)):
+        columns, found = heights([speedup])
+        assert len(columns) > 400 and np.ptp(found) == 0 and low < found[0] < high
