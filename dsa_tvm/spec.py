@@ -133,7 +133,7 @@ class TensorSpec:
         Whether the argument may be left out.
     packs : str, optional
         Name of the dimension of the numbers that are packed into each row of bytes, where the tensor is one of those;
-        `packing` has what packs them.
+        `ops.packed_rows` has the format.
     may_be : str, optional
         Of an output: name of the input of the same type and shape whose memory it may be, all of it. It then changes
         that input, and what the operator would have copied stays where it is. All other overlap is refused.

@@ -178,11 +178,19 @@ def _errors_of_files() -> Iterator[None]:
 
 
 def _kernels(compiled: Compiled) -> dict[str, list[dict]]:
-    """Which decisions serve what: the first row with at least a call's lengths takes it."""
-    return {
-        op: [{"s_q": row.s_q, "s_kv": row.s_kv, "decisions": asdict(row.decisions)} for row in rows]
-        for op, rows in compiled.kernels.items()
-    }
+    """Which decisions serve what: the first row with a call's element types and at least its lengths takes it.
+
+    A row says which element types it serves where those of its operator are compiled with different decisions.
+    """
+    tables: dict[str, list[dict]] = {}
+    for op, rows in compiled.kernels.items():
+        differ = len({tuple(row.symbols) for row in rows}) > 1
+        tables[op] = [
+            {"s_q": row.s_q, "s_kv": row.s_kv, "decisions": asdict(row.decisions)}
+            | ({"types": [list(types) for types in row.symbols]} if differ else {})
+            for row in rows
+        ]
+    return tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

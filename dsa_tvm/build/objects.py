@@ -10,9 +10,10 @@ from typing import Any
 import tvm
 import tvm_ffi
 
+from ..records.choice import Row
 from ..schedules import BASES, CPU, CPU_TARGETS, cpu_kernel, cpu_variants
 from .kernel_table import Kernels
-from .plan import Plan
+from .plan import Plan, Types
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,25 @@ def _added(
     return name
 
 
+def shared(rows_of: Mapping[Types, Sequence[Row]]) -> list[tuple[Sequence[Row], list[Types]]]:
+    """Each table once, with the element types that have it."""
+    found: list[tuple[Sequence[Row], list[Types]]] = []
+    for types, rows in rows_of.items():
+        known = next((sharing for table, sharing in found if table == rows), None)
+        if known is None:
+            found.append((rows, [types]))
+        else:
+            known.append(types)
+    return found
+
+
 def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]) -> dict[str, Compiled]:
     """Compile every kernel of a plan, equal ones once: rows may differ in decisions that do not shape the code.
 
     Parameters
     ----------
     plan : mapping
-        Target to operator to rows.
+        Target to operator to element types to rows.
     directory : Path
         Receives ``<target>.o``.
     progress : callable
@@ -79,13 +92,14 @@ def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]
     for target, tables in plan.items():
         functions: dict[str, tvm.tirx.PrimFunc] = {}
         kernels: dict[str, list[Kernels]] = {}
-        for op, rows in tables.items():
+        for op, rows_of in tables.items():
             kernels[op] = []
-            for row in rows:
-                decisions = CPU[op].Decisions(**row.decisions)
-                variants = cpu_variants(op, target)
-                symbols = {tuple(v.values()): _added(functions, op, v, target, decisions) for v in variants}
-                kernels[op].append(Kernels(row.s_q_max, row.s_kv_max, decisions, symbols))
+            variants = {tuple(variant.values()): variant for variant in cpu_variants(op, target)}
+            for rows, sharing in shared(rows_of):
+                for row in rows:
+                    decisions = CPU[op].Decisions(**row.decisions)
+                    symbols = {t: _added(functions, op, variants[t], target, decisions) for t in sharing}
+                    kernels[op].append(Kernels(row.s_q_max, row.s_kv_max, decisions, symbols))
         progress(f"compiling {len(functions)} kernels for {target}")
         path = directory / f"{target}.o"
         write_object(functions, target, path)

@@ -7,13 +7,16 @@ from dataclasses import asdict
 from types import ModuleType
 
 from ..errors import BuildError
+from ..ops import OPS
 from ..presets import Preset
 from ..records import Record
 from ..records.choice import Row, choose
 from ..schedules import BASES, CPU, CPU_TARGETS, cpu_variants, space
 
-#: Target to operator to rows, of which the last takes all calls.
-Plan = Mapping[str, Mapping[str, Sequence[Row]]]
+#: Element types of an operator's type variables, in order.
+Types = tuple[str, ...]
+#: Target to operator to element types to rows, of which the last takes all calls.
+Plan = Mapping[str, Mapping[str, Mapping[Types, Sequence[Row]]]]
 
 
 def with_bases(targets: Iterable[str]) -> tuple[str, ...]:
@@ -23,8 +26,11 @@ def with_bases(targets: Iterable[str]) -> tuple[str, ...]:
 
 def make(
     targets: Iterable[str], records: Sequence[Record], preset: Preset, progress: Callable[[str], None]
-) -> dict[str, dict[str, list[Row]]]:
+) -> dict[str, dict[str, dict[Types, list[Row]]]]:
     """The rows of every operator on every target that has kernels of its own for it.
+
+    The finals of a kernel's own element types decide what it is compiled with. A kernel that has none follows one that
+    was measured: with the same queries if there is one, else the first, and `progress` is told.
 
     Parameters
     ----------
@@ -34,28 +40,57 @@ def make(
     preset : Preset
         Only records of its sizes count.
     progress : callable
-        Takes a line of text for every record that the kernel factory refuses.
+        Takes a line of text for every record that the kernel factory refuses, and for every operator some of whose
+        kernels follow what was measured in other element types.
 
     Raises
     ------
     BuildError
         A target that is not one of `CPU_TARGETS`.
     """
-    plan: dict[str, dict[str, list[Row]]] = {}
+    plan: dict[str, dict[str, dict[Types, list[Row]]]] = {}
     for target in targets:
         if target not in CPU_TARGETS:
             raise BuildError(f"target: expected one of {', '.join(CPU_TARGETS)}, got {target}")
         plan[target] = {}
         for op, module in CPU.items():
-            variants = cpu_variants(op, target)
-            if not variants:
-                continue
-            # The first element types stand for all: every variant is compiled with the same decisions.
-            types = tuple(variants[0].values())
-            finals = [r for r in records if (r.op, r.target, r.types, r.kind) == (op, target, types, "final")]
-            usable = [r for r in finals if _is_taken(module, r, progress)]
-            plan[target][op] = choose(op, usable, asdict(module.DEFAULT[target]), preset.lengths)
+            variants = [tuple(variant.values()) for variant in cpu_variants(op, target)]
+            finals = [r for r in records if (r.op, r.target, r.kind) == (op, target, "final")]
+            default = asdict(module.DEFAULT[target])
+            rows: dict[Types, list[Row]] = {}
+            followed: dict[Types, list[Types]] = {}
+            # A final that failed, or that is not usable, was measured too: its kernel does not follow another's.
+            measured = [types for types in variants if any(r.types == types and _fits(r, preset) for r in finals)]
+            for types in variants:
+                like = types if types in measured else _followed(types, measured)
+                own = [r for r in finals if r.types == like]
+                if like not in rows:
+                    usable = [r for r in own if _is_taken(module, r, progress)]
+                    rows[like] = choose(op, usable, default, preset.lengths)
+                rows[types] = rows[like]
+                if like != types and any(row.decisions != default for row in rows[like]):
+                    followed.setdefault(like, []).append(types)
+            for like, unmeasured in followed.items():
+                serves = ", ".join(map(_in_words, unmeasured))
+                progress(f"{op} on {target}: what was tuned for {_in_words(like)} serves {serves}, not measured there")
+            if variants:
+                plan[target][op] = {types: rows[types] for types in variants}
     return plan
+
+
+def _fits(record: Record, preset: Preset) -> bool:
+    """Whether a record was measured with the lengths of a model."""
+    lengths = preset.lengths
+    return all(record.shape[name] == lengths[name] for name in OPS[record.op].dims if name not in ("s_q", "s_kv"))
+
+
+def _followed(types: Types, measured: Sequence[Types]) -> Types:
+    """Whose decisions a kernel gets that was not measured; its own, which are DEFAULT, where none was."""
+    return next((known for known in measured if known[:1] == types[:1]), measured[0] if measured else types)
+
+
+def _in_words(types: Types) -> str:
+    return "/".join(dict.fromkeys(types))
 
 
 def _is_taken(module: ModuleType, record: Record, progress: Callable[[str], None]) -> bool:

@@ -23,7 +23,7 @@ BUCKETS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "sparse_mla_fp8": ((1, 65536), (64, 65536), (256, 65536)),
 }
 #: The element types that are measured, in the order of the operator's type variables. Others have the decisions of one
-#: of them: `compiler.cuda_plan`.
+#: of them: `build.cuda.plan`.
 TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "lightning_indexer": (("bfloat16", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn")),
     "topk": ((),),

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-
-import tvm
 
 from ..build.candidates import Linker
 from ..errors import BuildError
 from ..runtime.machine import usable_cpus
 from ..schedules import CPU, space
+from .builder import CandidateBuilder
 from .failures import WorkerError, no_default, patiently
 from .fleet import Remote
-from .search import Search
 from .source import Decisions
 from .tasks import Effort, Task
 from .workers import Request, Workers
 
 
-class Builder:
+class Builder(CandidateBuilder):
     """Builds the candidates of a job for CPUs: its `source.Source`.
 
     Parameters
@@ -49,27 +45,17 @@ class Builder:
         seconds: float = 120.0,
         modules: Mapping[str, ModuleType] = CPU,
     ) -> None:
-        self._workers, self._directory, self._cc, self._seconds = workers, directory, cc, seconds
-        self.modules = modules
-        self._numbers = itertools.count()
-        self._linkers: dict[str, tuple[Linker, Path]] = {}
-        self.versions = {"tvm": tvm.__version__}
+        super().__init__(workers, directory, seconds)
+        self._cc, self.modules = cc, modules
+        self._linkers: dict[tuple[str, tuple[str, ...]], tuple[Linker, Path]] = {}
 
-    def default(self, task: Task) -> dict[str, int]:
-        """DEFAULT of the task's kernel as plain values."""
-        return asdict(self.modules[task.op].DEFAULT[task.target])
-
-    def search(self, task: Task, seed: int, batch: int) -> Search:
-        """MetaSchedule's, over the decisions of the task's kernel."""
-        return Search(task.op, self.modules[task.op], task.target, seed=seed, batch=batch)
+    def space(self, task: Task) -> space.Module:
+        """The task's kernel module."""
+        return self.modules[task.op]
 
     def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
         """Measure a library, here or on a machine of a fleet."""
         return ("measure", (str(library), task, effort, remote))
-
-    def discard(self, library: Path) -> None:
-        """Remove it: a job makes thousands."""
-        library.unlink()
 
     def baseline(self, task: Task) -> Path:
         """A library whose candidate is DEFAULT itself.
@@ -79,17 +65,13 @@ class Builder:
         DsaError
             It does not compile or link.
         """
-        ((_, outcome),) = self.libraries(task, [self.default(task)])
-        if isinstance(outcome, WorkerError):
-            raise no_default(task.title, outcome)
-        return outcome
+        return self._expected(task, self.libraries(task, [self.default(task)]))
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
         """A library for each of `proposals`, in any order, or why there is none."""
         linker, default = self._linker(task)
         module = self.modules[task.op]
-        # A name of its own for every library: the loader takes one of the same name for one that it has.
-        paths = [self._directory / f"{task.op}.{next(self._numbers)}.o" for _ in proposals]
+        paths = [self._path(task, ".o") for _ in proposals]
         requests = [self._request(task, d, p) for d, p in zip(proposals, paths, strict=True)]
 
         def link(i: int) -> Path | WorkerError:
@@ -116,15 +98,16 @@ class Builder:
                 yield i, future.result()
 
     def _linker(self, task: Task) -> tuple[Linker, Path]:
-        """Made once for each operator, with the object of DEFAULT that every candidate is measured against."""
-        if task.op not in self._linkers:
-            default = self._directory / f"{task.op}.default.o"
+        """Made once for each kernel, with the object of DEFAULT that every candidate is measured against."""
+        key = (task.op, task.types)
+        if key not in self._linkers:
+            default = self._path(task, ".default.o")
             try:
                 self._workers.ask(self._request(task, self.default(task), default, "default"), self._seconds)
             except WorkerError as error:
                 raise no_default(task.title, error) from error
-            self._linkers[task.op] = (self._new_linker(task), default)
-        return self._linkers[task.op]
+            self._linkers[key] = (self._new_linker(task), default)
+        return self._linkers[key]
 
     def _new_linker(self, task: Task) -> Linker:
         directory = Path(tempfile.mkdtemp(dir=self._directory))
@@ -132,4 +115,4 @@ class Builder:
 
     def _request(self, task: Task, decisions: Decisions, path: Path, suffix: str = "candidate") -> Request:
         module = self.modules[task.op].__name__
-        return ("compile", (module, task.op, task.target, dict(decisions), suffix, str(path)))
+        return ("compile", (module, task.op, dict(task.variant), task.target, dict(decisions), suffix, str(path)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import env, presets
 from ..errors import ArgumentError, DsaError
+from ..ops import OPS
 from ..records import choice, gpu_choice
 from ..runtime import library
 from ..runtime.files import expect_writable_directory, scratch
@@ -21,7 +22,7 @@ from .failures import WorkerError
 from .fleet import Remote
 from .gpu import command as cuda_command
 from .summary import summary
-from .tasks import Task, parse_shape
+from .tasks import Task, parse_shape, variants_of
 from .workers import Workers, pool_size
 
 
@@ -38,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", default=presets.DEFAULT, help=f"sizes of a model (default: {presets.DEFAULT})")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="S_QxS_KV", help="sizes (default: every bucket)")
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        default=[],
+        metavar="TYPE",
+        help="element types of the queries (default: float32 on CPUs; on GPUs bfloat16 and float8_e4m3fn)",
+    )
     parser.add_argument("--trials", type=int, default=64, help="candidates for each kernel and size (default: 64)")
     parser.add_argument("--timeout", type=float, default=math.inf, metavar="S", help="begin no trial after S seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[], help="time with these (default: 1 and all CPUs)")
@@ -89,12 +97,17 @@ def run(args: argparse.Namespace) -> None:
 
         active = library.active_target()
         target = args.target or BASES.get(active, active)
-        # What is tuned is tuned in float32, for which these have no kernels.
+        # These have kernels for some element types only, not float32, and DEFAULT decisions.
         tunable = [name for name in CPU_TARGETS if name not in BASES]
         if target not in tunable:
             raise ArgumentError(f"tune: target: expected one of {', '.join(tunable)}, got {target!r}")
         ops = list(choice.BUCKETS) if args.op == "all" else [args.op]
-        tasks = [Task(op, target, preset, *shape) for op in ops for shape in shapes or choice.buckets(op)]
+        tasks = [
+            Task(op, target, preset, *shape, types)
+            for op in ops
+            for types in variants_of(op, args.types, [None])
+            for shape in shapes or choice.buckets(op)
+        ]
         builder = Builder(workers, directory, args.cc)
         print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
         request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
@@ -132,6 +145,11 @@ def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, l
         raise ArgumentError(f"tune: trials: expected at least 1, got {args.trials}")
     if not args.timeout > 0:
         raise ArgumentError(f"tune: timeout: expected a positive number of seconds, got {args.timeout}")
+    queries = {variant["T"] for op in known for variant in OPS[op].variants if variant and args.op in ("all", op)}
+    for dtype in args.types:
+        if dtype not in queries:
+            expected = f"one of {', '.join(sorted(queries))}" if queries else f"none with {args.op}"
+            raise ArgumentError(f"tune: types: expected {expected}, got {dtype!r}")
     for threads in args.threads:
         if threads not in THREADS:
             raise ArgumentError(f"tune: threads: expected 1..{THREADS[-1]}, got {threads}")

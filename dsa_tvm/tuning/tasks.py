@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,10 @@ from ..spec import INT32_MAX, completed
 _LOAD_BYTES_PER_SECOND = 512e9
 
 
+#: Element types of an operator's type variables, in order.
+Types = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Task:
     """One operator at one size.
@@ -34,7 +38,7 @@ class Task:
     s_q, s_kv : int
     element_types : tuple of str, optional
         Those that are timed, in the order of the operator's type variables. By default those of the first variant,
-        float32: on CPUs the others share its decisions.
+        float32.
     """
 
     op: str
@@ -120,6 +124,24 @@ class Effort:
     threads: tuple[int, ...]
     seconds: float
     rounds: tuple[int, int]
+
+
+def variants_of(op: str, types: Sequence[str], default: Sequence[Types | None]) -> Sequence[Types | None]:
+    """The element types that an operator is tuned in.
+
+    Parameters
+    ----------
+    op : str
+        Key of `OPS`.
+    types : sequence of str
+        Those of the queries that were asked for.
+    default : sequence of tuple of str
+        Where nothing was asked for, or the operator has no choice.
+    """
+    variants = OPS[op].variants
+    if not types or not variants[0]:
+        return default
+    return [tuple(variant.values()) for variant in variants if variant["T"] in types]
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -49,15 +49,16 @@ def receive(file: IO[bytes]) -> Any:
     return pickle.loads(data)
 
 
-def compile_object(module: str, op: str, target: str, decisions: Mapping[str, int], suffix: str, path: str) -> None:
+def compile_object(
+    module: str, op: str, variant: Mapping[str, str], target: str, decisions: Mapping[str, int], suffix: str, path: str
+) -> None:
     """Compile one candidate's kernel to an object file; `suffix` keeps its symbols apart from another's."""
     from ..build.candidates import compile_kernel
-    from ..ops import OPS
     from ..schedules import space
 
     kernels = importlib.import_module(module)
     chosen = space.kernel_decisions(kernels, decisions)
-    compile_kernel(op, OPS[op].variants[0], target, chosen, suffix, path, kernels)
+    compile_kernel(op, variant, target, chosen, suffix, path, kernels)
 
 
 def _of_cpu() -> dict[str, Callable[..., Any]]:

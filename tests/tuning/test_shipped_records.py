@@ -15,6 +15,7 @@ from dsa_tvm.ops import OPS
 from dsa_tvm.records import choice
 from dsa_tvm.runtime import library
 from dsa_tvm.tuning import measure
+from dsa_tvm.tuning.problem import Problem
 from dsa_tvm.tuning.tasks import Task, irregular
 
 READ, DAMAGED = records.read_directory(records.default_directory())
@@ -33,35 +34,48 @@ def runs(target):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
 
 
-@pytest.fixture(scope="module", params=PLACES, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[(target, op, variant) for target, op in PLACES for variant in OPS[op].variants],
+    ids=lambda x: "-".join((*x[:2], *x[2].values())),
+)
 def place(request, tmp_path_factory):
-    """A target and an operator, and what links and loads candidates of them."""
-    target, op = request.param
+    """A target, an operator and element types, and what links and loads candidates of them."""
+    target, op, variant = request.param
     if not runs(target):
         pytest.skip(f"this machine does not run {target}")
     directory = tmp_path_factory.mktemp("shipped")
     default = directory / "default.o"
-    compile_kernel(op, OPS[op].variants[0], target, CPU[op].DEFAULT[target], "default", default)
-    linker = Linker(op, tuple(OPS[op].variants[0].values()), target)
-    return target, op, default, linker, directory
+    compile_kernel(op, variant, target, CPU[op].DEFAULT[target], "default", default)
+    linker = Linker(op, tuple(variant.values()), target)
+    return target, op, variant, default, linker, directory
 
 
 def test_replay(place):
-    """Each record's decisions, on lengths that no tile divides."""
+    """The decisions of each record, in every element type that they decide for, on lengths that no tile divides.
+
+    Those that a library does not hold are replayed in the types that they were measured in.
+    """
     import tvm
 
-    target, op, default, linker, directory = place
+    target, op, variant, default, linker, directory = place
+    types = tuple(variant.values())
     mine = [r for r in READ if (r.target, r.op) == (target, op)]
-    task = Task(op, target, presets.get("deepseek-v3.2"), 5, 3001)
-    for i, decisions in enumerate({tuple(sorted(r.decisions.items())): r.decisions for r in mine}.values()):
+    rows = choice.choose(op, mine, vars(CPU[op].DEFAULT[target]), vars(presets.get("deepseek-v3.2")))
+    held = [row.decisions for row in rows]
+    task = Task(op, target, presets.get("deepseek-v3.2"), 5, 3001, types)
+    work = irregular(task)
+    problem = Problem.of(work, variant, range(work.lengths["s_q"]))
+    replayed = [r.decisions for r in mine if r.types == types or r.decisions in held]
+    for i, decisions in enumerate({tuple(sorted(d.items())): d for d in replayed}.values()):
         chosen = space.kernel_decisions(CPU[op], decisions)
         candidate = directory / f"{i}.o"
-        compile_kernel(op, OPS[op].variants[0], target, chosen, "candidate", candidate)
+        compile_kernel(op, variant, target, chosen, "candidate", candidate)
         path = directory / f"{i}.so"
         linker.link(default, CPU[op].DEFAULT[target], candidate, chosen, path)
         module = tvm.runtime.load_module(str(path))
         for threads in (1, 3):
-            measure.check(module, tvm.cpu(), irregular(task), measure.CANDIDATE, threads)
+            measure.check(module, tvm.cpu(), problem, measure.CANDIDATE, threads)
 
 
 @pytest.mark.parametrize(("target", "op"), PLACES)

@@ -101,6 +101,16 @@ def test_resume(finished):
     assert len(trials(log_of(output))) == 12
 
 
+def test_element_types(tmp_path):
+    """Of the attention, for which others than float32 are asked for."""
+    arguments = ("sparse_mla", "--types", "bfloat16", "--target", TARGET, "--preset", "glm-5", "--shapes", "1x64")
+    done = tune(*arguments, "--output", str(tmp_path), "--threads", "1", "--trials", "2")
+    assert done.returncode == 0, done.stderr
+    found = trials(log_of(tmp_path, "sparse_mla"))
+    assert len(found) == 2 and {(r.types, r.error) for r in found} == {(("bfloat16",), None)}
+    assert "sparse_mla bfloat16 1x64" in done.stdout + done.stderr
+
+
 def test_damaged_log(finished, tmp_path):
     """A job goes on after its log was damaged, says so and measures the damaged trials' number again."""
     output, arguments, _ = finished
@@ -383,6 +393,9 @@ def test_two_jobs_one_log(finished, tmp_path):
         (["topk", "--trials", "0"], "trials: expected at least 1, got 0"),
         (["topk", "--timeout", "-1"], "timeout: expected a positive number"),
         (["topk", "--threads", "0"], "threads: expected 1..1024, got 0"),
+        (["topk", "--types", "float32"], "types: expected none with topk, got 'float32'"),
+        (["sparse_mla", "--types", "int8"], "types: expected one of bfloat16, float16, float32, got 'int8'"),
+        (["--measure", "built", "--types", "float16"], "types: expected none beside --measure"),
         (["topk", "--shapes", "8"], "shapes: expected S_QxS_KV such as 1x32768, got '8'"),
         (["topk", "--rpc", "nowhere"], "rpc: expected HOST:PORT"),
         (["topk", "--rpc", "localhost:9190"], "key: expected the key"),

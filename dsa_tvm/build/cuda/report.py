@@ -106,7 +106,8 @@ def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
         for op, rows in tables.items():
             for row in rows:
                 decisions = ", ".join(f"{name} {value}" for name, value in row["decisions"].items())
-                yield f"{target} {op} (s_q <= {row['s_q']}, s_kv <= {row['s_kv']}): {decisions}"
+                types = "".join(f" {'/'.join(dict.fromkeys(types))}" for types in row.get("types", ()))
+                yield f"{target} {op}{types} (s_q <= {row['s_q']}, s_kv <= {row['s_kv']}): {decisions}"
     if not manifest["cuda"]:
         return
     entries = manifest["cuda"]["resources"]

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-
-import tvm
 
 from ...build.cuda import candidates as cuda_candidates
 from ...build.cuda import kernels as cuda_kernels
 from ...build.cuda.candidates import Foundation, TunedKernel
 from ...build.cuda.space import Space
-from ..failures import WorkerError, no_default
+from ..builder import CandidateBuilder
+from ..failures import WorkerError
 from ..fleet import Remote
-from ..search import Search
 from ..source import Decisions
 from ..tasks import Effort, Task
 from ..workers import Request, Workers
 
 
-class CudaBuilder:
+class CudaBuilder(CandidateBuilder):
     """Builds the candidates of a job for GPUs: its `source.Source`.
 
     Parameters
@@ -48,13 +44,11 @@ class CudaBuilder:
         seconds: float = 900.0,
         operators: str = cuda_kernels.__name__,
     ) -> None:
-        self._workers, self._directory, self._cc, self._nvcc = workers, directory, cc, nvcc
-        self._seconds, self._operators = seconds, operators
-        self._numbers = itertools.count()
+        super().__init__(workers, directory, seconds)
+        self._cc, self._nvcc, self._operators = cc, nvcc, operators
         self._foundations: dict[tuple, Foundation] = {}
         self._baselines: dict[tuple, Path] = {}
         self._space = functools.cache(TunedKernel.space)
-        self.versions = {"tvm": tvm.__version__}
 
     def kernel(self, task: Task) -> TunedKernel:
         """What the task tunes."""
@@ -66,14 +60,6 @@ class CudaBuilder:
         """The decisions of the task's kernel."""
         return self._space(self.kernel(task))
 
-    def default(self, task: Task) -> dict[str, int]:
-        """DEFAULT of the task's kernel as plain values."""
-        return asdict(self.space(task).DEFAULT[task.target])
-
-    def search(self, task: Task, seed: int, batch: int) -> Search:
-        """MetaSchedule's, over the decisions of the task's kernel."""
-        return Search(task.op, self.space(task), task.target, seed=seed, batch=batch)
-
     def baseline(self, task: Task) -> Path:
         """The library of DEFAULT, made once for each operator and choice of element types.
 
@@ -84,19 +70,15 @@ class CudaBuilder:
         """
         key = (task.op, task.target, task.types, task.preset)
         if key not in self._baselines:
-            path = self._directory / f"{task.op}.{next(self._numbers)}.default.so"
-            ((_, outcome),) = self.compiled(task, [self.default(task)], [path])
-            if isinstance(outcome, WorkerError):
-                raise no_default(task.title, outcome)
-            self._baselines[key] = path
+            path = self._path(task, ".default.so")
+            self._baselines[key] = self._expected(task, self.compiled(task, [self.default(task)], [path]))
         return self._baselines[key]
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
         """A library for each of `proposals`, in any order, or why there is none."""
         # Not in the middle of a measurement.
         self.baseline(task)
-        # A name of its own for every library: the loader takes one of the same name for one that it has.
-        paths = [self._directory / f"{task.op}.{next(self._numbers)}.so" for _ in proposals]
+        paths = [self._path(task, ".so") for _ in proposals]
         yield from self.compiled(task, proposals, paths)
 
     def compiled(
@@ -115,14 +97,10 @@ class CudaBuilder:
         """Measure a library in turns with DEFAULT's."""
         return ("measure", (str(self.baseline(task)), str(library), task, effort))
 
-    def discard(self, library: Path) -> None:
-        """Remove it: a job makes hundreds."""
-        library.unlink()
-
     def _foundation(self, task: Task) -> Foundation:
         key = (task.op, task.target, task.types, task.preset)
         if key not in self._foundations:
-            directory = self._directory / f"{task.op}.{next(self._numbers)}.common"
+            directory = self._path(task, ".common")
             directory.mkdir(parents=True)
             self._foundations[key] = cuda_candidates.found(self.kernel(task), directory, self._cc, self._nvcc)
         return self._foundations[key]

@@ -1,4 +1,4 @@
-"""A library's operators called on a GPU's memory, and the inputs, outputs and references of such calls."""
+"""A library's operators called on a GPU's memory, and the inputs and outputs of such calls."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from ...benchmark import check
-from ...benchmark.workload import Workload
 from ...errors import BuildError, KernelError
 from ...gpu.driver import Memory, Stream
-from ...ops.element_types import STORAGE, decode, encode
+from ...ops.element_types import STORAGE, decode
 from ...runtime import loading
 from ...runtime.calls import Attribute, Options
 from ...runtime.dlpack import CUDA, View
 from ...runtime.loading import CheckedFile
 from ...runtime.tensors import Pack
 from ...spec import DLPACK_TYPES, ELEMENT_BYTES
+from ..problem import Problem
 
 #: What outputs and workspaces are filled with: NaN as any floating-point type, and no index.
 _NAN, _NO_INDEX = 0xFF, 0xB3
@@ -58,24 +55,18 @@ class Operands:
 
     Parameters
     ----------
-    work : Workload
-        float32; what the type variables stand for is rounded to `types`.
-    types : sequence of str
-        Element types in the order of the type variables.
+    problem : Problem
     """
 
-    def __init__(self, work: Workload, types: Sequence[str]) -> None:
-        spec = work.spec
-        self.spec, self.types = spec, tuple(types) or ("float32",)
-        variant = dict(zip(spec.variants[0], types, strict=True))
+    def __init__(self, problem: Problem) -> None:
+        self.spec = spec = problem.work.spec
         self._inputs: list[Memory] = []
         views: list[View | None] = []
-        for tensor in spec.inputs:
-            if tensor.name not in work.inputs:
+        for given in problem.inputs():
+            if given is None:
                 views.append(None)
                 continue
-            dtype = spec.dtype_of(tensor, variant)
-            bits = encode(work.inputs[tensor.name], dtype)
+            dtype, bits = given
             memory = Memory(bits.nbytes)
             memory.write(bits)
             self._inputs.append(memory)
@@ -83,9 +74,8 @@ class Operands:
         self.given = Pack(views)
         self.attributes = (Attribute * max(len(spec.attrs), 1))()
         for slot, attr in zip(self.attributes, spec.attrs, strict=False):
-            setattr(slot, "f" if attr.kind is float else "i", work.attrs[attr.name])
-        lengths = {**work.lengths, **{a.dim: work.attrs[a.name] for a in spec.attrs if a.dim}}
-        self._results = [(spec.dtype_of(t, variant), tuple(lengths[d] for d in t.shape)) for t in spec.outputs]
+            setattr(slot, "f" if attr.kind is float else "i", problem.work.attrs[attr.name])
+        self._results = problem.results()
         self.written: dict[str, Guarded] = {}
         views = []
         for tensor, (dtype, shape) in zip(spec.outputs, self._results, strict=True):
@@ -109,29 +99,6 @@ class Operands:
                 memory.read(bits[i], row * bits[i].nbytes)
             found.append(decode(bits, dtype))
         return found
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Inputs, the queries to look at, and what the reference says of them."""
-
-    work: Workload
-    operands: Operands
-    rows: Sequence[int]
-    references: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, work: Workload, types: Sequence[str], rows: Sequence[int]) -> Problem:
-        """With references for the inputs as `types` hold them."""
-        variant = dict(zip(work.spec.variants[0], types, strict=True))
-        exact = {}
-        for tensor in work.spec.inputs:
-            if tensor.name in work.inputs:
-                x = work.inputs[tensor.name]
-                cut = x if tensor.name in check.OF_KEYS else x[list(rows)]
-                dtype = work.spec.dtype_of(tensor, variant)
-                exact[tensor.name] = decode(encode(cut, dtype), dtype)
-        return cls(work, Operands(work, types), rows, work.spec.reference(**exact, **work.attrs))
 
 
 class Library:

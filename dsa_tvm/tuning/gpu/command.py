@@ -22,7 +22,7 @@ from ..job import Job, Options
 from ..prebuilt import Prebuilt
 from ..source import Source
 from ..summary import summary
-from ..tasks import Task
+from ..tasks import Task, variants_of
 from ..workers import Workers, pool_size
 from . import prebuild as cuda_prebuild
 
@@ -51,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
         raise ArgumentError("tune: measure: expected a directory that was built before, got --build-only beside it")
     if args.measure and args.target:
         raise ArgumentError("tune: target: expected none beside --measure, whose directory says it")
+    if args.measure and args.types:
+        raise ArgumentError("tune: types: expected none beside --measure, whose directory says them")
     if not is_asked_for(args):
         return
     for name in ("threads", "rpc"):
@@ -77,7 +79,10 @@ def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, in
     def tasks(target: str) -> list[Task]:
         sizes = {op: shapes or gpu_choice.BUCKETS[op] for op in ops}
         return [
-            Task(op, target, preset, *size, types) for op in ops for types in gpu_choice.TIMED[op] for size in sizes[op]
+            Task(op, target, preset, *size, types)
+            for op in ops
+            for types in variants_of(op, args.types, gpu_choice.TIMED[op])
+            for size in sizes[op]
         ]
 
     with (

@@ -7,9 +7,7 @@ TVM nor torch is imported.
 from __future__ import annotations
 
 import functools
-import math
 import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +19,13 @@ from ...gpu.architectures import tensor_flops
 from ...gpu.driver import Event, Gpu, Memory, Stream
 from ...runtime.loading import CheckedFile
 from ...spec import DLPACK_TYPES, ELEMENT_BYTES
+from ..problem import Problem
 from ..tasks import Effort, Task, irregulars
-from .call import Library, Problem
+from ..turns import Timer, in_turns
+from .call import Library, Operands
 
-#: A sample takes at least this long, and at most so many calls.
-_SAMPLE_SECONDS = 0.01
-_SAMPLE_CALLS = 200
-#: A candidate this much slower than the default after two rounds is not worth a third.
-_HOPELESS = 1.4
+#: Calls of a sample: the first of all is not counted.
+_SAMPLE_CALLS = (2, 200)
 #: No launch is over sooner.
 _LEAST_SECONDS = 1e-6
 
@@ -79,10 +76,12 @@ def measure(
     machine = _machine()
     libraries = Library(default), Library(candidate)
     problems = _problems(task)
-    for problem in problems:
-        check(libraries[1], problem, machine.stream)
-    calls = [library.prepare(problems[-1].operands, machine.stream) for library in libraries]
-    pairs = _in_turns([machine.timer(call) for call in calls], effort)
+    for problem, operands in problems:
+        check(libraries[1], problem, operands, machine.stream)
+    _, timed = problems[-1]
+    least, most = _SAMPLE_CALLS
+    timers = [machine.timer(library.prepare(timed, machine.stream)) for library in libraries]
+    pairs = in_turns(timers, effort, least=least, most=most)
     return {
         "default_seconds": {key: [pair[0] for pair in pairs]},
         "seconds": {key: [pair[1] for pair in pairs]},
@@ -90,22 +89,20 @@ def measure(
     }
 
 
-def check(library: Library, problem: Problem, stream: Stream) -> None:
+def check(library: Library, problem: Problem, operands: Operands, stream: Stream) -> None:
     """Hold one library's results against the float64 reference, and what lies behind its outputs against itself.
 
     Raises
     ------
     gate.CheckError
     """
-    call = library.prepare(problem.operands, stream)
-    problem.operands.poison(stream)
+    call = library.prepare(operands, stream)
+    operands.poison(stream)
     call.poison(stream)
     call.run()
     stream.synchronize()
-    outputs = problem.operands.outputs(problem.rows)
-    dtype = problem.operands.types[0]
-    gate.check(problem.work, outputs, range(len(problem.rows)), known=problem.references, dtype=dtype)
-    for name, memory in (*problem.operands.written.items(), ("workspace", call.workspace)):
+    problem.check(operands.outputs(problem.rows))
+    for name, memory in (*operands.written.items(), ("workspace", call.workspace)):
         if memory is not None and memory.is_overrun():
             raise gate.CheckError(f"{problem.work.op}: {name}: something was written behind its end")
 
@@ -117,7 +114,7 @@ class _Machine:
     #: Twice what the GPU's cache holds: filling it leaves nothing else there.
     flush: Memory
 
-    def timer(self, call: Any) -> Callable[[int], float]:
+    def timer(self, call: Any) -> Timer:
         """A function of a number of calls: the median of their seconds, each with nothing in the cache."""
 
         def sample(number: int) -> float:
@@ -142,37 +139,17 @@ def _machine() -> _Machine:
 
 
 @functools.lru_cache(maxsize=1)
-def _problems(task: Task) -> list[Problem]:
+def _problems(task: Task) -> list[tuple[Problem, Operands]]:
     """The latest task's irregular inputs and, last, those that are timed; made once and not for every candidate."""
-    timed = task.inputs()
     last = task.s_q - 1
-    odd = [Problem.of(work, task.types, _ends(work.lengths["s_q"])) for work in irregulars(task)]
-    return [*odd, Problem.of(timed, task.types, sorted({0, last // 2, last}))]
+    odd = [Problem.of(work, task.variant, _ends(work.lengths["s_q"])) for work in irregulars(task)]
+    timed = Problem.of(task.inputs(), task.variant, sorted({0, last // 2, last}))
+    return [(problem, Operands(problem)) for problem in (*odd, timed)]
 
 
 def _ends(count: int) -> list[int]:
     """Queries to look at: all of a few, else those at both ends. The first ones are the irregular ones."""
     return sorted({*range(min(count, 48)), *range(max(count - 16, 0), count)})
-
-
-def _in_turns(timers: Sequence[Callable[[int], float]], effort: Effort) -> list[tuple[float, float]]:
-    default, candidate = timers
-    # The first call of all is not counted.
-    once = [timer(2) for timer in timers]
-    number = min(max(2, math.ceil(_SAMPLE_SECONDS / max(min(once), _LEAST_SECONDS))), _SAMPLE_CALLS)
-    low, high = effort.rounds
-    rounds = min(max(low, int(effort.seconds / (number * sum(once)))), high)
-    pairs: list[tuple[float, float]] = []
-    while len(pairs) < rounds:
-        # The order alternates: clocks rise and fall.
-        if len(pairs) % 2:
-            second = candidate(number)
-            pairs.append((default(number), second))
-        else:
-            pairs.append((default(number), candidate(number)))
-        if len(pairs) == 2 and min(b / a for a, b in pairs) > _HOPELESS:
-            break
-    return pairs
 
 
 def roof(task: Task, gpu: Gpu) -> float:

@@ -45,7 +45,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     Parameters
     ----------
     variant : dict
-        Element type T of q, kv and out. With K of float8_e4m3fn, rows of kv are packed as `packed_gather` says; T is
+        Element type T of q, kv and out. With K of float8_e4m3fn, rows of kv are packed as `ops.packed_rows` says; T is
         bfloat16 then.
     c : Decisions
     d_qk, d_v : int
