@@ -82,6 +82,18 @@ def _demo(args: argparse.Namespace) -> None:
     demo.run(args)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from .models import command
+
+    command.run_export(args)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .models import command
+
+    command.run_generate(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsa-tvm", description="DeepSeek Sparse Attention kernels")
     parser.add_argument("--version", action="version", version=f"dsa-tvm {__version__}")
@@ -130,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     from .records.command import add_arguments as add_records_arguments
 
     add_records_arguments(records)
+
+    from .models.command import add_export_arguments, add_generate_arguments
+
+    export = command("export", _export, "make an ONNX model of a DSA checkpoint")
+    add_export_arguments(export)
+
+    generate = command("generate", _generate, "generate tokens with an exported model in ONNX Runtime")
+    add_generate_arguments(generate)
 
     env = command("env", _env, "describe the environment, for a bug report")
     env.add_argument("--json", action="store_true")

@@ -145,6 +145,12 @@ def _empty(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
             model = getattr(transformers, f"{family.prefix}ForCausalLM")(config)
     finally:
         torch.set_default_dtype(before)
+    kept = [*(model._keep_in_fp32_modules_strict or ())]
+    if dtype == torch.float16:  # what Transformers means by the list without "strict"
+        kept += model._keep_in_fp32_modules or ()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in kept):
+            parameter.data = parameter.data.float()
     # Its buffers are computed, not read.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config)
@@ -156,7 +162,7 @@ class _Tensors:
 
     def __init__(self, directory: Path, files: ExitStack, block: tuple[int, int] | None):
         self.block = block
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in _paths(directory):
             try:
                 opened = files.enter_context(safetensors.safe_open(path, framework="pt"))
@@ -219,7 +225,7 @@ def _paths(directory: Path) -> list[Path]:
     return found
 
 
-def _fill(model: torch.nn.Module, tensors: _Tensors, first: int, published: int) -> None:
+def _fill(model: Any, tensors: _Tensors, first: int, published: int) -> None:
     """Give a model without weights those of a checkpoint; its layer 0 is the checkpoint's `first`."""
     wanted = dict(model.state_dict())
     if model.config.tie_word_embeddings and not tensors.has("lm_head.weight"):

@@ -135,9 +135,8 @@ def _write(model: Any, directory: Path, bodies: bool) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if shutil.disk_usage(directory).free < weights + _GRAPH_BYTES:
         # Known before minutes of work, not after.
-        raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {weights / 2**30:.1f} GiB of weights", str(directory)
-        )
+        needed = f"{os.strerror(errno.ENOSPC)} for {weights / 2**30:.1f} GiB of weights"
+        raise OSError(errno.ENOSPC, needed, str(directory.parent))
     program = _program(model)
     path = directory / MODEL
     program.save(str(path), external_data=True)
@@ -205,7 +204,7 @@ class _Step(torch.nn.Module):
         cache = DynamicCache(config=self.model.config)
         given = iter(caches)
         layers = [_GraphLayer(next(given), next(given) if full else None, positions) for full in self.full]
-        cache.layers = layers
+        cache.layers[:] = layers
         out = self.model(
             input_ids,
             attention_mask=ranges,
@@ -253,7 +252,7 @@ def _program(model: Any) -> Any:
         with torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"), _quietly():
             exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
             apply_fx_node_fixes("onnx", exported.graph_module)
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 exported,
                 args=(),
                 input_names=["input_ids", "position_ids", "logits_to_keep", *(f"input.{n}" for n in names)],
