@@ -24,6 +24,12 @@ _LIBRARY = globals().get("_LIBRARY") or torch.library.Library("dsa_tvm", "FRAGME
 # SymInt, because an integer may come from a shape: topk=min(2048, k.shape[0]).
 _SCALARS = {int: "SymInt", float: "float"}
 
+_INPUTS = {name: tuple(t.name for t in spec.inputs) for name, spec in OPS.items()}
+
+# Where a call goes below autograd if nothing else is to see it: no mode, no transform, no trace, no lazy conjugate.
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+_PLAIN = frozenset(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in ("CPU", "CUDA"))
+
 
 def _schema(spec: OpSpec) -> str:
     inputs = [f"Tensor? {t.name}=None" if t.optional else f"Tensor {t.name}" for t in spec.inputs]
@@ -33,10 +39,10 @@ def _schema(spec: OpSpec) -> str:
     return f"({arguments}) -> {outputs if len(spec.outputs) == 1 else f'({outputs})'}"
 
 
-def _named(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs and attributes by name; torch passes them by position, without trailing defaults."""
-    given = dict(zip((t.name for t in spec.inputs), args, strict=False)) | kwargs
-    return {t.name: given.get(t.name) for t in spec.inputs}, {a.name: given[a.name] for a in spec.attrs}
+def _inputs(spec: OpSpec, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Inputs by name: torch passes them by position, without trailing defaults, and attributes alone by keyword."""
+    names = _INPUTS[spec.name]
+    return dict(zip(names, args if len(args) == len(names) else args + (None,) * (len(names) - len(args)), strict=True))
 
 
 def _single(outputs: tuple[Any, ...]) -> Any:
@@ -44,9 +50,11 @@ def _single(outputs: tuple[Any, ...]) -> Any:
 
 
 def _compute(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    inputs, attrs = _named(spec, args, kwargs)
+    inputs = _inputs(spec, args)
+    if not torch.is_grad_enabled():
+        return _single(call(spec, inputs, kwargs))
     with torch.no_grad():
-        return _single(call(spec, inputs, attrs))
+        return _single(call(spec, inputs, kwargs))
 
 
 def _check_fake(spec: OpSpec, tensor: TensorSpec, x: torch.Tensor, lengths: dict[str, Any]) -> None:
@@ -78,8 +86,8 @@ def _checked_lengths(spec: OpSpec, inputs: dict[str, Any], attrs: dict[str, Any]
 
 
 def _fake(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    inputs, attrs = _named(spec, args, kwargs)
-    lengths = _checked_lengths(spec, inputs, attrs)
+    inputs = _inputs(spec, args)
+    lengths = _checked_lengths(spec, inputs, kwargs)
     variable = {t.dtype: inputs[t.name].dtype for t in reversed(spec.inputs) if inputs[t.name] is not None}
     like = inputs[spec.inputs[0].name]
     return _single(
@@ -109,7 +117,16 @@ def _refuse_tangents(spec: OpSpec, tensors: list[torch.Tensor]) -> None:
         raise NotImplementedError(f"dsa_tvm.{spec.name} has no forward-mode derivative: it serves inference only")
 
 
+def _has_no_derivative(keys: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is plain, so that computing it here and now saves torch the way through its dispatcher again."""
+    if (keys & _AFTER_AUTOGRAD).raw_repr() not in _PLAIN or forward_ad._current_level >= 0:
+        return False
+    return not [x for x in args if x is not None and x.requires_grad]
+
+
 def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _has_no_derivative(keys, args):
+        return _single(call(spec, _inputs(spec, args), kwargs))
     tensors = [x for x in args if x is not None]
     _refuse_tangents(spec, tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -122,7 +139,7 @@ def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return _WithoutBackward.apply(spec.name, kwargs, *args)
     with torch._C._AutoDispatchBelowAutograd():
         operator = getattr(torch.ops.dsa_tvm, spec.name).default
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+        return operator.redispatch(keys & _AFTER_AUTOGRAD, *args, **kwargs)
 
 
 def _register(spec: OpSpec) -> None:
@@ -148,9 +165,9 @@ def _register(spec: OpSpec) -> None:
 
 
 def _compute_in_place(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs, attrs = _named(spec, args, kwargs)
+    inputs = _inputs(spec, args)
     with torch.no_grad():
-        call(spec, inputs, attrs, tuple(inputs[t.may_be] for t in spec.outputs if t.may_be))
+        call(spec, inputs, kwargs, tuple(inputs[t.may_be] for t in spec.outputs if t.may_be))
 
 
 def _autograd_in_place(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,7 +176,7 @@ def _autograd_in_place(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: d
         raise NotImplementedError(f"dsa_tvm.{spec.name}_ has no backward: what it overwrites has no derivative")
     with torch._C._AutoDispatchBelowAutograd():
         operator = getattr(torch.ops.dsa_tvm, f"{spec.name}_").default
-        operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+        operator.redispatch(keys & _AFTER_AUTOGRAD, *args, **kwargs)
 
 
 def _register_in_place(spec: OpSpec) -> None:
@@ -172,8 +189,7 @@ def _register_in_place(spec: OpSpec) -> None:
         _compute_in_place(spec, args, kwargs)
 
     def fake(*args: Any, **kwargs: Any) -> None:
-        inputs, attrs = _named(spec, args, kwargs)
-        _checked_lengths(spec, inputs, attrs)
+        _checked_lengths(spec, _inputs(spec, args), kwargs)
 
     def autograd(keys: Any, *args: Any, **kwargs: Any) -> None:
         _autograd_in_place(spec, keys, args, kwargs)

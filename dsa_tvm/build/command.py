@@ -56,6 +56,7 @@ def build(
     cc: str = "cc",
     archs: Sequence[str] = (),
     nvcc: str = "nvcc",
+    sanitizer: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Build a library and its manifest into the directory `out`.
@@ -80,6 +81,8 @@ def build(
         GPU architectures for the target ``cuda``; by default `schedules.CUDA_ARCHS`.
     nvcc : str
         CUDA compiler; only that target needs it.
+    sanitizer : str, optional
+        ``address`` (with undefined behaviour) or ``thread``: the C files report such errors when they run.
     progress : callable
         Takes a line of text at every step, and one for every record that is left out.
 
@@ -150,7 +153,7 @@ def build(
             chosen = cuda_plan.Plan(measured, model, progress)
             in_cuda = cuda_part.add(work, archs, dims, chosen, nvcc, progress)
         progress("linking")
-        library = link.link_library([parts.object for parts in built.values()], work, cc)
+        library = link.link_library([parts.object for parts in built.values()], work, cc, sanitizer)
         manifest = {
             "version": version,
             "abi": ABI_VERSION,
@@ -204,6 +207,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
     )
     parser.add_argument("--report", action="store_true", help="tell what every kernel of the library takes")
+    parser.add_argument(
+        "--sanitize",
+        choices=list(link.SANITIZERS),
+        help="have the compiler's sanitizer watch the C files: a library for debugging",
+    )
     parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler (default: $CC or cc)")
     parser.add_argument(
         "--records", metavar="DIR", help=f"tuning logs (default: the package's); {NO_RECORDS} for default decisions"
@@ -231,6 +239,7 @@ def run(args: argparse.Namespace, version: str) -> Path:
         cc=args.cc,
         archs=args.arch,
         nvcc=args.nvcc,
+        sanitizer=args.sanitize,
         progress=lambda line: print(f"dsa-tvm build: {line}", file=sys.stderr, flush=True),
     )
     if args.report:

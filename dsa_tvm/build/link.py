@@ -6,7 +6,7 @@ import functools
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import BuildError
@@ -24,6 +24,11 @@ CUDA = tuple(f"cuda/{name}.c" for name in ("driver", "kernels", "operators", "po
 #: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.
 GENERATED = ("specs.c", "table.c")
 _GENERATED_CUDA = "cuda_table.c"
+#: What a build for debugging can have the C files watch, by the name that users give it. The kernels are not watched.
+SANITIZERS: Mapping[str, tuple[str, ...]] = {
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"),
+    "thread": ("-fsanitize=thread", "-fno-omit-frame-pointer", "-g"),
+}
 _FLAGS = ("-std=gnu11", "-g0", "-Wall", "-Wextra", "-Werror=implicit-function-declaration")
 
 
@@ -85,7 +90,7 @@ def compile_object(files: Iterable[Path], out: Path, work: Path, cc: str, *optio
     *options : str
         More for the compiler.
     """
-    run([cc, "-O2", *options, *flags(work), "-r", "-nostdlib", *map(str, files), "-o", str(out)])
+    run([cc, "-O2", *flags(work), *options, "-r", "-nostdlib", *map(str, files), "-o", str(out)])
 
 
 def version_script(name: str) -> list[str]:
@@ -94,7 +99,7 @@ def version_script(name: str) -> list[str]:
     return ["-Xlinker", f"--version-script={export_directory() / name}"]
 
 
-def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
+def link_library(objects: Iterable[Path], work: Path, cc: str, sanitizer: str | None = None) -> Path:
     """Compile the C files and link them with compiled kernels.
 
     Parameters
@@ -103,6 +108,8 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     work : Path
         Holds the generated files. Those of `cuda_table` make it a library with CUDA kernels.
     cc : str
+    sanitizer : str, optional
+        One of `SANITIZERS`.
 
     Returns
     -------
@@ -113,15 +120,17 @@ def link_library(objects: Iterable[Path], work: Path, cc: str) -> Path:
     library = work / LIBRARY_NAME
     cuda = (work / _GENERATED_CUDA).exists()
     sources = (*CORE, *DOOR, *_ORT, *(CUDA if cuda else ("cuda/none.c",)))
+    # A sanitizer's runtime may be the program's, and is then not linked with a library.
+    watched = SANITIZERS[sanitizer] if sanitizer else ("-Wl,-z,defs",)
     run(
         [
-            *(cc, "-O2", *flags(work), "-shared"),
+            *(cc, "-O2", *flags(work), *watched, "-shared"),
             *(str(export / "src" / name) for name in sources),
             *(str(work / name) for name in (*GENERATED, *([_GENERATED_CUDA] if cuda else []))),
             *map(str, objects),
             # nodelete: ONNX Runtime unloads the library with the last SessionOptions, while threads of ours sleep in
             # its code; and each time it came back it would leave some memory behind.
-            *("-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
+            *("-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
             *version_script("exports.map"),
             *("-lm", "-lpthread", *(["-ldl"] if cuda else []), "-o", str(library)),
         ]

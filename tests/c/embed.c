@@ -76,6 +76,11 @@ int main(void) {
   failed |= expect(dsa_tvm_topk(&iq, &ks, &ke, TOPK, &indices, NULL), DSA_TVM_INVALID_ARGUMENT);
   if (!strstr(dsa_tvm_last_error(), "topk: logits: expected rank 2")) return fprintf(stderr, "words\n"), 1;
   failed |= expect(dsa_tvm_topk(NULL, &ks, &ke, TOPK, &indices, NULL), DSA_TVM_INVALID_ARGUMENT);
+  free(iq.data);
+  free(ik.data);
+  free(w.data);
+  free(q.data);
+  free(kv.data);
   puts(failed ? "failed" : "ok");
   return failed;
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import dsa_tvm
+from dsa_tvm.spec import DLPACK_TYPES
 
 PROGRAM = Path(__file__).parent.parent / "c" / "embed.c"
 # From PyPI, so that no machine lacks them.
@@ -57,6 +59,18 @@ def test_config_flags(tmp_path):
     strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror"]
     run("cc", *strict, PROGRAM, *flags, "-o", tmp_path / "embed")
     check(tmp_path / "embed")
+
+
+def test_every_element_type_has_a_name():
+    """In the header: the numbers are DLPack's, which a C program should not have to write out."""
+    header = (Path(dsa_tvm.__file__).parent / "include" / "dsa_tvm" / "dsa_tvm.h").read_text()
+    codes = re.search(r"enum \{\n  DSA_TVM_INT.*?\};", header, re.DOTALL)[0]
+    named = {
+        (name, int(bits)): int(code)
+        for code, comment in re.findall(r"= (\d+),? +/\* (.*) \*/", codes)
+        for name, bits in re.findall(r"(\w+): bits (\d+)", comment)
+    }
+    assert named == {(name, bits): code for name, (code, bits) in DLPACK_TYPES.items()}
 
 
 def test_header_serves_cplusplus_and_dlpack(tmp_path):

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import dsa_tvm  # noqa: E402
 import dsa_tvm.torch_ops  # noqa: E402
@@ -231,6 +232,38 @@ def test_functions_are_not_traced(trace):
     traced = traces[trace](lambda x: OPERATORS.topk(x, ks, ke, topk=3))
     other = logits.flip(1).contiguous()
     assert torch.equal(traced(other), dsa_tvm.topk(other, ks, ke, 3))
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that torch dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", OPS)
+def test_modes_see_the_operator(name, grad, device):
+    """A plain call is computed at once; one that a mode is to see goes there."""
+    args = arguments(name, device)
+    with Seen() as seen, torch.set_grad_enabled(grad):
+        found = getattr(OPERATORS, name)(*args, **KWARGS[name])
+    assert seen.names.count(f"dsa_tvm.{name}.default") == 1
+    with torch.set_grad_enabled(grad):
+        assert equal(found, getattr(OPERATORS, name)(*args, **KWARGS[name]))
+
+
+def test_lazy_signs_are_resolved(device):
+    """The dispatcher does so for every operator, in which the memory holds the other sign."""
+    logits, ks, ke = arguments("topk", device)
+    lazy = torch._neg_view(logits)
+    assert lazy.is_neg()
+    assert torch.equal(OPERATORS.topk(lazy, ks, ke, topk=3), OPERATORS.topk(-logits, ks, ke, topk=3))
 
 
 def test_parameters_are_taken(device):

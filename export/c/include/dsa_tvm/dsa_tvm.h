@@ -46,6 +46,7 @@ typedef enum dsa_tvm_status {
 /* DLPack's DLDataTypeCode values of the element types that are used here. */
 enum {
   DSA_TVM_INT = 0,           /* int32: bits 32; int8: bits 8 */
+  DSA_TVM_UINT = 1,          /* uint8: bits 8 */
   DSA_TVM_FLOAT = 2,         /* float32: bits 32; float16: bits 16 */
   DSA_TVM_BFLOAT = 4,        /* bfloat16: bits 16 */
   DSA_TVM_FLOAT8_E4M3FN = 10 /* float8_e4m3fn: bits 8 */
