@@ -9,7 +9,7 @@ from functools import partial
 
 from tvm.script import tirx as T
 
-from .elements import STEP, STORAGE, WIDTH, f32_bits, narrow, u32, widen
+from .elements import LINE, STEP, STORAGE, WIDTH, f32_bits, narrow, prefetch, u32, widen
 
 #: Element type of packed rows, the bf16 that they stand for, and how many e4m3 have one scale.
 _PACKED, _MEANT, _GROUP = "float8_e4m3fn", "bfloat16", 128
@@ -45,8 +45,13 @@ class PlainRows:
         return d_qk
 
     def __init__(self, kv, dtype: str, d_qk, d_v, bits: bool) -> None:
-        self.kv, self.d_qk = kv, d_qk
+        self.kv, self.d_qk, self.line = kv, d_qk, LINE // WIDTH[dtype]
         self.convert = (lambda x: x) if bits else partial(widen, dtype=dtype)
+
+    @T.inline
+    def prefetch(self, row):
+        for i in T.serial((self.d_qk + self.line - 1) // self.line):
+            T.evaluate(prefetch(self.kv[row, i * self.line]))
 
     @T.inline
     def put(self, row, keys, at):
@@ -86,6 +91,11 @@ class PackedRows:
         """Element i of those that are key only, from its bytes."""
         at = self.key_only + 2 * i
         return T.Cast("uint16", self.kv[row, at]) | (T.Cast("uint16", self.kv[row, at + 1]) << T.uint16(8))
+
+    @T.inline
+    def prefetch(self, row):
+        for i in T.serial((self.key_only + 2 * (self.d_qk - self.d_v) + LINE - 1) // LINE):
+            T.evaluate(prefetch(self.kv[row, i * LINE]))
 
     @T.inline
     def put(self, row, keys, at):

@@ -201,6 +201,12 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                 products.put_values(keys)
                 for hb in T.serial((h1 - h0 + HV - 1) // HV):
                     for t in T.serial((keys + TK - 1) // TK):
+                        if hb == 0:
+                            # The rows of the next block come while this one is computed.
+                            for j in T.serial(T.max(T.min(TK, length[0] - at[0] - t * TK), 0)):
+                                next_row: T.let = T.Cast("int64", INDEX[index_row, at[0] + t * TK + j])
+                                if T.int64(0) <= next_row and next_row < s_kv:
+                                    rows.prefetch(next_row)
                         for part in T.serial((d_qk + CHAIN - 1) // CHAIN):
                             for j in T.unroll(TK):
                                 for h in T.vectorized(HV):
