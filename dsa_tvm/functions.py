@@ -210,6 +210,14 @@ def sparse_mla(
     lse : tensor [s_q, h_q], float32
         Natural logarithm. A query without a key has out 0, max_logits -inf and lse +inf.
 
+    Notes
+    -----
+    Products are summed in float32. A CPU with AVX512-BF16 (`active_target` is then ``x86-64-v4-bf16``) multiplies
+    bfloat16 by its bf16 dot products. The products of q and kv are exact, and `sm_scale` multiplies their sum, which
+    has to be in the range of float32. A weight is the sum of two bfloat16, so that out is as precise as in float32.
+    Subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in float32, but where a sum
+    overflows on the way, its parts may overflow in another order.
+
     Raises
     ------
     ArgumentError, KernelError, LibraryError
@@ -260,7 +268,7 @@ def sparse_mla_fp8(
     out : tensor [s_q, h_q, d_v], bfloat16
     max_logits : tensor [s_q, h_q], float32
     lse : tensor [s_q, h_q], float32
-        As of `sparse_mla` over those bfloat16.
+        As of `sparse_mla` over those bfloat16; its notes hold here, too.
 
     Raises
     ------

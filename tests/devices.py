@@ -12,6 +12,11 @@ import dsa_tvm
 from dsa_tvm.ops import OPS
 
 
+def dots_of_bf16(device: str) -> bool:
+    """Whether bf16 is multiplied by a CPU's bf16 dot products, which take subnormal numbers for 0."""
+    return device == "cpu" and dsa_tvm.active_target().endswith("-bf16")
+
+
 def float_target() -> str:
     """The CPU target that the kernels for float32 are of."""
     from dsa_tvm.schedules import BASES

@@ -7,6 +7,7 @@ without the instructions, and none of these expressions depends on the caller's 
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 #: Elements that are converted or copied at a time. Every width (d_idx, d_qk, d_v) is a multiple of it.
@@ -15,6 +16,9 @@ STEP = 32
 #: Products of a dot product that are summed in a row. Longer ones are sums of such sums: the rounding errors of equal
 #: addends all have one sign, so that a chain of n of them may be off by n / 2 roundings.
 CHAIN = 128
+
+#: Bytes of a cache line, on every CPU that we know.
+LINE = 64
 
 #: f32 elements that a vector register of each CPU target holds.
 VECTOR = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "x86-64-v4-bf16": 16, "aarch64": 4}
@@ -26,6 +30,11 @@ def u32(x):
 
 def f32_bits(x):
     return T.reinterpret("float32", x)
+
+
+def prefetch(element):
+    """Ask for the cache line of a buffer's element, to be read soon. Nothing is read, whatever the address."""
+    return tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), T.int32(0), T.int32(2), T.int32(1))
 
 
 def is_nan(x):

@@ -1,16 +1,18 @@
 """How the CPU sparse attention reads rows of the latent cache: as they are, or packed in bytes.
 
-`rows_of` picks the class. Both say what kv is declared as, and ``put`` writes one row as f32.
+`rows_of` picks the class. Both say what kv is declared as, and ``put`` writes one row as f32, or as the bits of bf16.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from tvm.script import tirx as T
 
 from ...ops.packed_rows import GROUP, KEY_ONLY, SCALED
 from ...spec import ELEMENT_BYTES
 from ..storage import STORAGE
-from .elements import STEP, f32_bits, narrow, u32, widen
+from .elements import LINE, STEP, f32_bits, narrow, prefetch, u32, widen
 
 
 def rows_of(variant: dict[str, str]):
@@ -28,6 +30,8 @@ class PlainRows:
     dtype : str
         Element type.
     d_qk, d_v : expression
+    bits : bool
+        Whether to write the bits of the bf16 that the elements are.
     """
 
     @staticmethod
@@ -40,14 +44,20 @@ class PlainRows:
         """Elements of a row."""
         return d_qk
 
-    def __init__(self, kv, dtype: str, d_qk, d_v) -> None:
-        self.kv, self.dtype, self.d_qk = kv, dtype, d_qk
+    def __init__(self, kv, dtype: str, d_qk, d_v, bits: bool) -> None:
+        self.kv, self.d_qk, self.line = kv, d_qk, LINE // ELEMENT_BYTES[dtype]
+        self.convert = (lambda x: x) if bits else partial(widen, dtype=dtype)
+
+    @T.inline
+    def prefetch(self, row):
+        for i in T.serial((self.d_qk + self.line - 1) // self.line):
+            T.evaluate(prefetch(self.kv[row, i * self.line]))
 
     @T.inline
     def put(self, row, keys, at):
         for d in T.serial(self.d_qk // STEP):
             for l in T.vectorized(STEP):
-                keys[at, d * STEP + l] = widen(self.kv[row, d * STEP + l], self.dtype)
+                keys[at, d * STEP + l] = self.convert(self.kv[row, d * STEP + l])
 
 
 @T.meta_class
@@ -65,8 +75,9 @@ class PackedRows:
     def width(d_qk, d_packed):
         return d_packed
 
-    def __init__(self, kv, dtype: str, d_qk, d_v) -> None:
+    def __init__(self, kv, dtype: str, d_qk, d_v, bits: bool) -> None:
         self.kv, self.d_qk, self.d_v = kv, d_qk, d_v
+        self.convert = (lambda x: x) if bits else partial(widen, dtype=KEY_ONLY)
         self.key_only = d_v + d_v // GROUP * 4
 
     def scale(self, row, group):
@@ -79,8 +90,12 @@ class PackedRows:
     def bf16(self, row, i):
         """Element i of those that are key only, from its bytes."""
         at = self.key_only + 2 * i
-        bits = u32(self.kv[row, at]) | (u32(self.kv[row, at + 1]) << T.uint32(8))
-        return f32_bits(bits << T.uint32(16))
+        return T.Cast("uint16", self.kv[row, at]) | (T.Cast("uint16", self.kv[row, at + 1]) << T.uint16(8))
+
+    @T.inline
+    def prefetch(self, row):
+        for i in T.serial((self.key_only + 2 * (self.d_qk - self.d_v) + LINE - 1) // LINE):
+            T.evaluate(prefetch(self.kv[row, i * LINE]))
 
     @T.inline
     def put(self, row, keys, at):
@@ -89,7 +104,7 @@ class PackedRows:
             for d in T.serial(GROUP // STEP):
                 for l in T.vectorized(STEP):
                     value: T.let = widen(self.kv[row, g * GROUP + d * STEP + l], SCALED) * scale
-                    keys[at, g * GROUP + d * STEP + l] = widen(narrow(value, KEY_ONLY), KEY_ONLY)
+                    keys[at, g * GROUP + d * STEP + l] = self.convert(narrow(value, KEY_ONLY))
         for d in T.serial((self.d_qk - self.d_v) // STEP):
             for l in T.vectorized(STEP):
-                keys[at, self.d_v + d * STEP + l] = self.bf16(row, d * STEP + l)
+                keys[at, self.d_v + d * STEP + l] = self.convert(self.bf16(row, d * STEP + l))

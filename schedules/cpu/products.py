@@ -30,6 +30,16 @@ attributes #0 = {{ alwaysinline nounwind "target-features"="+avx512bf16,+avx512b
 """
 
 
+def bf16_dot(sums, pair, pairs):
+    """The 16 f32 `sums` and the products of a pair of bf16, its bits in a u32, and 16 such pairs."""
+    return T.call_pure_extern("float32x16", _DOT, sums, pairs, T.Broadcast(pair, 16))
+
+
+def with_bf16_dot(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The kernel with the function that `bf16_dot` calls."""
+    return kernel.with_body(tirx.AttrStmt(0, "pragma_import_llvm", StringImm(_DOT_IR), kernel.body))
+
+
 def products_of(bf16: bool):
     """The class that multiplies in f32, or with bf16 dot products."""
     return Bf16Products if bf16 else FloatProducts
@@ -119,7 +129,7 @@ class Bf16Products:
 
     @staticmethod
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-        return kernel.with_body(tirx.AttrStmt(0, "pragma_import_llvm", StringImm(_DOT_IR), kernel.body))
+        return with_bf16_dot(kernel)
 
     @staticmethod
     def reads_in_place(key_type: str) -> bool:
@@ -154,11 +164,6 @@ class Bf16Products:
             for l in T.vectorized(STEP):
                 packed[at, d * STEP + l] = T.uint16(0)
 
-    def dot(self, acc, pair, heads):
-        """The sums `acc` and the products of a pair, its bits in a uint32, and 16 heads' pairs."""
-        bits = T.reinterpret("uint32x16", heads)
-        return T.call_pure_extern("float32x16", _DOT, acc, bits, T.Broadcast(pair, 16))
-
     @T.inline
     def add(self, acc, keys, first, queries, i, hb, part):
         for d in T.serial(
@@ -167,8 +172,8 @@ class Bf16Products:
             for u in T.unroll(self.tile[2]):
                 for j in T.unroll(self.tile[0]):
                     for g in T.unroll(self.tile[1] // 16):
-                        acc[j, T.Ramp(16 * g, 1, 16)] = self.dot(
+                        acc[j, T.Ramp(16 * g, 1, 16)] = bf16_dot(
                             acc[j, T.Ramp(16 * g, 1, 16)],
                             T.reinterpret("uint32", keys[first + j, T.Ramp(2 * (d * self.tile[2] + u), 1, 2)]),
-                            queries[i, hb, d * self.tile[2] + u, T.Ramp(32 * g, 1, 32)],
+                            T.reinterpret("uint32x16", queries[i, hb, d * self.tile[2] + u, T.Ramp(32 * g, 1, 32)]),
                         )

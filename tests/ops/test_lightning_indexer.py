@@ -5,15 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from compare import assert_close, tolerance_of
-from devices import run
+from devices import dots_of_bf16, run
 from samples import DTYPES, indexer_inputs
 
-import dsa_tvm
 from dsa_tvm.ops import OPS
 
 SPEC = OPS["lightning_indexer"]
-#: Whether the processor's bf16 dot products are in use, which take subnormal numbers for 0.
-DOTS_OF_BF16 = dsa_tvm.active_target().endswith("-bf16")
 
 
 def check(arguments, device):
@@ -81,7 +78,7 @@ def test_types_of_8_bits_are_multiplied_as_precisely_as_float32(name, scaled):
     given = indexer_inputs(np.random.default_rng(0), dict.fromkeys("TK", name), scaled=scaled)
     wide = given | {n: given[n].astype(np.float32) for n in ("q", "k")}
     logits = run("lightning_indexer", "cpu", **given)
-    if DOTS_OF_BF16:
+    if dots_of_bf16("cpu"):
         assert_close(logits, SPEC.reference(**wide)[0], SPEC.tolerance["logits"]["float32"])
     else:
         np.testing.assert_array_equal(logits, run("lightning_indexer", "cpu", **wide))
@@ -101,7 +98,7 @@ def test_every_code_is_read_exactly(name, device):
         logits = run("lightning_indexer", device, q, k, np.ones((1, 1), np.float32), n * 0, n)
         with np.errstate(invalid="ignore"):  # of signalling NaN
             values = sign * k[:, 0].astype(np.float32)
-        if DOTS_OF_BF16 and device == "cpu" and name == "bfloat16":
+        if dots_of_bf16(device) and name == "bfloat16":
             values = np.where(np.abs(values) < 2.0**-126, np.float32(0), values)
         np.testing.assert_array_equal(logits[0], np.where(values <= 0, np.float32(0), values))
 

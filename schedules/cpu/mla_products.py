@@ -1,0 +1,240 @@
+"""How the CPU sparse attention multiplies: in f32, or with the bf16 dot products of AVX512-BF16.
+
+`products_of` picks the class. Both own the packed queries, keys and values of a task. They add the products of a
+register tile to its accumulators, which are f32 in either case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .elements import CHAIN, STEP, f32_bits, narrow, u32, widen
+from .products import bf16_dot, with_bf16_dot
+
+#: The half of an f32 that is a bf16.
+_UPPER = 0xFFFF0000
+
+
+def products_of(bf16: bool):
+    """The class that multiplies in f32, or with bf16 dot products."""
+    return Bf16Products if bf16 else FloatProducts
+
+
+@T.meta_class
+class FloatProducts:
+    """Multiply-adds in f32: a key's element broadcast times a vector of heads, a weight broadcast times values.
+
+    Parameters
+    ----------
+    c : Decisions
+    dtype : str
+        Element type of q and out.
+    heads : tuple of expression
+        The heads [h0, h1) of the task.
+    widths : tuple of expression
+        d_qk and d_v.
+    """
+
+    @staticmethod
+    def check(c: Any) -> None:
+        """Nothing: it takes all decisions."""
+
+    @staticmethod
+    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        """The kernel with what its products need."""
+        return kernel
+
+    def __init__(self, c, dtype: str, heads, widths) -> None:
+        self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
+        self.h0, self.h1 = heads
+        self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
+        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk, c.heads), "float32")
+        self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "float32")
+
+    def score(self, total, sm_scale):
+        """What a sum of products makes a score."""
+        return total
+
+    @T.inline
+    def put_queries(self, q, m, sm_scale):
+        # Heads past h1 are zero queries: their scores are finite, and nothing of them is stored.
+        for hb, d, h in T.grid(self.blocks, self.d_qk, self.c.heads):
+            if self.h0 + hb * self.c.heads + h < self.h1:
+                self.queries[hb, d, h] = widen(q[m, self.h0 + hb * self.c.heads + h, d], self.dtype) * sm_scale
+            else:
+                self.queries[hb, d, h] = T.float32(0)
+
+    @T.inline
+    def put_nothing(self, at):
+        for d in T.serial(self.d_qk // STEP):
+            for l in T.vectorized(STEP):
+                self.keys[at, d * STEP + l] = T.float32(0)
+
+    @T.inline
+    def put_values(self, keys):
+        """Make the values of the block's keys ready; here they are what the keys are."""
+
+    @T.inline
+    def put_weights(self, weights, keys):
+        """Make the weights of the block's keys ready."""
+
+    @T.inline
+    def add_scores(self, acc, hb, first, part):
+        for d in T.serial(part * (CHAIN // self.c.unroll_d), T.min((part + 1) * CHAIN, self.d_qk) // self.c.unroll_d):
+            for u in T.unroll(self.c.unroll_d):
+                for j in T.unroll(self.c.tile_keys):
+                    for h in T.vectorized(self.c.heads):
+                        acc[j, h] = (
+                            acc[j, h]
+                            + self.keys[first + j, d * self.c.unroll_d + u]
+                            * self.queries[hb, d * self.c.unroll_d + u, h]
+                        )
+
+    @T.inline
+    def add_values(self, tile, weights, keys, head, value):
+        for j in T.serial(keys):
+            for r in T.unroll(self.c.tile_heads):
+                for l in T.vectorized(self.c.values):
+                    tile[r, l] = tile[r, l] + weights[j, head + r] * self.keys[j, value + l]
+
+    @T.inline
+    def store(self, out, m, head, sums, h, divisor):
+        for d in T.serial(self.d_v // STEP):
+            for l in T.vectorized(STEP):
+                out[m, head, d * STEP + l] = narrow(sums[h, d * STEP + l] / divisor, self.dtype)
+
+
+@T.meta_class
+class Bf16Products:
+    """Dot products of pairs of bf16, with the interface of `FloatProducts`.
+
+    A score's pairs run along d_qk: a key's pair is broadcast, times a vector of 16 heads' pairs. Both operands are the
+    caller's bf16, so products are exact, and the scale multiplies their sum. An output's pairs are two keys: a head's
+    pair of weights is broadcast, times a vector of 16 values' pairs. One bf16 is too coarse for a weight where few keys
+    count, so a weight is the sum of two, and the values are multiplied twice.
+
+    A u32 of two neighbouring values gives a pair for the first and one for the second. 32 values are therefore two
+    vectors, of the even and of the odd ones, in the sums too, until the output puts them together again.
+
+    The processor takes subnormal bf16 for 0, makes subnormal sums 0, and rounds each addition to nearest even, whatever
+    mode the caller has set.
+    """
+
+    @staticmethod
+    def check(c: Any) -> None:
+        """Raise ValueError for decisions that bf16 dot products cannot have."""
+        if c.heads % 16 or c.values % 16 or c.tile_keys % 2 or STEP // 2 % c.unroll_d:
+            raise ValueError(f"sparse_mla: decisions that do not divide for bf16 dot products: {c}")
+
+    @staticmethod
+    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return with_bf16_dot(kernel)
+
+    def __init__(self, c, dtype: str, heads, widths) -> None:
+        self.c, self.d_qk, self.d_v = c, *widths
+        self.h0, self.h1 = heads
+        self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
+        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 2, c.heads), "uint32")
+        self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
+        self.values = T.sblock_alloc_buffer((c.block_keys // 2, self.d_v), "uint32")
+        self.weights = T.sblock_alloc_buffer((2, c.block_keys // 2, c.heads), "uint32")
+        self.words = T.sblock_alloc_buffer((16,), "uint32", scope="local")
+
+    def score(self, total, sm_scale):
+        return total * sm_scale
+
+    def pair(self, row, d):
+        """Two neighbouring elements of a key as a u32."""
+        return T.reinterpret("uint32", self.keys[row, T.Ramp(2 * d, 1, 2)])
+
+    def pairs(self, row, d):
+        """Sixteen of them, from a multiple of STEP."""
+        return T.reinterpret("uint32x16", self.keys[row, T.Ramp(d * STEP, 1, STEP)])
+
+    def rest(self, weight):
+        """The bits of what a weight is above the bf16 that it begins with."""
+        bits = T.reinterpret("uint32", weight)
+        # Rounded by the addition: the weights are not negative, and a NaN is one by its first part.
+        return T.reinterpret("uint32", weight - f32_bits(bits & T.uint32(_UPPER))) + T.uint32(0x8000)
+
+    @T.inline
+    def put_queries(self, q, m, sm_scale):
+        # Heads past h1 are zero, as in f32.
+        for hb, d, h in T.grid(self.blocks, self.d_qk // 2, self.c.heads):
+            if self.h0 + hb * self.c.heads + h < self.h1:
+                self.queries[hb, d, h] = T.reinterpret(
+                    "uint32", q[m, self.h0 + hb * self.c.heads + h, T.Ramp(2 * d, 1, 2)]
+                )
+            else:
+                self.queries[hb, d, h] = T.uint32(0)
+
+    @T.inline
+    def put_nothing(self, at):
+        for d in T.serial(self.d_qk // STEP):
+            for l in T.vectorized(STEP):
+                self.keys[at, d * STEP + l] = T.uint16(0)
+
+    @T.inline
+    def put_values(self, keys):
+        # An odd block has a zero key behind it: the tile of the scores is even, and filled.
+        for j in T.serial((keys + 1) // 2):
+            for d in T.serial(self.d_v // STEP):
+                self.values[j, T.Ramp(d * STEP, 1, 16)] = (self.pairs(2 * j, d) & T.Broadcast(T.uint32(0xFFFF), 16)) | (
+                    self.pairs(2 * j + 1, d) << T.Broadcast(T.uint32(16), 16)
+                )
+                self.values[j, T.Ramp(d * STEP + 16, 1, 16)] = (
+                    self.pairs(2 * j, d) >> T.Broadcast(T.uint32(16), 16)
+                ) | (self.pairs(2 * j + 1, d) & T.Broadcast(T.uint32(_UPPER), 16))
+
+    @T.inline
+    def put_weights(self, weights, keys):
+        if keys % 2 == 1:
+            for h in T.vectorized(self.c.heads):
+                weights[keys, h] = T.float32(0)
+        for j in T.serial((keys + 1) // 2):
+            for h in T.vectorized(self.c.heads):
+                self.weights[0, j, h] = (T.reinterpret("uint32", weights[2 * j, h]) >> T.uint32(16)) | (
+                    T.reinterpret("uint32", weights[2 * j + 1, h]) & T.uint32(_UPPER)
+                )
+            for h in T.vectorized(self.c.heads):
+                self.weights[1, j, h] = (self.rest(weights[2 * j, h]) >> T.uint32(16)) | (
+                    self.rest(weights[2 * j + 1, h]) & T.uint32(_UPPER)
+                )
+
+    @T.inline
+    def add_scores(self, acc, hb, first, part):
+        for d in T.serial(
+            part * (CHAIN // 2 // self.c.unroll_d), T.min((part + 1) * CHAIN, self.d_qk) // 2 // self.c.unroll_d
+        ):
+            for u in T.unroll(self.c.unroll_d):
+                for j in T.unroll(self.c.tile_keys):
+                    for g in T.unroll(self.c.heads // 16):
+                        acc[j, T.Ramp(16 * g, 1, 16)] = bf16_dot(
+                            acc[j, T.Ramp(16 * g, 1, 16)],
+                            self.pair(first + j, d * self.c.unroll_d + u),
+                            self.queries[hb, d * self.c.unroll_d + u, T.Ramp(16 * g, 1, 16)],
+                        )
+
+    @T.inline
+    def add_values(self, tile, weights, keys, head, value):
+        for j in T.serial((keys + 1) // 2):
+            for p in T.unroll(2):
+                for r in T.unroll(self.c.tile_heads):
+                    for g in T.unroll(self.c.values // 16):
+                        tile[r, T.Ramp(16 * g, 1, 16)] = bf16_dot(
+                            tile[r, T.Ramp(16 * g, 1, 16)],
+                            self.weights[p, j, head + r],
+                            self.values[j, T.Ramp(value + 16 * g, 1, 16)],
+                        )
+
+    @T.inline
+    def store(self, out, m, head, sums, h, divisor):
+        for d in T.serial(self.d_v // STEP):
+            for l in T.vectorized(16):
+                self.words[l] = u32(narrow(sums[h, d * STEP + l] / divisor, "bfloat16")) | (
+                    u32(narrow(sums[h, d * STEP + 16 + l] / divisor, "bfloat16")) << T.uint32(16)
+                )
+            out[m, head, T.Ramp(d * STEP, 1, STEP)] = T.reinterpret("uint16x32", self.words[T.Ramp(0, 1, 16)])
