@@ -1,8 +1,8 @@
-"""Sparse attention over a packed fp8 cache: `sparse_mla` of bfloat16 over rows that are kept in bytes.
+"""Sparse attention over a packed fp8 cache: `sparse_mla` in bfloat16 over rows that are stored as bytes.
 
-A row of kv is d_v e4m3, d_v / 128 float32 that scale 128 of them each, and d_qk - d_v bf16 that are key only. What is
-computed with are bf16: e4m3 times scale, rounded to f32 and then to bf16, to nearest even. All backends multiply the
-same bits, so the tolerances are those of bf16.
+A row of kv holds d_v e4m3, then d_v / 128 float32 that each scale 128 of these, then d_qk - d_v bf16 that are part of
+the key only. The kernels compute with bf16 numbers: e4m3 times scale, rounded to f32 and then to bf16, to nearest even.
+All backends multiply the same bits, so the tolerances are those of bf16.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from ..runtime.packing import unpack_mla_rows
 from ..spec import TensorSpec
 from . import sparse_mla
 
-#: Element types that the kernels are made for: K stands for the packed rows.
+#: The element types that name the kernels. K stands for the packed rows.
 KERNEL = {"T": "bfloat16", "K": "float8_e4m3fn"}
 
 
 def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v):
-    """float64 attention over the unpacked rows.
+    """Compute float64 attention over the unpacked rows.
 
     Parameters
     ----------
-    q, indices, attn_sink, topk_length, sm_scale, d_v
-        As in `sparse_mla.reference`.
+    q : ndarray [s_q, h_q, d_qk], bfloat16
     kv : ndarray [s_kv, d_packed], uint8
+    indices : ndarray [s_q, topk], int32
+    attn_sink : ndarray [h_q], optional
+    topk_length : ndarray [s_q], int32, optional
+    sm_scale : float
+    d_v : int
 
     Returns
     -------
