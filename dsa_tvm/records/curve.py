@@ -1,4 +1,4 @@
-"""How a search went: its best speedup so far against the number of trials, as text and as a PNG."""
+"""Draw how a search went, as text and as a PNG: the best speedup so far over the number of trials."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-#: 3 x 5 pixels: a digit for each row, its bits from left to right.
+#: Characters of 3 x 5 pixels: one digit for each row, whose three bits are the pixels from left to right.
 _GLYPHS = {
     "0": "75557",
     "1": "26227",
@@ -24,14 +24,14 @@ _GLYPHS = {
 
 
 def as_text(speedups: Sequence[float], width: int = 72, height: int = 12) -> list[str]:
-    """Lines of a plot; 1 is DEFAULT, which every search has from the start.
+    """The lines of a plot. It starts at 1, the speed of DEFAULT.
 
     Parameters
     ----------
     speedups : sequence of float
-        Of the trials in order, at least one; 0 for one that failed.
+        The speedups of the trials in order, at least one; 0 for a trial that failed.
     width, height : int
-        Characters of the plot, without its axes.
+        Size of the plot in characters, without its axes.
     """
     columns = min(width, len(speedups))
     best, high = _sampled(speedups, columns)
@@ -44,7 +44,7 @@ def as_text(speedups: Sequence[float], width: int = 72, height: int = 12) -> lis
 
 
 def as_png(speedups: Sequence[float], width: int = 640, height: int = 360) -> bytes:
-    """The same as a picture, the speedups written beside the grid and the number of trials below."""
+    """The same plot as a picture, with the speedups beside the grid and the number of trials below."""
     left, bottom = 56, 24
     image = [bytearray(b"\xff" * width) for _ in range(height)]
 
@@ -70,7 +70,7 @@ def as_png(speedups: Sequence[float], width: int = 640, height: int = 360) -> by
             image[y][left + x] = 0
     write("1", left, rows + 8)
     write(str(len(speedups)), width - 8 * len(str(len(speedups))), rows + 8)
-    # Eight bits of grey; each row begins with the filter it has, which is none.
+    # Eight bits of grey. Each row begins with the number of its filter; 0 means no filter.
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + line for line in image))
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
@@ -83,7 +83,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 def _sampled(speedups: Sequence[float], columns: int) -> tuple[list[float], float]:
     """The best so far at the end of each column, and the top of the axis."""
     best = list(accumulate(speedups, max, initial=1.0))[1:]
-    # A flat line is at the bottom, not nowhere.
+    # The axis ends above 1, so that a flat line is at the bottom.
     return [best[-(-(i + 1) * len(best) // columns) - 1] for i in range(columns)], max(best[-1], 1.01)
 
 
