@@ -1,4 +1,4 @@
-/* In the place of the CUDA side in a library that was built without it: the checks let no call get here. */
+/* Takes the place of the other files in a library without CUDA kernels. The argument checks let no call get here. */
 #include "internal.h"
 
 const int dsa_has_cuda = 0;

@@ -1,4 +1,4 @@
-/* What the files of the ONNX Runtime door share. */
+/* Declarations that the files for ONNX Runtime share. */
 #ifndef DSA_TVM_ORT_H_
 #define DSA_TVM_ORT_H_
 
@@ -7,7 +7,7 @@
 
 enum { MINOR_WITH_BORROWED_SHAPES = 24 }; /* the newest interface asked for */
 
-/* One ONNX Runtime in the process, and what was registered with it. There may be several, of different versions. */
+/* One ONNX Runtime in the process, and what was registered with it. There may be several of different versions. */
 struct ort_runtime {
   const OrtApi *api;
   int minor; /* of its version 1.minor */
@@ -25,16 +25,16 @@ struct ort_op {
   int on_gpu;          /* for CUDAExecutionProvider */
 };
 
-/* ort_schema.c: names, types, optional inputs and shape inference; the kernel's functions are left to the caller. */
+/* ort_schema.c: fills in names, types, optional inputs and shape inference. The caller adds the kernel's functions. */
 void dsa_ort_describe(struct ort_op *op, const struct ort_runtime *runtime, const struct op_spec *spec,
                       const int8_t *types, int on_gpu);
 
-/* ort_kernel.c: our status, with dsa_tvm_last_error()'s text, as one of ONNX Runtime's; and what a node runs. */
+/* ort_kernel.c: converts a status, with the text of dsa_tvm_last_error(); creates and runs the kernel of a node. */
 OrtStatus *dsa_ort_status(const OrtApi *api, dsa_tvm_status status);
 OrtStatus *dsa_ort_create_kernel(const OrtCustomOp *self, const OrtApi *passed, const OrtKernelInfo *info, void **out);
 OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context);
 
-/* ort_cuda.c: the number of the GPU that a value is on; and a checked call on the session's stream. */
+/* ort_cuda.c: finds the number of the GPU that a value is on, and runs a checked call on the session's stream. */
 OrtStatus *dsa_ort_gpu_of(const OrtApi *api, const OrtValue *value, int32_t *device_id);
 OrtStatus *dsa_ort_run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const struct dsa_call *call);
 

@@ -1,4 +1,4 @@
-/* A node of ONNX Runtime on a GPU: on the session's stream. */
+/* Runs a node of ONNX Runtime on a GPU, on the stream of the session. */
 #include "ort.h"
 
 OrtStatus *dsa_ort_gpu_of(const OrtApi *api, const OrtValue *value, int32_t *device_id) {
@@ -10,9 +10,9 @@ OrtStatus *dsa_ort_gpu_of(const OrtApi *api, const OrtValue *value, int32_t *dev
   return status;
 }
 
-/* The workspace is none of the session's memory. Calls of a session may run at a time, each on a stream of its own: its
- * allocator, which is not told the stream, hands out what another call gave back before its kernels were done with it;
- * and its scratch buffers, which are the stream's, end the process where there is no memory left. */
+/* The workspace does not come from the session. Several calls of a session may run at a time, each on its own stream.
+ * The session's allocator is not told the stream, so it may hand out memory that kernels of another call still use. Its
+ * scratch buffers belong to a stream, but they end the process when there is no memory left. */
 OrtStatus *dsa_ort_run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const struct dsa_call *call) {
   void *stream = NULL;
   OrtStatus *status = api->KernelContext_GetGPUComputeStream(context, &stream);
