@@ -1,4 +1,4 @@
-"""What a search may choose of the CUDA indexer, and what that takes of shared memory."""
+"""The decisions of the portable CUDA indexer, and the shared memory that they need."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 
 MAX_HEADS = 64
 
 
-#: Architectures with instructions for products of e4m3 by a warp. On others that is made of what converts to f16 and
-#: multiplies that, again for every query: keys are better converted once.
+#: Architectures whose warps can multiply e4m3. On others the compiler would convert to f16 and multiply that, again for
+#: every query, so keys are converted once instead.
 _MULTIPLY_E4M3 = ("sm_89", "sm_120", "sm_120a", "sm_121", "sm_121a")
 
 
@@ -37,7 +37,7 @@ def row_stride(row_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions out of bounds.
+        A decision is out of bounds.
     """
 
     warps: int

@@ -1,8 +1,8 @@
-"""The CUDA indexer: a matrix product of keys and heads, reduced over the heads before it leaves the registers.
+"""The CUDA indexer: a matrix product of keys and heads that is reduced over the heads in registers.
 
-A block takes some queries, whose heads it holds in shared memory, and a run of key tiles, which come in a pipeline of
-asynchronous copies. Each warp takes its keys of a tile to registers once and multiplies them with all heads of all
-queries. Tiles that no query of the block can see are filled, not computed.
+A block takes some queries, whose heads it holds in shared memory, and a run of key tiles, which a pipeline of
+asynchronous copies brings. Each warp loads its keys of a tile into registers once, and multiplies them with all heads
+of all queries. Tiles that no query of the block can see are filled, not computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a search may choose of the sm_90a indexer, and what that takes of registers and shared memory."""
+"""The decisions of the sm_90a indexer, and the registers and shared memory that they need."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .....gpu.architectures import HOPPER, shared_bytes_of_each
 #: Types whose products wgmma makes: bytes of an element.
 WIDTH = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
-#: By consumer warpgroups: registers of a thread of the producer, and of the consumers. Together no more than a block of
-#: so many threads is given at its launch.
+#: By number of consumer warpgroups: registers of a producer thread and of a consumer thread. All together take no more
+#: registers than the block is given at its launch.
 _REGISTERS = {1: (24, 232), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
-#: The most heads that each of the kernels takes.
+#: The most heads that each kernel serves.
 HEADS = (32, 64)
 
 
@@ -35,7 +35,7 @@ def span(variant: dict[str, str], d_idx: int) -> int:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions out of bounds.
+        A decision is out of bounds.
     """
 
     warpgroups: int

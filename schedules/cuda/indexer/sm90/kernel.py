@@ -1,9 +1,9 @@
-"""The sm_90a indexer: warpgroups' products of keys and heads, reduced over the heads in registers.
+"""The sm_90a indexer: products of keys and heads by warpgroups, reduced over the heads in registers.
 
-A block takes some queries, whose heads it holds in shared memory, and a run of key tiles. One thread brings the tiles
-through a ring of stages with bulk copies of tensor maps. Each consumer warpgroup multiplies its 64 keys of a tile with
-the heads of all queries, in parts: while a part is multiplied, the part before is summed up over its heads and stored.
-Tiles that no query of the block can see are filled, not computed.
+A block takes some queries, whose heads it holds in shared memory, and a run of key tiles. One thread copies the tiles
+into a ring of stages, with bulk copies that use tensor maps. Each consumer warpgroup multiplies its 64 keys of a tile
+with the heads of all queries, in parts. While a part is multiplied, the part before is summed over its heads and
+stored. Tiles that no query of the block can see are filled, not computed.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def work_place(places: SharedPool) -> Place:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions that do not divide what they must.
+        A decision does not divide what it has to divide.
     """
 
     heads: int

@@ -1,4 +1,4 @@
-"""The decisions of the sparse attention for sm_90a, and where it has what in shared memory."""
+"""The decisions of the sparse attention for sm_90a, and its layout of shared memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REGISTERS = 504
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions out of bounds.
+        A decision is out of bounds.
     """
 
     consumer_registers: int
@@ -78,7 +78,7 @@ class Decisions:
         return _REGISTERS - 2 * self.consumer_registers
 
     def check(self, variant: dict[str, str], d_qk: int, d_v: int) -> None:
-        """Raise ValueError where there is no such kernel."""
+        """Raise ValueError if there is no such kernel."""
         dtype = variant["T"]
         keys = variant.get("K", dtype)
         if dtype not in ("bfloat16", "float16") or keys not in (dtype, PACKED):
