@@ -104,7 +104,7 @@ struct cuda_call {
 };
 
 /* cuda.c: makes a context of the call's device current: the caller's if it is on that device, otherwise the primary
- * one. The first call for a device loads the kernels; nothing is allocated later. After a success, call dsa_cuda_end. */
+ * one. The first call for a device loads the kernels; nothing is allocated later. Call dsa_cuda_end after a success. */
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call);
 void dsa_cuda_end(struct cuda_call *call);
 

@@ -44,8 +44,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     Parameters
     ----------
     variant : dict
-        Element type T of q, kv and out. With K of float8_e4m3fn, rows of kv are packed as `packed_gather` says; T is
-        bfloat16 then.
+        Element type T of q, kv and out. With K of float8_e4m3fn, rows of kv are packed as `packed_gather` describes; T
+        is then bfloat16.
     c : Decisions
     d_qk, d_v : int
 

@@ -41,7 +41,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     ----------
     variant : dict
         Element type T of q, kv and out: bfloat16 or float16. With K of float8_e4m3fn, rows of kv are packed as
-        `hopper_mla_packed` says; T is bfloat16.
+        `packed` describes; T is then bfloat16.
     c : Decisions
     d_qk, d_v : int
         576 or 512, and 512.
