@@ -162,8 +162,11 @@ def call(
     ----------
     function : callable
         What `entry` returned.
-    spec, inputs, attrs, out, num_threads
-        As in `calls.call`.
+    spec : OpSpec
+    inputs, attrs : mapping
+        By name. An optional input may be None.
+    out : tensor or tuple of tensors, optional
+    num_threads : int
 
     Returns
     -------
