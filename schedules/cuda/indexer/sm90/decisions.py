@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .....gpu.architectures import HOPPER, shared_bytes_of_each
 
-#: Types whose products wgmma makes: bytes of an element.
+#: Bytes of an element, for the types that wgmma multiplies.
 WIDTH = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 #: By number of consumer warpgroups: registers of a producer thread and of a consumer thread. All together take no more
@@ -18,12 +18,12 @@ HEADS = (32, 64)
 
 
 def serves(variant: dict[str, str]) -> bool:
-    """Whether there is such a kernel for these types."""
+    """Whether there is a kernel for these types."""
     return variant["T"] == variant["K"] and variant["T"] in WIDTH
 
 
 def padded_heads(h_idx: int) -> int:
-    """The `heads` of the kernel that serves so many."""
+    """The `heads` of the kernel that serves this many heads."""
     return next(heads for heads in HEADS if h_idx <= heads)
 
 
@@ -40,12 +40,12 @@ class Decisions:
     Parameters
     ----------
     warpgroups : int
-        Consumers, 1 to 4: each takes 64 keys of a tile. With one, a multiprocessor has two blocks at a time, so that
-        one computes while the other begins.
+        Consumers, 1 to 4. Each takes 64 keys of a tile. With one consumer, a multiprocessor holds two blocks at a
+        time, so that one computes while the other begins.
     columns : int
-        Heads, of one or more queries, that a product has at once: 64, 128 or 256.
+        Heads, of one or more queries, in one product: 64, 128 or 256.
     parts : int
-        Such products in a block, 1 or 2; with 2, one is made while the other is summed up.
+        Products in a block, 1 or 2. With 2, one is computed while the other is summed.
     stages : int
         Key tiles in shared memory, 2 to 16.
 
@@ -66,7 +66,7 @@ class Decisions:
         # Sums and weights.
         if self.parts * self.columns * 3 // 4 + 16 > self.registers[1]:
             raise ValueError(f"lightning_indexer: more sums and weights than registers: {self}")
-        # The assembler refuses an instruction of more registers than threads have at the launch.
+        # The assembler refuses an instruction that uses more registers than a thread has at the launch.
         if self.warpgroups == 1 and self.columns > 128:
             raise ValueError(f"lightning_indexer: warpgroups: expected at least 2 for so many columns: {self}")
         if not 2 <= self.stages <= 16:
@@ -79,7 +79,7 @@ class Decisions:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor has at a time."""
+        """Blocks that a multiprocessor holds at a time."""
         return 2 if self.warpgroups == 1 else 1
 
     @property
@@ -112,7 +112,7 @@ class Decisions:
 
 DEFAULT = {"sm_90a": Decisions(warpgroups=1, columns=128, parts=2, stages=8)}
 
-#: For a handful of queries: no more columns than theirs and many keys on their way.
+#: For few queries: only as many columns as they need, and many keys in flight.
 FEW_QUERIES = Decisions(warpgroups=4, columns=64, parts=1, stages=5)
 
 
