@@ -30,7 +30,7 @@ def _config(args: argparse.Namespace) -> None:
     path = os.path.abspath(library.default_path())
     include = os.path.abspath(package_files.find("include"))
     lib = os.path.dirname(path)
-    # -Wl, would cut the path at its commas.
+    # -Wl, splits its argument at commas.
     rpath = ["-Wl,-rpath", "-Xlinker", lib] if "," in lib else [f"-Wl,-rpath,{lib}"]
     paths = {
         "cmakedir": os.path.abspath(package_files.find("lib/cmake/dsa_tvm")),
@@ -47,7 +47,7 @@ def _config(args: argparse.Namespace) -> None:
         if name == "pkgconfigdir" and asked and (odd := set(paths[name]) & set("'\"\\#")):
             expected = "config: pkgconfigdir: expected a path that pkg-config can take flags from, got one with"
             raise LibraryError(f"{expected} {' '.join(sorted(odd))}: {paths[name]}; use --cflags and --libs instead")
-        # As pkg-config does it: flags are for a shell to read, paths are as they are.
+        # As in pkg-config, flags are quoted for a shell, and paths are not.
         answer = paths[name] if name in paths else shlex.join(flags[name])
         print(answer if asked else f"{name}: {answer}")
 
@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 with the error on standard error; 130 after Ctrl-C, and 141 where nobody reads standard output any more,
-        as a shell reports these signals.
+        The exit status: 0; 1 after an error, which standard error names; 130 after Ctrl-C, and 141 if nobody reads
+        standard output any more, which is how a shell reports these signals.
     """
     streams.prepare()
     try:
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             args = _parser().parse_args(argv)
             args.run(args)
         finally:
-            # Also what --help and --version have printed.
+            # After --help and --version, too.
             streams.finish()
     except BrokenPipeError:
         streams.discard()

@@ -1,4 +1,4 @@
-"""A report of the environment for bug reports. Standard library only; whatever cannot be read becomes its value."""
+"""A description of the environment for bug reports. What cannot be read is reported as a failure, not raised."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _attempt(read: Callable[[], Any]) -> Any:
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     return str(_cpu()["model"])
 
 
 def _cpu() -> dict[str, Any]:
-    # By processor: a machine may have cores of two kinds.
+    # Keep every value of a field: a machine may have cores of two kinds.
     fields: dict[str, dict[str, None]] = {}
     with open(_CPUINFO, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -50,12 +50,12 @@ def _cpu() -> dict[str, Any]:
 
 
 def _model(fields: dict[str, dict[str, None]]) -> str:
-    """A name that other CPUs do not have.
+    """A name that tells this kind of CPU from others.
 
     Parameters
     ----------
     fields : dict
-        The values of ``/proc/cpuinfo`` by name, each once and in order.
+        The values of each field of ``/proc/cpuinfo``, without repetition and in order.
     """
     for name in ("model name", "cpu model", "uarch", "cpu"):  # x86 and some arm; mips; riscv; ppc
         if values := [value for value in fields.get(name, {}) if value]:
@@ -68,7 +68,7 @@ def _model(fields: dict[str, dict[str, None]]) -> str:
 
 
 def _board() -> list[str]:
-    """The machine's model as its firmware tells it, if it does."""
+    """The model of the machine, if its firmware tells."""
     for path in _BOARDS:
         try:
             name = path.read_text(encoding="utf-8", errors="replace")
@@ -98,7 +98,7 @@ def _tool(name: str) -> str | None:
         return None
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
     lines = done.stdout.strip().splitlines()
-    # nvcc says its release near the end, the others at the start.
+    # nvcc prints its release at the end, the others print theirs at the start.
     return (lines[-1] if name == "nvcc" else lines[0]) if lines else f"exit status {done.returncode}"
 
 
@@ -130,7 +130,7 @@ def report() -> dict[str, Any]:
     Returns
     -------
     dict
-        Never raises: what cannot be read holds ``"failed: ..."``.
+        What cannot be read has the value ``"failed: ..."``; nothing is raised.
     """
     from . import __version__
 

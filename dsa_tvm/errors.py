@@ -1,4 +1,4 @@
-"""The exceptions every Python door raises."""
+"""The exceptions that all Python functions of this package raise."""
 
 
 class DsaError(Exception):
@@ -8,24 +8,24 @@ class DsaError(Exception):
 class ArgumentError(DsaError, ValueError):
     """An argument has the wrong rank, shape, dtype, device, layout or value.
 
-    The message names the operator, the argument, what was expected and what came.
+    The message names the operator, the argument, what was expected and what was given.
     """
 
 
 class LibraryError(DsaError, RuntimeError):
-    """The compiled library is missing, damaged, of another ABI, or cannot run on this CPU."""
+    """The compiled library is missing or damaged, has another ABI, or cannot run on this CPU."""
 
 
 class KernelError(DsaError, RuntimeError):
-    """A kernel failed after its arguments had passed every check (out of memory, for example)."""
+    """A kernel failed although its arguments had passed every check: out of memory, for example."""
 
 
 class BuildError(DsaError, RuntimeError):
-    """Compiling or linking a library failed; the message holds the tool's own words."""
+    """Compiling or linking a library failed. The message has what the tool printed."""
 
 
 class RecordError(DsaError, ValueError):
-    """A tuning log cannot be read or written, or a record in it is damaged, foreign or implausible."""
+    """A tuning log cannot be read or written, or one of its records is damaged, foreign or implausible."""
 
 
 class ModelError(DsaError, ValueError):

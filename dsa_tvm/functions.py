@@ -1,15 +1,15 @@
 """The operators as Python functions over NumPy arrays, torch tensors and anything else with DLPack.
 
-Inputs are never copied, at any alignment. All are on the CPU or all on one GPU. Outputs have the kind of the first
-input: torch tensors for torch, NumPy arrays for everything else on the CPU; or they are written to `out`. Element types
-that NumPy itself lacks (bfloat16, float8_e4m3fn) are those of the package ml_dtypes.
+Inputs are never copied, whatever their alignment. They are all on the CPU, or all on one GPU. Results are torch tensors
+if the first input is one, otherwise NumPy arrays; with `out` they are written there. Element types that NumPy lacks
+(bfloat16, float8_e4m3fn) come from the package ml_dtypes.
 
-On a GPU the work is enqueued on torch's current stream, or on the default one where there is no torch tensor, and its
-workspace comes from torch. Tensors of other libraries must live until the work is done, and whatever uses their
-contents must come after it on that stream.
+A call on a GPU is enqueued on torch's current stream, or on the default stream if no argument is a torch tensor. Its
+workspace comes from torch. Tensors of other libraries must live until the work is done, and whoever uses their contents
+must do so later on that stream.
 
-torch neither differentiates, traces nor transforms these functions; they refuse tensors for which it would have to.
-``torch.ops.dsa_tvm.*`` (see `dsa_tvm.torch_ops`) work under `torch.compile`, `torch.export` and `torch.func.vmap`.
+torch cannot differentiate, trace or transform these functions, so they refuse tensors for which it would have to. Use
+``torch.ops.dsa_tvm.*`` (see `dsa_tvm.torch_ops`) under `torch.compile`, `torch.export` and `torch.func.vmap`.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def lightning_indexer(
     weights : tensor [s_q, h_idx], float32
         Head weights; they already hold ``h_idx**-0.5 * d_idx**-0.5 * q_scale``.
     ks, ke : tensor [s_q], int32
-        First key, and one past the last key, each query may see.
+        Each query sees the keys ``ks[i]`` to ``ke[i] - 1``.
     k_scale : tensor [s_kv], float32, optional
-        Scale of each fp8 or int8 key; multiplies after the head sum.
+        Scale of each fp8 or int8 key. It multiplies the sum over the heads.
     out : tensor [s_q, s_kv], float32, optional
+        Where to write the logits.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
@@ -70,14 +71,18 @@ def lightning_indexer(
     Notes
     -----
     Products are summed in float32. A CPU with AVX512-BF16 (`active_target` is then ``x86-64-v4-bf16``) multiplies
-    bfloat16, fp8 and int8 by its bf16 dot products: exact products, and sums as precise as those of float32, but
-    subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in float32,
-    but where a sum overflows on the way, its parts may overflow in another order.
+    bfloat16, fp8 and int8 with its bf16 dot products. These products are exact and their sums are as precise as those
+    of float32, but subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in float32,
+    except that a sum that overflows on the way may overflow at another of its terms.
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
     return _call("lightning_indexer", inputs, {}, out, num_threads)[0]
@@ -94,8 +99,8 @@ def topk(
 ) -> Tensor:
     """Positions of the `topk` largest logits of each row, exactly and deterministically.
 
-    Larger first, equal values by lower index, ``-inf`` like any other value. NaN is never selected, where torch.topk
-    ranks it first: a token whose score is broken must not displace one whose score is known.
+    Larger values win, and of equal values the lower index. ``-inf`` is a value like any other. NaN is never selected,
+    whereas torch.topk ranks it first: a token whose score is broken must not displace one whose score is known.
 
     Parameters
     ----------
@@ -105,18 +110,23 @@ def topk(
     topk : int
         1..4096.
     out : tensor [s_q, topk], int32, optional
+        Where to write the indices.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
     indices : tensor [s_q, topk], int32
-        In ascending order, -1 behind where there are fewer.
+        In ascending order, padded with -1 at the end.
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     inputs = {"logits": logits, "ks": ks, "ke": ke}
     return _call("topk", inputs, {"topk": topk}, out, num_threads)[0]
@@ -141,26 +151,35 @@ def indexer_topk(
     Parameters
     ----------
     q : tensor [s_q, h_idx, d_idx], float32, bfloat16, float16, float8_e4m3fn or int8
+        Indexer queries; h_idx in 1..64, d_idx 32, 64 or 128.
     k : tensor [s_kv, d_idx], type of `q`, or float8_e4m3fn unless `q` is int8
+        Indexer keys.
     weights : tensor [s_q, h_idx], float32
+        Head weights, as for `lightning_indexer`.
     ks, ke : tensor [s_q], int32
+        Each query sees the keys ``ks[i]`` to ``ke[i] - 1``.
     k_scale : tensor [s_kv], float32, optional
-        These as in `lightning_indexer`.
+        Scale of each fp8 or int8 key.
     topk : int
         1..4096.
     out : tensor [s_q, topk], int32, optional
+        Where to write the indices.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
     indices : tensor [s_q, topk], int32
-        As `topk` returns them.
+        In ascending order, padded with -1 at the end.
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
     return _call("indexer_topk", inputs, {"topk": topk}, out, num_threads)[0]
@@ -185,12 +204,13 @@ def sparse_mla(
     Parameters
     ----------
     q : tensor [s_q, h_q, d_qk], float32, bfloat16 or float16
-        h_q in 1..128, d_qk 512 or 576.
+        Absorbed queries; h_q in 1..128, d_qk 512 or 576.
     kv : tensor [s_kv, d_qk], type of `q`
+        Latent rows.
     indices : tensor [s_q, topk], int32
         Rows of `kv`; those outside ``[0, s_kv)`` are skipped.
     attn_sink : tensor [h_q], float32, optional
-        Its exponential joins the denominator of `out`; the other outputs do not change.
+        Its exponential is added to the denominator of `out`; the other outputs do not change.
     topk_length : tensor [s_q], int32, optional
         Only that many leading indices of each query are used.
     sm_scale : float
@@ -199,16 +219,17 @@ def sparse_mla(
         mscale if it uses YaRN. `dsa_tvm.presets` has the value of each model, and `mla_scale` to compute others.
     d_v : int
         512.
-    out : tuple of three tensors, shaped like the results, optional
+    out : tuple of tensors [s_q, h_q, d_v], [s_q, h_q] and [s_q, h_q], optional
+        Where to write the results, in their types.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
     out : tensor [s_q, h_q, d_v], type of `q`
     max_logits : tensor [s_q, h_q], float32
     lse : tensor [s_q, h_q], float32
-        Natural logarithm. A query without a key has out 0, max_logits -inf and lse +inf.
+        Natural logarithm of the sum of the exponentials. A query without a key has out 0, max_logits -inf, lse +inf.
 
     Notes
     -----
@@ -220,8 +241,12 @@ def sparse_mla(
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
     results = _call("sparse_mla", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
@@ -242,26 +267,30 @@ def sparse_mla_fp8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sparse_mla` over a cache of 656 bytes a token, which `pack_mla_rows` makes.
 
-    A row is d_v float8_e4m3fn, d_v / 128 float32 that scale 128 of them each, and d_qk - d_v bfloat16 that are key
-    only: the layout of FlashMLA and vLLM. It stands for bfloat16: fp8 times scale, rounded, then the others as they
-    are.
+    A row holds d_v float8_e4m3fn, then d_v / 128 float32 that each scale 128 of these, then d_qk - d_v bfloat16 that
+    are part of the key only. This is the layout of FlashMLA and vLLM. The row stands for bfloat16 numbers: fp8 times
+    scale, rounded to bfloat16, and the last ones as they are.
 
     Parameters
     ----------
     q : tensor [s_q, h_q, d_qk], bfloat16
-        h_q in 1..128, d_qk 512 or 576.
+        Absorbed queries; h_q in 1..128, d_qk 512 or 576.
     kv : tensor [s_kv, d_packed], uint8
         d_packed is ``d_v + d_v / 32 + 2 * (d_qk - d_v)``: 528 or 656. Fastest at an address that is a multiple of 16.
     indices : tensor [s_q, topk], int32
+        Rows of `kv`; those outside ``[0, s_kv)`` are skipped.
     attn_sink : tensor [h_q], float32, optional
+        Its exponential is added to the denominator of `out`.
     topk_length : tensor [s_q], int32, optional
+        Only that many leading indices of each query are used.
     sm_scale : float
-        These as in `sparse_mla`; `sm_scale` has no default for the reason given there.
+        Multiplies the scores; the model's own, as `sparse_mla` explains.
     d_v : int
         512; a multiple of 128.
-    out : tuple of three tensors, shaped like the results, optional
+    out : tuple of tensors [s_q, h_q, d_v], [s_q, h_q] and [s_q, h_q], optional
+        Where to write the results, in their types.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
@@ -272,8 +301,12 @@ def sparse_mla_fp8(
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
     results = _call("sparse_mla_fp8", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
@@ -302,25 +335,31 @@ def dsa_attention(
     Parameters
     ----------
     index_q : tensor [s_q, h_idx, d_idx], float32, bfloat16 or float16
+        Indexer queries; h_idx in 1..64, d_idx 32, 64 or 128.
     index_k : tensor [s_kv, d_idx], type of `index_q`, or float8_e4m3fn
+        Indexer keys.
     weights : tensor [s_q, h_idx], float32
+        Head weights of the indexer, as for `lightning_indexer`.
     ks, ke : tensor [s_q], int32
-        These as q, k, weights, ks and ke of `indexer_topk`.
+        Each query sees the keys ``ks[i]`` to ``ke[i] - 1``.
     q : tensor [s_q, h_q, d_qk], type of `index_q`
+        Absorbed queries of the attention; h_q in 1..128, d_qk 512 or 576.
     kv : tensor [s_kv, d_qk], type of `index_q`
-        These as in `sparse_mla`.
+        Latent rows.
     index_k_scale : tensor [s_kv], float32, optional
-        As k_scale of `indexer_topk`.
+        Scale of each fp8 key of the indexer.
     attn_sink : tensor [h_q], float32, optional
+        Its exponential is added to the denominator of `out`.
     topk : int
-        1..4096.
+        Keys that a query attends to, 1..4096.
     sm_scale : float
-        As in `sparse_mla`; it has no default for the reason given there.
+        Multiplies the scores of the attention; the model's own, as `sparse_mla` explains.
     d_v : int
         512.
-    out : tuple of two tensors, shaped like the results, optional
+    out : tuple of tensors [s_q, h_q, d_v] and [s_q, h_q], optional
+        Where to write the results, in their types.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
@@ -329,8 +368,12 @@ def dsa_attention(
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     inputs = {
         "index_q": index_q,
@@ -352,22 +395,22 @@ def write_rows(
 ) -> Tensor:
     """Write new rows into a cache of fixed capacity: ``out[b, positions[b, i]] = rows[b, i]``.
 
-    With ``out=cache`` the rows are written where the cache lies, and nothing else is touched: a decode step costs its
-    own rows, whatever the capacity. Otherwise the cache is copied first. The operators that read a cache take its
-    length in use as `ke`, or by the indices, and what lies behind it does not count. Caches of several sequences are
-    read as one, ``cache.reshape(batch * capacity, d_row)``: the rows of sequence b start at ``b * capacity``.
+    With ``out=cache`` the rows are written in place and nothing else is touched, so the cost does not grow with the
+    capacity. Otherwise the cache is copied first. The operators that read a cache learn its length in use from `ke`,
+    or from the indices, and ignore the rows after it. Caches of several sequences are read as one,
+    ``cache.reshape(batch * capacity, d_row)``: the rows of sequence b start at ``b * capacity``.
 
     Parameters
     ----------
     cache : tensor [batch, capacity, d_row], float32, bfloat16, float16, float8_e4m3fn, int8 or uint8
     rows : tensor [batch, s_new, d_row], type of `cache`
     positions : tensor [batch, s_new], int32
-        Where each row goes in its sequence. Those outside ``[0, capacity)`` are skipped, such as those of padding. Of
-        equal ones in a sequence the last one wins.
+        Where each row goes in its sequence. Positions outside ``[0, capacity)`` are skipped, so padding can have any
+        of these. Of equal positions in a sequence the last one wins.
     out : tensor [batch, capacity, d_row], type of `cache`, optional
         `cache` itself, or memory that overlaps no input.
     num_threads : int
-        0 for the process default.
+        The most threads of this call; 0 for the process default, see `set_num_threads`.
 
     Returns
     -------
@@ -375,7 +418,11 @@ def write_rows(
 
     Raises
     ------
-    ArgumentError, KernelError, LibraryError
-        See `dsa_tvm.runtime.calls.call`.
+    ArgumentError
+        An argument has the wrong rank, shape, type, device, layout or value. No output has been touched.
+    KernelError
+        There is no memory for the workspace.
+    LibraryError
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     return _call("write_rows", {"cache": cache, "rows": rows, "positions": positions}, {}, out, num_threads)[0]

@@ -12,9 +12,9 @@ from .errors import ArgumentError
 def mla_scale(qk_head_dim: int, *, rope_factor: float = 1.0, mscale_all_dim: float = 0.0) -> float:
     """Return the `sm_scale` of a model with multi-head latent attention.
 
-    The model scales its scores by the width that its heads have before absorption. Absorbing ``kv_b_proj`` into the
-    queries leaves every score as it is and only makes the vectors wider (192 numbers become 576 in DeepSeek-V3.2), so
-    ``d_qk**-0.5`` is a different model.
+    A model scales its scores by the width that its heads have before absorption. Absorbing ``kv_b_proj`` into the
+    queries does not change the scores. It only makes the vectors wider (576 numbers instead of 192 in DeepSeek-V3.2),
+    so ``d_qk**-0.5`` would be another model.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def mla_scale(qk_head_dim: int, *, rope_factor: float = 1.0, mscale_all_dim: flo
     rope_factor : float
         ``factor`` of the rope parameters, for a model whose rope type is YaRN.
     mscale_all_dim : float
-        ``mscale_all_dim`` of the rope parameters; 0 where the configuration has none.
+        ``mscale_all_dim`` of the rope parameters; 0 if the configuration has none.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def mla_scale(qk_head_dim: int, *, rope_factor: float = 1.0, mscale_all_dim: flo
 
 @dataclass(frozen=True)
 class Preset:
-    """One model's attention; the names of the lengths are those of `dsa_tvm.spec.DIMS`.
+    """The attention of one model. The lengths are named as in `dsa_tvm.spec.DIMS`.
 
     Parameters
     ----------
@@ -66,9 +66,9 @@ class Preset:
 
     @property
     def q_spread(self) -> float:
-        """Standard deviation for random absorbed queries, so that their scores over unit normal rows have that of 1.
+        """Standard deviation of random absorbed queries that gives scores a standard deviation of 1 over normal rows.
 
-        Absorption makes queries wider and leaves their scores as they are, so their numbers are smaller.
+        Absorption makes queries wider but keeps their scores, so their numbers are smaller.
         """
         return float(self.d_qk**-0.5 / self.sm_scale)
 
@@ -80,7 +80,7 @@ _V32 = Preset(h_idx=64, d_idx=128, topk=2048, h_q=128, d_qk=576, d_v=512, sm_sca
 #: 512**-0.5. These are sizes this package is built to serve, not the configuration of a published checkpoint.
 _V4 = Preset(h_idx=64, d_idx=128, topk=512, h_q=64, d_qk=512, d_v=512, sm_scale=mla_scale(512))
 
-#: tp8 is the share of the heads that each of eight GPUs has.
+#: tp8: the heads that each of eight GPUs has under tensor parallelism.
 PRESETS: Mapping[str, Preset] = {
     "deepseek-v3.2": _V32,
     "deepseek-v3.2-tp8": replace(_V32, h_q=16),
@@ -90,17 +90,17 @@ PRESETS: Mapping[str, Preset] = {
     "deepseek-v4-1024": replace(_V4, topk=1024),
 }
 
-#: What commands take where no preset is named.
+#: The preset of commands that name none.
 DEFAULT = "deepseek-v3.2"
 
 
 def get(name: str) -> Preset:
-    """The preset of that name.
+    """The preset with this name.
 
     Raises
     ------
     ArgumentError
-        There is none.
+        No preset has this name.
     """
     if name not in PRESETS:
         raise ArgumentError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")

@@ -50,7 +50,7 @@ ONNX_TYPES: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class Part:
-    """What the length `dim` is to one that it determines: each `each` elements of it add `adds`."""
+    """A term of a length that others determine: every `each` elements of `dim` add `adds` to it."""
 
     dim: str
     each: int
@@ -59,23 +59,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Dim:
-    """A named length, with the values that are served.
+    """A named length, and the values that the library serves.
 
     Parameters
     ----------
     name : str
-        The field's name for the length, such as ``s_kv``.
+        The usual name of the length in the field, such as ``s_kv``.
     minimum, maximum : int
         Inclusive bounds.
     values : tuple of int
-        When not empty, the only values served; they can be widened when a library is built.
+        When not empty, the only values served. A library can be built with more.
     multiple : int
-        What every value is a multiple of.
+        Every value is a multiple of this.
     at_most : str, optional
         The dimension this one may not exceed.
     parts : tuple of Part
-        When not empty, other dimensions determine this one: it is the sum of what these add. Attributes and earlier
-        inputs must fix them; a length that is no multiple of its part's `each` is not served.
+        When not empty, this length is the sum of what other dimensions add. Attributes or earlier inputs must give
+        these. A length that is not a multiple of its part's `each` is not served.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Dim:
     parts: tuple[Part, ...] = ()
 
     def serves(self, value: int) -> bool:
-        """Whether `value` is a length this dimension may have."""
+        """Whether this dimension may have the length `value`."""
         if self.values:
             return value in self.values
         return self.admits(value)
@@ -97,12 +97,12 @@ class Dim:
         return self.minimum <= value <= self.maximum and value % self.multiple == 0
 
     def determined(self, lengths: Mapping[str, int]) -> int | None:
-        """The length that `lengths` determine by the `parts`; None where they do not.
+        """The length that follows from `lengths` and the `parts`; None if it does not follow.
 
         Raises
         ------
         ValueError
-            A length that is not the multiple that its part needs.
+            A length is not a multiple of its part's `each`.
         """
         if not self.parts or any(part.dim not in lengths for part in self.parts):
             return None
@@ -113,7 +113,7 @@ class Dim:
 
     @property
     def range(self) -> str:
-        """What `admits` admits, for a message."""
+        """The lengths that `admits` accepts, for a message."""
         multiple = f"a multiple of {self.multiple} in " if self.multiple > 1 else ""
         return f"{multiple}{self.minimum}..{self.maximum}"
 
@@ -135,8 +135,8 @@ class TensorSpec:
         Name of the dimension of the numbers that are packed into each row of bytes, where the tensor is one of those;
         `ops.packed_rows` has the format.
     may_be : str, optional
-        Of an output: name of the input of the same type and shape whose memory it may be, all of it. It then changes
-        that input, and what the operator would have copied stays where it is. All other overlap is refused.
+        For an output: the input of the same type and shape whose memory it may use, all of it. The operator then
+        changes that input in place. Any other overlap is refused.
     """
 
     name: str
@@ -149,7 +149,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AttrSpec:
-    """One scalar attribute. With `dim`, the attribute is the length of that dimension."""
+    """One scalar attribute. With `dim`, it gives the length of that dimension."""
 
     name: str
     kind: type
@@ -158,7 +158,9 @@ class AttrSpec:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """``|err| <= abs + rel * |reference|`` elementwise, then cosine difference ``<= cos``."""
+    """How far a result may be from the reference: ``|err| <= abs + rel * |reference|`` for each element, and a cosine
+    difference of at most ``cos`` for the whole tensor.
+    """
 
     abs: float
     rel: float
@@ -180,9 +182,9 @@ class OpSpec:
     variants : tuple of mapping
         The served assignments of the type variables.
     tolerance : mapping
-        Output name, then element type of the operator's first input, to a `Tolerance`.
+        By name of the output, then by element type of the first input: a `Tolerance`.
     reference : callable
-        float64 NumPy reference: takes the inputs and attributes by name, returns the outputs in order.
+        The operator in float64 NumPy. It takes inputs and attributes by name and returns the outputs in order.
     """
 
     name: str
@@ -196,7 +198,7 @@ class OpSpec:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """Names of the dimensions the inputs and attributes fix, in order of appearance."""
+        """Names of the dimensions that inputs and attributes give, in order of appearance."""
         names = [d for t in self.inputs for d in t.shape] + [a.dim for a in self.attrs if a.dim]
         return tuple(dict.fromkeys(names))
 
@@ -224,7 +226,7 @@ DIMS: Mapping[str, Dim] = {
         Dim("d_v", 64, 1024, (512,), multiple=64, at_most="d_qk"),
         # Bytes: d_v e4m3, an f32 for each 128 of them, d_qk - d_v bf16.
         Dim("d_packed", 132, 1924, parts=(Part("d_qk", 1, 2), Part("d_v", 128, 128 + 4 - 256))),
-        # Of a cache that grows: sequences, rows that each has room for, rows that are new, elements of a row.
+        # Of a cache that grows: sequences, room for rows in each, new rows, elements of a row.
         Dim("batch"),
         Dim("capacity"),
         Dim("s_new"),
@@ -234,24 +236,24 @@ DIMS: Mapping[str, Dim] = {
 
 
 def completed(lengths: Mapping[str, int]) -> dict[str, int]:
-    """`lengths` and those that they determine.
+    """`lengths`, and those that follow from them.
 
     Raises
     ------
     ValueError
-        As `Dim.determined`.
+        A length is not a multiple of what its part needs, see `Dim.determined`.
     """
     found = {name: dim.determined(lengths) for name, dim in DIMS.items() if name not in lengths}
     return {**lengths, **{name: length for name, length in found.items() if length is not None}}
 
 
 def with_values(dims: Mapping[str, Dim], extra: Mapping[str, tuple[int, ...]]) -> dict[str, Dim]:
-    """`dims` with the served values of some dimensions widened.
+    """`dims`, with more served values for some of them.
 
     Raises
     ------
     ValueError
-        A value is out of the dimension's bounds or not the multiple its kernels need.
+        A value is out of the bounds of its dimension, or not a multiple of what kernels need.
     """
     widened = dict(dims)
     for name, values in extra.items():

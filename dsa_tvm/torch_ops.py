@@ -1,9 +1,9 @@
 """``torch.ops.dsa_tvm.*``: importing this module registers every operator with torch.
 
 They work under `torch.compile(fullgraph=True)`, `torch.export` and `torch.func.vmap`: each has a fake implementation
-that tells the output shapes, and integer attributes may be symbolic. There are no derivatives: asking for one, in
-reverse or forward mode, raises `NotImplementedError` with the operator's name. An operator whose output may be one of
-its inputs has a second form that changes that input and returns nothing: ``write_rows_``.
+that computes the output shapes, and integer attributes may be symbolic. There are no derivatives. Asking for one, in
+reverse or forward mode, raises `NotImplementedError` with the name of the operator. An operator whose output may be one
+of its inputs also has a form that changes this input and returns nothing: ``write_rows_``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .ops import OPS
 from .runtime.calls import call
 from .spec import OpSpec, TensorSpec, completed
 
-# Kept when the module is reloaded: without it, torch would forget the operators.
+# Keep it when the module is reloaded: torch forgets the operators of a library that is deleted.
 _LIBRARY = globals().get("_LIBRARY") or torch.library.Library("dsa_tvm", "FRAGMENT")
 
-# SymInt, because an integer may come from a shape: topk=min(2048, k.shape[0]).
+# An integer may come from a shape, as in topk=min(2048, k.shape[0]), so it is a SymInt.
 _SCALARS = {int: "SymInt", float: "float"}
 
 _INPUTS = {name: tuple(t.name for t in spec.inputs) for name, spec in OPS.items()}
@@ -58,7 +58,7 @@ def _compute(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _check_fake(spec: OpSpec, tensor: TensorSpec, x: torch.Tensor, lengths: dict[str, Any]) -> None:
-    """Refuse what is wrong whatever the symbolic lengths will be, and add the tensor's lengths to `lengths`."""
+    """Refuse what is wrong for any values of the symbolic lengths. Adds the lengths of the tensor to `lengths`."""
     where = f"{spec.name}: {tensor.name}"
     if x.dim() != len(tensor.shape):
         expected = f"rank {len(tensor.shape)} [{', '.join(tensor.shape)}]"
@@ -72,7 +72,7 @@ def _check_fake(spec: OpSpec, tensor: TensorSpec, x: torch.Tensor, lengths: dict
         raise ArgumentError(f"{spec.name}: {error}") from None
     for dim, length in zip(tensor.shape, x.shape, strict=True):
         known = lengths.setdefault(dim, length)
-        # Comparing symbols would bind them, which is for the caller to do.
+        # Comparing symbols would bind them, which only the caller should do.
         if isinstance(known, int) and isinstance(length, int) and known != length:
             raise ArgumentError(f"{where}: expected {dim} of {known}, got {length}")
 
@@ -99,12 +99,12 @@ def _fake(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _WithoutBackward(torch.autograd.Function):
-    """An operator as a node of the graph, so that only a backward that reaches it is an error."""
+    """Makes an operator a node of the graph, so that only a backward that reaches it is an error."""
 
     @staticmethod
     def forward(ctx: Any, name: str, kwargs: dict[str, Any], *args: Any) -> Any:
         ctx.name = name
-        # The dispatcher comes to `_autograd` again, but now gradients are off.
+        # The dispatcher calls `_autograd` again, now with gradients off.
         return getattr(torch.ops.dsa_tvm, name)(*args, **kwargs)
 
     @staticmethod
@@ -131,7 +131,7 @@ def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, 
     _refuse_tangents(spec, tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            # An autograd.Function cannot be a node of torch.func's graphs from inside the dispatcher.
+            # Inside the dispatcher, an autograd.Function cannot be a node of torch.func's graphs.
             raise NotImplementedError(
                 f"dsa_tvm.{spec.name} has no backward: it serves inference only; "
                 "inside torch.func.grad and the like, detach its inputs"
@@ -144,7 +144,7 @@ def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _register(spec: OpSpec) -> None:
     if hasattr(torch.ops.dsa_tvm, spec.name):
-        # The module is being reloaded: what torch has calls this module's functions, which are the new ones now.
+        # The module is being reloaded. The registered operators call the functions of this module by name.
         return
 
     def compute(*args: Any, **kwargs: Any) -> Any:
@@ -157,10 +157,10 @@ def _register(spec: OpSpec) -> None:
         return _autograd(spec, keys, args, kwargs)
 
     _LIBRARY.define(spec.name + _schema(spec))
-    # For every device: `call` looks where the tensors are, and its error names the argument that is elsewhere.
+    # One implementation for every device: `call` finds the device, and names an argument that is on another one.
     _LIBRARY.impl(spec.name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dsa_tvm::{spec.name}", fake, lib=_LIBRARY)
-    # torch.library.register_autograd knows no forward mode: it would drop tangents without a word.
+    # torch.library.register_autograd ignores forward mode: it would silently drop tangents.
     _LIBRARY.impl(spec.name, autograd, "Autograd", with_keyset=True)
 
 
@@ -180,7 +180,7 @@ def _autograd_in_place(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: d
 
 
 def _register_in_place(spec: OpSpec) -> None:
-    """Register the form of an operator that writes to its inputs and returns nothing; its name ends in ``_``."""
+    """Register the form of an operator that writes to its inputs and returns nothing. Its name ends in ``_``."""
     name = f"{spec.name}_"
     if hasattr(torch.ops.dsa_tvm, name):
         return

@@ -1,7 +1,7 @@
-"""The kernel factories, by operator, and the targets they are compiled for.
+"""The kernel factories of each operator, and the targets that they are compiled for.
 
-A kernel factory lives beside its decisions, not in `ops`: tile shapes and vector widths shape the code, and importing
-an operator's description must not import TVM.
+A kernel factory lives beside its decisions and not in `ops`, because importing the description of an operator must not
+import TVM.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from ..ops import OPS, sparse_mla_fp8
 from .cpu import lightning_indexer, sparse_mla, topk
 
-#: Kernel modules by operator. The other operators are made of these three.
+#: Kernel modules by operator. All other operators use these three.
 CPU = {"lightning_indexer": lightning_indexer, "topk": topk, "sparse_mla": sparse_mla}
 
-#: Element types that there is a kernel for, by operator.
+#: Element types that have a kernel, by operator.
 CPU_VARIANTS: Mapping[str, tuple[Mapping[str, str], ...]] = {op: OPS[op].variants for op in CPU} | {
     "sparse_mla": (*OPS["sparse_mla"].variants, sparse_mla_fp8.KERNEL)
 }
 
-#: CPU targets, best last: a library holds several and picks the last one the machine runs.
+#: CPU targets, the best last. A library holds several, and picks the last one that runs on the machine.
 CPU_TARGETS: Mapping[str, dict[str, Any]] = {
     "x86-64-v2": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v2"},
     "x86-64-v3": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
@@ -34,16 +34,16 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
 }
 
-#: GPU architectures that a library has machine code for by default. Of Hopper's own instructions, which sm_90a has and
-#: sm_90 lacks, there are kernels; sm_100 and sm_120 without an ``a`` serve the later GPUs of their generations, too.
+#: GPU architectures that a library has machine code for by default. sm_90a rather than sm_90, because some kernels use
+#: instructions that sm_90 lacks. sm_100 and sm_120 without ``a`` also serve later GPUs of their generations.
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
-#: Targets that have kernels for some element types only, which are better there, and where the others are from.
+#: Targets that have kernels for some element types only, and the target whose kernels they use for all others.
 BASES: Mapping[str, str] = {"x86-64-v4-bf16": "x86-64-v4"}
 
 
 def cpu_variants(op: str, target: str) -> tuple[Mapping[str, str], ...]:
-    """Element types that a target has kernels of its own for; none where those of its base are as good."""
+    """Element types for which a target has its own kernels."""
     if target not in BASES:
         return CPU_VARIANTS[op]
     takes = getattr(CPU[op], "takes_bf16", None)
@@ -51,6 +51,6 @@ def cpu_variants(op: str, target: str) -> tuple[Mapping[str, str], ...]:
 
 
 def cpu_kernel(op: str, variant: Mapping[str, str], target: str, decisions: Any) -> Any:
-    """The PrimFunc of a CPU kernel."""
+    """Make the PrimFunc of a CPU kernel."""
     options = {"bf16": True} if target in BASES else {}
     return CPU[op].tensor_ir(variant, decisions, **options)

@@ -1,9 +1,9 @@
-"""The search space of a kernel: one schedule function that samples decisions for a search and replays given ones.
+"""The search space of a kernel: a schedule function that samples decisions for a search, or replays given ones.
 
-Our decisions shape the code (tile sizes, unrolling, what a task takes), so they are arguments of a kernel factory, not
-primitives applied to a finished PrimFunc. MetaSchedule therefore schedules a stand-in of one block, on which each
-decision is sampled and noted; the factory turns the noted decisions into the kernel, with static or symbolic lengths
-alike. Every decision is one of a list, in MetaSchedule's terms categorical.
+Our decisions shape the code (tile sizes, unrolling, work of a task). So they are arguments of a kernel factory, and not
+primitives that are applied to a finished PrimFunc. MetaSchedule therefore schedules a stand-in with one block. Each
+decision is sampled there and noted as an annotation, and the factory turns the decisions into the kernel. Every
+decision is one of a list; MetaSchedule calls that categorical.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import Instruction, Trace
 from tvm.script import tirx as T
 
-#: A kernel module, or what has the same of it: Decisions, DEFAULT and choices, and perhaps a check of made decisions
+#: A kernel module, or an object with the same names: Decisions, DEFAULT, choices, and perhaps a `check` of decisions
 #: that raises ValueError.
 Module = Any
 
@@ -26,14 +26,14 @@ _SAMPLE = "SampleCategorical"
 
 
 def values(module: Module, target: str) -> dict[str, tuple[int, ...]]:
-    """What each decision of a kernel module may be on `target`, ascending; the default's value is always among them."""
+    """The values of each decision of a kernel module on `target`, ascending. They include the default."""
     default = asdict(module.DEFAULT[target])
     choices = module.choices(target)
     return {f.name: tuple(sorted({*choices[f.name], default[f.name]})) for f in fields(module.Decisions)}
 
 
 def stand_in(op: str) -> tvm.IRModule:
-    """The workload of a search for `op`."""
+    """The module that MetaSchedule searches in place of `op`."""
 
     @T.prim_func(s_tir=True)
     def main(x: T.Buffer((1,), "float32")):  # type: ignore[valid-type]
@@ -47,16 +47,16 @@ def stand_in(op: str) -> tvm.IRModule:
 
 
 def apply(sch: Schedule, choices: Mapping[str, tuple[int, ...]], decisions: Mapping[str, int] | None = None) -> None:
-    """The schedule function: note a value for every decision.
+    """The schedule function. It notes a value for every decision.
 
     Parameters
     ----------
     sch : Schedule
-        Of a `stand_in`.
+        The schedule of a `stand_in`.
     choices : mapping
-        What `values` returned.
+        The result of `values`.
     decisions : mapping, optional
-        Replay these, by value; without them every decision is sampled uniformly.
+        Values to replay. Without them every decision is sampled uniformly.
 
     Raises
     ------
@@ -71,18 +71,18 @@ def apply(sch: Schedule, choices: Mapping[str, tuple[int, ...]], decisions: Mapp
 
 
 def samples(trace: Trace) -> list[Instruction]:
-    """The instructions of a trace that chose something, in the order of the choices."""
+    """The sampling instructions of a trace, in the order of the choices."""
     return [instruction for instruction in trace.insts if instruction.kind.name == _SAMPLE]
 
 
 def decisions_of(trace: Trace, choices: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """What a trace of `apply` chose."""
+    """The decisions in a trace of `apply`."""
     picked = (int(trace.decisions[instruction]) for instruction in samples(trace))
     return {name: candidates[i] for (name, candidates), i in zip(choices.items(), picked, strict=True)}
 
 
 def is_legal(module: Module, decisions: Mapping[str, int]) -> bool:
-    """Whether the kernel factory takes these decisions."""
+    """Whether the kernel factory accepts these decisions."""
     try:
         kernel_decisions(module, decisions)
     except ValueError:
@@ -91,18 +91,18 @@ def is_legal(module: Module, decisions: Mapping[str, int]) -> bool:
 
 
 def kernel_decisions(module: Module, decisions: Mapping[str, int]) -> Any:
-    """The decisions as the factory's dataclass.
+    """Convert decisions to the dataclass of the kernel factory.
 
     Raises
     ------
     ValueError
-        Names that are not those of the dataclass, or values that do not divide.
+        The names are not those of the dataclass, or the kernel does not accept the values.
     """
     expected = [f.name for f in fields(module.Decisions)]
     if sorted(expected) != sorted(decisions):
         raise ValueError(f"decisions: expected {', '.join(expected)}, got {', '.join(decisions) or 'none'}")
     made = module.Decisions(**decisions)
-    # What is not decided by the decisions alone: element types, or how much memory a GPU has.
+    # Some limits depend on more than the decisions: on element types, or on the memory of a GPU.
     if check := getattr(module, "check", None):
         check(made)
     return made

@@ -1,1 +1,1 @@
-"""NVIDIA GPUs as Python sees them: their architectures, and the CUDA driver."""
+"""NVIDIA GPUs in Python: their architectures, and the CUDA driver."""

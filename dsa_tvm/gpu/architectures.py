@@ -1,27 +1,27 @@
-"""NVIDIA's architectures: which GPUs run the code for one, and the most that a GPU of one can do."""
+"""NVIDIA's GPU architectures: which GPUs run code for each, and their limits."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-#: The one that some kernels use the own instructions of.
+#: The architecture with dedicated kernels.
 HOPPER = "sm_90a"
 
-#: Rows of a product of a warp's tensor cores. For at most so many heads the attention in 16 bits has its own kernel.
+#: Rows of one tensor-core product of a warp. Attention in 16 bits has a dedicated kernel for up to this many heads.
 FEW_HEADS = 16
 
-#: Shared memory that a block can have, in KiB, by compute capability; others are taken to have the least of it.
+#: Shared memory that a block can have, in KiB, by compute capability. Others are assumed to have the least.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 101: 227, 103: 227, 110: 227}
 _LEAST_SHARED_KIB = 99
-#: What a multiprocessor has beside: bytes that the system takes for every block, registers, which warps get by 256,
-#: and places for threads.
+#: Bytes of shared memory that the system takes for every block; the registers of a multiprocessor, of which warps
+#: get multiples of 256; and the threads that it can hold.
 SYSTEM_SHARED = 1 << 10
 _REGISTERS, _REGISTER_UNIT = 65536, 256
 _THREADS = {80: 2048, 90: 2048, 100: 2048, 103: 2048}
 _LEAST_THREADS = 1536
 _WARP = 32
-#: Floating-point operations of a multiprocessor's tensor cores in a clock cycle, on elements of 16 bits.
+#: Floating-point operations that the tensor cores of a multiprocessor do per clock cycle on elements of 16 bits.
 _TENSOR_FLOPS = {
     80: 2048,
     86: 1024,
@@ -35,14 +35,14 @@ _TENSOR_FLOPS = {
     121: 1024,
 }
 _MOST_TENSOR_FLOPS = 8192
-#: GPUs of Tegra: they run machine code of their own architecture only, and no others run theirs.
+#: Tegra GPUs. They run only machine code for their own architecture, and no other GPU runs theirs.
 TEGRA = (87, 101)
-#: From this capability on, elements of 8 bits are twice as fast.
+#: The first capability with fp8: elements of 8 bits are twice as fast from here on.
 _HAS_FP8 = 89
 
 
 def is_arch(name: str) -> bool:
-    """Whether `name` is that of an architecture, such as ``sm_90a``."""
+    """Whether `name` is the name of an architecture, such as ``sm_90a``."""
     return re.fullmatch(r"sm_\d{2,3}a?", name) is not None
 
 
@@ -52,12 +52,12 @@ def number_of(arch: str) -> int:
 
 
 def is_exact(arch: str) -> bool:
-    """Whether code for `arch`, such as ``sm_90a``, runs on that architecture and no other."""
+    """Whether code for `arch` runs on that architecture only, as for ``sm_90a``."""
     return arch.endswith("a")
 
 
 def runs_on(arch: str, capability: int) -> bool:
-    """Whether a GPU of that compute capability, 90 for 9.0, runs machine code for `arch`: the driver's own rule."""
+    """Whether a GPU of this compute capability (90 for 9.0) runs machine code for `arch`. This is the driver's rule."""
     number = number_of(arch)
     if is_exact(arch) or capability in TEGRA or number in TEGRA:
         return number == capability
@@ -65,24 +65,24 @@ def runs_on(arch: str, capability: int) -> bool:
 
 
 def best_for(capability: int, archs: Iterable[str]) -> str | None:
-    """The one of `archs` whose code a library would take on a GPU of that compute capability."""
+    """The architecture among `archs` whose code a library would use on a GPU of this compute capability."""
     running: Sequence[str] = [arch for arch in archs if runs_on(arch, capability)]
     return max(running, key=lambda arch: (number_of(arch), is_exact(arch)), default=None)
 
 
 def shared_bytes(arch: str) -> int:
-    """Shared memory that a block can have on every GPU that runs code for `arch`; ``"cuda"`` stands for any GPU."""
+    """Shared memory that a block can have on every GPU that runs code for `arch`. ``"cuda"`` stands for any GPU."""
     number = number_of(arch) if is_arch(arch) else 0
     return _SHARED_KIB.get(number, _LEAST_SHARED_KIB) << 10
 
 
 def shared_bytes_of_each(arch: str, blocks: int) -> int:
-    """Shared memory that a block can have where a multiprocessor is to have so many of them at a time."""
+    """Shared memory that a block can have if a multiprocessor is to hold `blocks` of them at a time."""
     return (shared_bytes(arch) + SYSTEM_SHARED) // blocks - SYSTEM_SHARED
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
-    """How many blocks of a kernel a multiprocessor has at a time.
+    """How many blocks of a kernel a multiprocessor holds at a time.
 
     Parameters
     ----------
@@ -104,6 +104,6 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 
 def tensor_flops(capability: int, bits: int) -> int:
-    """The most operations that a multiprocessor's tensor cores do in a clock cycle on elements of `bits` bits."""
+    """The most operations that the tensor cores of a multiprocessor do per clock cycle on elements of `bits` bits."""
     flops = _TENSOR_FLOPS.get(capability, _MOST_TENSOR_FLOPS)
     return 2 * flops if bits == 8 and capability >= _HAS_FP8 else flops

@@ -44,7 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class CudaError(DsaError):
-    """The driver failed. After an error of a kernel the process can do nothing more on the GPU."""
+    """A call of the driver failed. If a kernel caused the error, this process cannot use the GPU any more."""
 
 
 @functools.cache
@@ -80,14 +80,14 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _made(name: str, kind: Any, *arguments: Any) -> Any:
-    """What the driver puts where its first argument points to."""
+    """Call a function of the driver that writes its result through its first argument. Returns the result."""
     result = kind()
     _call(name, ctypes.byref(result), *arguments)
     return result.value
 
 
 class Memory:
-    """Memory of the GPU. It is freed with the last reference.
+    """GPU memory. It is freed with the last reference.
 
     Parameters
     ----------
@@ -97,6 +97,7 @@ class Memory:
     Raises
     ------
     CudaError
+        The GPU has no memory left, or an earlier kernel failed.
     """
 
     def __init__(self, size: int) -> None:
@@ -105,7 +106,7 @@ class Memory:
 
     def __del__(self) -> None:
         if hasattr(self, "address"):
-            # An error here would be that of a kernel before.
+            # Ignore the status: an error here would come from an earlier kernel.
             _driver().cuMemFree_v2(self.address)
 
     def write(self, array: np.ndarray, offset: int = 0) -> None:
@@ -121,7 +122,7 @@ class Memory:
 
 
 class Event:
-    """A point of a stream, and when it was reached."""
+    """A point in a stream, with the time at which it was reached."""
 
     def __init__(self) -> None:
         self.handle: int = _made("cuEventCreate", c_void_p, 0)
@@ -131,12 +132,12 @@ class Event:
             _driver().cuEventDestroy_v2(self.handle)
 
     def seconds_since(self, earlier: Event) -> float:
-        """Both must have been reached. The driver measures half a microsecond."""
+        """Seconds between two events that have been reached, to half a microsecond."""
         return 1e-3 * float(_made("cuEventElapsedTime", c_float, earlier.handle, self.handle))
 
 
 class Stream:
-    """A stream of the current context. What is enqueued sees what `Memory.write` wrote before."""
+    """A stream of the current context. Enqueued work sees what `Memory.write` wrote before."""
 
     def __init__(self) -> None:
         self.handle: int = _made("cuStreamCreate", c_void_p, _BLOCKING)
@@ -154,7 +155,7 @@ class Stream:
         _call("cuEventRecord", event.handle, self.handle)
 
     def synchronize(self) -> None:
-        """Wait for all that was enqueued.
+        """Wait for everything that was enqueued.
 
         Raises
         ------
@@ -170,12 +171,12 @@ class Gpu:
     Parameters
     ----------
     ordinal : int
-        Of those that ``CUDA_VISIBLE_DEVICES`` leaves.
+        The number of the GPU among those that ``CUDA_VISIBLE_DEVICES`` leaves.
 
     Raises
     ------
     LibraryError
-        No driver, or no such GPU: the message says what is missing.
+        There is no driver, or no GPU with this number. The message says what is missing.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -191,7 +192,7 @@ class Gpu:
         self.multiprocessors = self._attribute(_MULTIPROCESSORS)
         self.l2_bytes = self._attribute(_L2_BYTES)
         self.clock_hertz = 1e3 * self._attribute(_CLOCK_KHZ)
-        #: Twice a cycle, as the driver states it; 0 where it does not.
+        #: Memory transfers data twice per cycle. 0 if the driver does not tell the clock.
         self.bytes_per_second = 2e3 * self._attribute(_MEMORY_CLOCK_KHZ) * self._attribute(_BUS_BITS) / 8
 
     def _attribute(self, number: int) -> int:

@@ -1,4 +1,4 @@
-"""The operators, one file each, and `OPS`, the one registry of them."""
+"""The operators, one file each, and `OPS`, which lists them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole of DeepSeek Sparse Attention: `indexer_topk`, then `sparse_mla` over what it selected."""
+"""All of DeepSeek Sparse Attention: `indexer_topk`, then `sparse_mla` over the selected rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from . import indexer_topk, lightning_indexer, sparse_mla
 
 
 def reference(index_q, index_k, weights, ks, ke, q, kv, index_k_scale=None, attn_sink=None, *, topk, sm_scale, d_v):
-    """float64 (out, lse); shapes as in `indexer_topk` and `sparse_mla`."""
+    """float64 attention, with the arguments of `indexer_topk.reference` and `sparse_mla.reference`.
+
+    Returns
+    -------
+    out [s_q, h_q, d_v], lse [s_q, h_q] : ndarray, float64
+    """
     (indices,) = indexer_topk.reference(index_q, index_k, weights, ks, ke, index_k_scale, topk=topk)
     out, _, lse = sparse_mla.reference(q, kv, indices, attn_sink, sm_scale=sm_scale, d_v=d_v)
     return out, lse
@@ -29,7 +34,7 @@ SPEC = OpSpec(
     ),
     outputs=(sparse_mla.OUT, sparse_mla.LSE),
     attrs=(lightning_indexer.TOPK_ATTR, *sparse_mla.ATTRS),
-    # The attention's queries have the type T, too.
+    # The queries of the attention have the type T too, so T is never fp8 or int8.
     variants=tuple(v for v in lightning_indexer.VARIANTS if v["T"] not in ("float8_e4m3fn", "int8")),
     tolerance={name: sparse_mla.TOLERANCE[name] for name in ("out", "lse")},
     reference=reference,

@@ -1,4 +1,4 @@
-"""Element types as bits: what a machine needs to measure kernels of types that NumPy lacks without further packages."""
+"""Element types that NumPy lacks, as bits. Measuring kernels of these types then needs no further package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-#: What holds an element's bits.
+#: The NumPy type that holds the bits of an element.
 STORAGE: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -21,7 +21,7 @@ _FP8_NAN = 0x7F
 
 
 def _fp8_values() -> np.ndarray:
-    """The numbers of the codes 0..126: a sign, four bits of exponent with bias 7, three of mantissa, no infinity."""
+    """The values of the codes 0..126: a sign, 4 bits of exponent with bias 7, 3 of mantissa, and no infinity."""
     codes = np.arange(_FP8_NAN)
     exponent, mantissa = codes >> 3, codes & 7
     values = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
@@ -29,10 +29,10 @@ def _fp8_values() -> np.ndarray:
 
 
 def encode(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Round f32 numbers to `dtype`, to nearest, ties to even; the bits, in `STORAGE`.
+    """Round f32 numbers to `dtype`, to nearest even, and return the bits in the type that `STORAGE` has for it.
 
-    What is too large for float8_e4m3fn or int8 becomes the number of that type that is next to it; NaN, of which int8
-    has none, becomes 0 there.
+    Numbers that are too large for float8_e4m3fn or int8 become the largest of that type. int8 has no NaN, so NaN
+    becomes 0 there.
     """
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -54,7 +54,7 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """The numbers that the bits of `encode` stand for: f32, or integers as they are."""
+    """The numbers that bits from `encode` stand for: as f32, but integers as they are."""
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "float8_e4m3fn":

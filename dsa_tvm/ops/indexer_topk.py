@@ -7,7 +7,12 @@ from . import lightning_indexer, topk
 
 
 def reference(q, k, weights, ks, ke, k_scale=None, *, topk):
-    """Indices [s_q, topk] int32 selected from the float64 logits."""
+    """Select from float64 logits; the arguments are those of `lightning_indexer.reference` and `topk`.
+
+    Returns
+    -------
+    tuple of one ndarray [s_q, topk], int32
+    """
     (logits,) = lightning_indexer.reference(q, k, weights, ks, ke, k_scale)
     return _select(logits, ks, ke, topk)
 

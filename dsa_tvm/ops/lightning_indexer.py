@@ -1,7 +1,7 @@
 """Lightning indexer: a cheap score of every key for every query.
 
 ``logits[m, n] = k_scale[n] * sum_h weights[m, h] * relu(q[m, h] . k[n])`` for ``ks[m] <= n < ke[m]``, else ``-inf``
-(DeepSeek-V3.2 technical report, equation 1). The weights already hold ``h_idx**-0.5 * d_idx**-0.5 * q_scale``.
+(DeepSeek-V3.2 technical report, equation 1). The weights already contain ``h_idx**-0.5 * d_idx**-0.5 * q_scale``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INPUTS = (
     TensorSpec("k_scale", "float32", ("s_kv",), optional=True),
 )
 
-#: Keys are stored like the queries or as fp8; those of 8 bits may have a scale each.
+#: Keys have the type of the queries, or are fp8. Each key of 8 bits may have a scale.
 VARIANTS = (
     {"T": "float32", "K": "float32"},
     {"T": "bfloat16", "K": "bfloat16"},
@@ -31,17 +31,17 @@ VARIANTS = (
     {"T": "int8", "K": "int8"},
 )
 
-# The products are exact or f32 in every variant, and the sums are f32, or exact: one bound serves all element types.
-# abs covers cancellation in the head sum, where the reference is near 0 and the terms are of order 1.
+# In every variant the products are exact or f32, and so are the sums: one bound serves all element types. abs covers
+# cancellation in the sum over the heads, where the reference is near 0 and the terms are of order 1.
 _OF_F32_SUMS = Tolerance(abs=2e-5, rel=1e-5, cos=5e-6)
 
-# But tensor cores of Ada and Hopper that multiply e4m3 keep 13 binary places behind the leading one of the largest
-# addend and cut off the rest (DeepSeek-V3 technical report, section 3.5.2; SageAttention2 of Ada), where others keep 24
-# or 25 (MMA-Sim, arXiv:2511.10909): less than 2**-13 of it, of each of the 33 addends of an instruction. A model of it
-# loses 1e-3 to 1.6e-3 of sums of 128 products of one sign, for which there is rel. With both signs the losses partly
-# cancel, and so does the sum: of normally distributed numbers, logits whose largest terms are 2 differ by 1e-3, and by
-# 3.7e-3 those whose only term reaches 15. For them there is abs. The cosine difference stays below 1e-7, and below 4e-6
-# where one product is 5 times the sum.
+# The fp8 tensor cores of Ada and Hopper are less precise. They keep 13 binary places behind the leading one of the
+# largest addend and cut off the rest of each of the 33 addends of an instruction (DeepSeek-V3 technical report, section
+# 3.5.2; SageAttention2 for Ada). Others keep 24 or 25 (MMA-Sim, arXiv:2511.10909). In a model of these tensor cores,
+# sums of 128 products of one sign lose 1e-3 to 1.6e-3 of their value: rel covers that. With both signs the losses
+# partly cancel, but so does the sum. For normally distributed numbers, logits whose largest terms are 2 differ by 1e-3,
+# and logits whose only term reaches 15 differ by 3.7e-3: abs covers these. The cosine difference stays below 1e-7, or
+# below 4e-6 if one product is 5 times the sum.
 _OF_E4M3_SUMS = Tolerance(abs=2e-3, rel=2e-3, cos=5e-6)
 
 TOLERANCE = {
@@ -51,13 +51,13 @@ TOLERANCE = {
 
 
 def in_range(ks: np.ndarray, ke: np.ndarray, s_kv: int) -> np.ndarray:
-    """[s_q, s_kv] bool: which keys each query may see."""
+    """Which keys each query may see: bool [s_q, s_kv]."""
     keys = np.arange(s_kv)
     return (ks[:, None] <= keys) & (keys < ke[:, None])
 
 
 def reference(q, k, weights, ks, ke, k_scale=None):
-    """float64 logits, by the formula above.
+    """Compute float64 logits by the formula above.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def reference(q, k, weights, ks, ke, k_scale=None):
     """
     q, k, weights = (np.asarray(x).astype(np.float64) for x in (q, k, weights))
     scores = np.einsum("mhd,nd->mhn", q, k, optimize=True)
-    # A NaN score stays NaN: np.maximum propagates it.
+    # np.maximum keeps a NaN score.
     logits = np.einsum("mhn,mh->mn", np.maximum(scores, 0.0), weights)
     if k_scale is not None:
         logits = logits * np.asarray(k_scale).astype(np.float64)
@@ -91,5 +91,5 @@ SPEC = OpSpec(
     reference=reference,
 )
 
-#: Shared by the operators that end in a selection.
+#: For the operators that end in a selection.
 TOPK_ATTR = AttrSpec("topk", int, dim="topk")

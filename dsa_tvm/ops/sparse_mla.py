@@ -1,14 +1,14 @@
 """Sparse multi-head latent attention over the selected keys.
 
-Every head attends to the same latent rows ``kv[indices[m]]``: the first d_qk entries are the key, the first d_v of
-them also the value (DeepSeek-V2, section 2.1, in the absorbed form).
+Every head attends to the same latent rows ``kv[indices[m]]``. All d_qk entries of a row are the key, and its first d_v
+are also the value (DeepSeek-V2, section 2.1, in the absorbed form).
 
-`sm_scale` is the caller's to give. It does not follow from d_qk: models scale by the width of their heads before
-absorption, ``(qk_nope_head_dim + qk_rope_head_dim)**-0.5``, times the square of YaRN's mscale (see `presets`).
+The caller has to pass `sm_scale`, because it does not follow from d_qk: models scale by the width that their heads have
+before absorption, ``(qk_nope_head_dim + qk_rope_head_dim)**-0.5``, times the square of YaRN's mscale (see `presets`).
 
 ``s = sm_scale * q . kv``, ``max_logits = max s``, ``lse = ln sum exp(s)``, ``out = sum exp(s - lse) v``. With
-attn_sink the denominator of `out` gains ``exp(attn_sink)``. Indices outside ``[0, s_kv)``, and those at or behind
-``topk_length``, are skipped. A row with no key left gives out 0, max_logits -inf and lse +inf.
+attn_sink, ``exp(attn_sink)`` is added to the denominator of `out`. Indices outside ``[0, s_kv)`` are skipped, and so
+are all from position ``topk_length`` on. A query without a key gives out 0, max_logits -inf and lse +inf.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             scores = sm_scale * (q[m] @ keys.T)
             max_logits[m] = scores.max(-1)
-            # All scores -inf: the sum is 0 and lse -inf, not the NaN of -inf - -inf.
+            # If all scores are -inf, the sum is 0 and lse is -inf. Without this, -inf - -inf would be NaN.
             shift = np.where(np.isneginf(max_logits[m]), 0.0, max_logits[m])
             weights = np.exp(scores - shift[:, None])
             total = weights.sum(-1)

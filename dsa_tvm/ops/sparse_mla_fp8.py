@@ -1,4 +1,4 @@
-"""Sparse attention over a packed fp8 cache: `sparse_mla` of bfloat16 over rows that are kept in bytes.
+"""Sparse attention over a packed fp8 cache: `sparse_mla` in bfloat16 over rows that are stored as bytes.
 
 `packed_rows` describes a row of kv. What is computed with are bf16: e4m3 times scale, rounded to f32 and then to bf16,
 to nearest even. All backends multiply the same bits, so the tolerances are those of bf16.
@@ -18,13 +18,17 @@ KERNEL = {"T": packed_rows.KEY_ONLY, "K": packed_rows.SCALED}
 
 
 def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v):
-    """float64 attention over the unpacked rows.
+    """Compute float64 attention over the unpacked rows.
 
     Parameters
     ----------
-    q, indices, attn_sink, topk_length, sm_scale, d_v
-        As in `sparse_mla.reference`.
+    q : ndarray [s_q, h_q, d_qk], bfloat16
     kv : ndarray [s_kv, d_packed], uint8
+    indices : ndarray [s_q, topk], int32
+    attn_sink : ndarray [h_q], optional
+    topk_length : ndarray [s_q], int32, optional
+    sm_scale : float
+    d_v : int
 
     Returns
     -------

@@ -1,11 +1,11 @@
 """Token selector: the positions of the topk largest logits of each row, exactly.
 
-Larger first, equal values (+0 and -0 are equal) by lower index, NaN never. Only keys in ``[ks, ke)`` take part, and a
-``-inf`` in there is a value like any other. Emitted in ascending index order, ``-1`` behind: a gather then walks memory
-forward.
+Larger values win. Of equal values (+0 and -0 are equal) the lower index wins. NaN is never selected. Only keys in
+``[ks, ke)`` take part, and ``-inf`` among them is a value like any other. The positions are in ascending order, padded
+with ``-1`` at the end, so a gather walks memory forward.
 
-torch.topk and vLLM rank NaN first. A NaN has no place in an order, and it means that the score of its token is broken,
-perhaps the token's cached row too, so it must not displace a token whose score is known.
+torch.topk and vLLM rank NaN first. But NaN has no place in an order. It means that the score of a token is broken, and
+perhaps its cached row too, so it must not displace a token whose score is known.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INDICES = TensorSpec("indices", "int32", ("s_q", "topk"))
 
 
 def reference(logits, ks, ke, topk):
-    """Selection by a stable sort of each row.
+    """Select by a stable sort of each row.
 
     Parameters
     ----------

@@ -1,10 +1,10 @@
-"""New rows of a cache of fixed capacity: latent rows, rope keys, indexer keys, packed rows or scales.
+"""Write new rows into a cache of fixed capacity: latent rows, rope keys, indexer keys, packed rows or scales.
 
 ``out[b, positions[b, i]] = rows[b, i]``, and elsewhere `out` is `cache`. A position outside ``[0, capacity)`` is
-skipped. Of equal positions of a sequence the last one wins. Bytes are copied and nothing is computed: a NaN keeps its
-bits. `out` may be `cache` itself. Then the rows are all that is written, however large the cache is.
+skipped. Of equal positions in a sequence the last one wins. Bytes are copied, so a NaN keeps its bits. `out` may be
+`cache` itself. Then only the rows are written, however large the cache is.
 
-A cache does not know how many of its rows are in use. The operators that read it are told by `ke` or by the indices.
+A cache does not know how many of its rows are in use. The operators that read it learn that from `ke` or the indices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..spec import OpSpec, TensorSpec, Tolerance
 
 
 def reference(cache, rows, positions):
-    """The cache with the rows in it.
+    """Return the cache with the rows in it.
 
     Parameters
     ----------

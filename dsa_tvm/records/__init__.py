@@ -1,4 +1,4 @@
-"""Tuning records: what searches measured, in logs that survive anything, and what of it a library is built from."""
+"""Tuning records: logs of what searches measured, and the choice of decisions that a library is built with."""
 
 from __future__ import annotations
 

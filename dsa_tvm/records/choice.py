@@ -1,4 +1,4 @@
-"""Which measured decisions a library holds, and for which sizes: few kernels, each where it is clearly faster."""
+"""Choose the decisions that a library is built with on CPUs: few kernels, each for sizes where it is clearly faster."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..ops import OPS
 from ..spec import INT32_MAX
 from .record import Record, as_key
 
-#: The sizes that finalists are measured at: s_q to s_kv. Each stands for the sizes around it.
+#: The sizes at which finalists are measured, as s_q to s_kv. Each stands for the sizes around it.
 BUCKETS: Mapping[str, Mapping[int, tuple[int, ...]]] = {
     "lightning_indexer": {1: (2048, 32768, 131072), 16: (2048, 32768, 131072), 128: (2048, 32768)},
     "topk": {1: (4096, 32768, 131072), 16: (4096, 32768, 131072)},
     "sparse_mla": {1: (2048, 32768), 16: (32768,), 128: (32768,)},
 }
-#: Another kernel makes the library larger; it has to make some bucket this much faster than those that are in it.
+#: A further kernel makes the library larger. It has to be this much faster for some bucket than those already chosen.
 WORTH = 0.03
-#: How much slower than DEFAULT a finalist may have been, at any number of threads: what measuring again changes.
+#: A finalist may have been this much slower than DEFAULT at some number of threads: repeated measurements differ so.
 SLOWER = 0.01
 
 Bucket = tuple[int, int]
@@ -28,7 +28,7 @@ Bucket = tuple[int, int]
 
 @dataclass(frozen=True)
 class Row:
-    """Decisions for the calls with at most these lengths that no earlier row has taken."""
+    """Decisions for calls with at most these lengths that no earlier row serves."""
 
     s_q_max: int
     s_kv_max: int
@@ -37,17 +37,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one bucket got.
+    """The decisions for one bucket.
 
     Parameters
     ----------
     s_q, s_kv : int
         The bucket.
     s_q_max, s_kv_max : int
-        The largest lengths it stands for.
+        The largest lengths that it stands for.
     record : Record or None
-        The final of the chosen decisions, measured there; None for DEFAULT.
+        The final of the chosen decisions at this bucket; None for DEFAULT.
     why : str
+        The reason, for a person to read.
     """
 
     s_q: int
@@ -59,28 +60,28 @@ class Choice:
 
 
 def choose(op: str, records: Iterable[Record], default: Mapping[str, int], lengths: Mapping[str, int]) -> list[Row]:
-    """The rows of a library's table for one operator.
+    """Make the rows of a library's table for one operator.
 
     Parameters
     ----------
     op : str
-        Key of `BUCKETS`.
+        A key of `BUCKETS`.
     records : iterable of Record
-        Of one target and one choice of element types, as far as they are finals of `op`.
+        The finals of `op` among them must be of one target and one choice of element types.
     default : mapping
-        The kernel's DEFAULT decisions. Finals of other parameters than these are left out.
+        The DEFAULT decisions of the kernel. Finals with other parameters than these are left out.
     lengths : mapping
-        Lengths beside s_q and s_kv that the finals were measured with, a preset's for example.
+        Lengths other than s_q and s_kv that the finals were measured with, for example those of a preset.
 
     Returns
     -------
     list of Row
-        The first with ``s_q <= s_q_max and s_kv <= s_kv_max`` holds the decisions for a call; every call has one.
+        The first row with ``s_q <= s_q_max and s_kv <= s_kv_max`` has the decisions for a call. Every call has one.
 
     Raises
     ------
     ArgumentError
-        Another operator, a length that is missing, or finals of several targets or element types.
+        `op` has no buckets, a length is missing, or there are finals of several targets or element types.
     """
     groups: list[list[Row]] = []
     for _, group in groupby(choices(op, records, default, lengths), lambda choice: choice.s_q):
@@ -88,7 +89,7 @@ def choose(op: str, records: Iterable[Record], default: Mapping[str, int], lengt
         rows = [row for row, after in zip(rows, [*rows[1:], None], strict=True) if _differ(row, after)]
         previous = groups[-1] if groups else []
         if [(row.s_kv_max, row.decisions) for row in previous] == [(row.s_kv_max, row.decisions) for row in rows]:
-            # The next s_q answers alike for every s_kv, and its rows take the calls of both.
+            # Both s_q have the same decisions for every s_kv, so the rows of the larger one serve both.
             groups.pop()
         groups.append(rows)
     return [row for rows in groups for row in rows]
@@ -97,9 +98,9 @@ def choose(op: str, records: Iterable[Record], default: Mapping[str, int], lengt
 def choices(
     op: str, records: Iterable[Record], default: Mapping[str, int] | None, lengths: Mapping[str, int]
 ) -> list[Choice]:
-    """What `choose` chooses for every bucket, and why, in the order of `BUCKETS`.
+    """The choice for every bucket, with its reason, in the order of `BUCKETS`.
 
-    Parameters and errors are those of `choose`; without `default`, finals of any parameters take part.
+    Parameters and errors are those of `choose`. Without `default`, finals with any parameters take part.
     """
     measured = finals(op, records, lengths)
     usable: dict[Bucket, list[Record]] = {
@@ -122,7 +123,7 @@ def choices(
 def explain(
     op: str, records: Iterable[Record], default: Mapping[str, int] | None, lengths: Mapping[str, int]
 ) -> list[str]:
-    """`choices` in words, a line a bucket."""
+    """`choices` in words: one line for each bucket."""
     told = []
     for choice in choices(op, records, default, lengths):
         limit = " x ".join(str(n) if n < INT32_MAX else "any" for n in (choice.s_q_max, choice.s_kv_max))
@@ -137,9 +138,9 @@ def in_words(decisions: Mapping[str, int]) -> str:
 
 
 def finals(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> dict[Bucket, list[Record]]:
-    """The finals of every bucket of `op`: those with times, of each decisions the latest.
+    """The finals of every bucket of `op` that have times. Of equal decisions only the latest final counts.
 
-    A final that was measured at another size belongs to the bucket that serves it.
+    A final that was measured at another size belongs to the bucket that serves that size.
 
     Parameters and errors are those of `choose`.
     """
@@ -177,14 +178,14 @@ def bucket_of(op: str, s_q: int, s_kv: int) -> Bucket:
 
 
 def keeps_up(record: Record) -> bool:
-    """Whether the candidate was nowhere clearly slower than DEFAULT."""
+    """Whether the candidate was not clearly slower than DEFAULT at any number of threads."""
     return min(record.speedups.values()) * (1 + SLOWER) >= 1
 
 
 def _cover(usable: Mapping[Bucket, Sequence[Record]]) -> set[tuple]:
-    """Greedy choice of the decisions to hold beside DEFAULT: the largest gain over all buckets first."""
+    """Choose decisions to hold beside DEFAULT, greedily: first those with the largest gain over all buckets."""
     speedups = {(as_key(r.decisions), bucket): r.speedup for bucket, found in usable.items() for r in found}
-    # Sorted, so that of equal gains the same one is taken each time.
+    # Sorted, so that ties are resolved in the same way each time.
     names = sorted({name for name, _ in speedups})
     reached = dict.fromkeys(usable, 1.0)
     held: set[tuple] = set()
@@ -221,5 +222,5 @@ def _differ(row: Row, after: Row | None) -> bool:
 
 
 def _with_bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Each size with the largest one that is nearer to it, on a logarithmic scale, than to the next."""
+    """Each size, with the largest size that is nearer to it than to the next one on a logarithmic scale."""
     return list(zip(sizes, [*(math.isqrt(a * b) for a, b in pairwise(sizes)), INT32_MAX], strict=True))

@@ -1,4 +1,4 @@
-"""``dsa-tvm records``: check, compare, join and look at tuning logs."""
+"""``dsa-tvm records``: check, compare, join and show tuning logs."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks for.
+    """Run the subcommand.
 
     Raises
     ------
     RecordError
-        There is no such directory, a file cannot be written, or `verify` found damage.
+        The directory does not exist, a file cannot be written, or `verify` found damage.
     ArgumentError
         A picture of more or less than one search.
     DsaError
@@ -164,7 +164,7 @@ def _logs(path: Path) -> list[Log]:
 
 
 def _read(args: argparse.Namespace) -> list[Record]:
-    """The records of `args.path` and `args.op`; how many lines were damaged goes to standard error."""
+    """The records of `args.path` and `args.op`. Standard error gets the number of damaged lines."""
     records: list[Record] = []
     damage: list[Damage] = []
     for log in _logs(args.path or default_directory()):
@@ -185,7 +185,7 @@ def _heading(target: str, op: str, types: Iterable[str], lengths: Mapping[str, i
 
 
 def _figures(record: Record) -> list[str]:
-    """`_FIGURES`: of each one for every number of threads."""
+    """The cells for `_FIGURES`. Each cell has a value for every number of threads."""
     medians = {threads: statistics.median(times) for threads, times in sorted(record.seconds.items())}
     return [
         ", ".join(map(str, medians)),
@@ -199,13 +199,13 @@ def _row(record: Record) -> list[str]:
     words = choice.in_words(record.decisions)
     if record.error is None:
         return [*_figures(record), words]
-    # What a crashed compiler said has many lines, and may hold what moves a terminal's cursor.
+    # The message of a compiler may have many lines, and characters that move the cursor of a terminal.
     reason = "".join(c if c.isprintable() else " " for c in record.error)[:60]
     return [*("-" for _ in _FIGURES), f"{words}: {reason}"]
 
 
 def _print_table(rows: list[list[str]], first: str) -> None:
-    """With the last column as it is: names of different lengths, to the left."""
+    """Print a table whose last column is aligned to the left: it has names of different lengths."""
     figures = table([first, *_FIGURES], [row[:-1] for row in rows])
     for line, last in zip(figures, ["decisions", *(row[-1] for row in rows)], strict=True):
         print(f"{line}  {last}")
@@ -219,7 +219,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _try_png(path: Path) -> None:
-    """Before a long table is printed."""
+    """Fail before a long table is printed, not after it."""
     try:
         expect_writable(path)
     except OSError as error:

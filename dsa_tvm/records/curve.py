@@ -1,4 +1,4 @@
-"""How a search went: its best speedup so far against the number of trials, as text and as a PNG."""
+"""Draw how a search went, as text and as a PNG: the best speedup so far over the number of trials."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from itertools import accumulate
 
 
 def as_text(speedups: Sequence[float], width: int = 72, height: int = 12) -> list[str]:
-    """Lines of a plot; 1 is DEFAULT, which every search has from the start.
+    """The lines of a plot. It starts at 1, the speed of DEFAULT.
 
     Parameters
     ----------
     speedups : sequence of float
-        Of the trials in order, at least one; 0 for one that failed.
+        The speedups of the trials in order, at least one; 0 for a trial that failed.
     width, height : int
-        Characters of the plot, without its axes.
+        Size of the plot in characters, without its axes.
     """
     columns = min(width, len(speedups))
     best, high = _sampled(speedups, columns)

@@ -1,6 +1,6 @@
-"""What is tuned on GPUs: for each operator its sizes, the stages that have decisions of their own, and element types.
+"""Choose the decisions of GPU kernels. For each operator: the sizes, stages and element types that are tuned.
 
-A kernel of a GPU serves every size of its stage, so that its decisions have to hold at all of them.
+A GPU kernel serves every size of its stage, so its decisions have to hold at all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..spec import completed
 from .choice import in_words, keeps_up
 from .record import Record, as_key
 
-#: The sizes that are measured: s_q and s_kv.
+#: The sizes (s_q, s_kv) that are measured.
 BUCKETS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "lightning_indexer": ((1, 8192), (1, 65536), (8, 16384), (64, 65536), (4096, 8192), (4096, 65536)),
     "topk": ((1, 8192), (1, 65536), (64, 65536), (4096, 8192), (4096, 65536)),
@@ -34,9 +34,9 @@ TIMED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 #: a library launches it depends on the GPU's multiprocessors as well: cuda/stages.c. One that is made for tuning always
 #: launches the stage that is tuned.)
 _FEW_SCORES = 2**18
-#: The stage of the operators that have one with decisions, but for few heads.
+#: The tuned stage of operators that have only one, apart from the stage for few heads.
 _STAGES = {"topk": "rows", "sparse_mla": "attend", "sparse_mla_fp8": "attend"}
-#: Element types of the kernels of Hopper's own instructions.
+#: Element types that have kernels with Hopper's own instructions.
 _OF_HOPPER: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "lightning_indexer": tuple((name, name) for name in ("bfloat16", "float16", "float8_e4m3fn")),
     "topk": (),
@@ -46,12 +46,12 @@ _OF_HOPPER: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 
 def is_gpu(target: str) -> bool:
-    """Whether a target is a GPU's architecture."""
+    """Whether a target is a GPU architecture."""
     return is_arch(target)
 
 
 def stage_of(op: str, lengths: Mapping[str, int], target: str, types: Sequence[str]) -> str:
-    """The stage whose decisions a call of these lengths measures, as the build calls it."""
+    """The stage whose decisions a call with these lengths measures. The build uses the same names."""
     if "h_q" in OPS[op].dims and lengths["h_q"] <= FEW_HEADS and "float32" not in types:
         return "few_heads"
     stage = _STAGES.get(op) or ("few" if lengths["s_q"] * lengths["s_kv"] <= _FEW_SCORES else "many")
@@ -59,18 +59,18 @@ def stage_of(op: str, lengths: Mapping[str, int], target: str, types: Sequence[s
 
 
 def stage_of_record(record: Record) -> str:
-    """The stage that a record of a GPU measured."""
+    """The stage that a record from a GPU measured."""
     return stage_of(record.op, record.shape, record.target, record.types)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a kernel gets.
+    """The decisions for one kernel.
 
     Parameters
     ----------
     records : tuple of Record
-        The finals of the chosen decisions, one for each size; none for DEFAULT.
+        The finals of the chosen decisions, one for each size; empty for DEFAULT.
     why : str
     """
 
@@ -79,22 +79,23 @@ class Choice:
 
     @property
     def decisions(self) -> Mapping[str, int] | None:
-        """What was chosen; None for DEFAULT."""
+        """The chosen decisions; None for DEFAULT."""
         return self.records[0].decisions if self.records else None
 
     @property
     def speedup(self) -> float:
-        """Over DEFAULT, the geometric mean of the sizes."""
+        """Speedup over DEFAULT: the geometric mean over the sizes."""
         return statistics.geometric_mean(r.speedup for r in self.records) if self.records else 1.0
 
 
 def choose(finals: Iterable[Record]) -> Choice:
-    """The fastest decisions that hold at every size.
+    """Choose the fastest decisions that hold at every size.
 
     Parameters
     ----------
     finals : iterable of Record
-        Of one operator, target, choice of element types, stage and model. Of one size and decisions the latest counts.
+        They are of one operator, target, choice of element types, stage and model. Of equal decisions at one size only
+        the latest counts.
     """
     sizes = by_size(finals)
     found: dict[tuple, list[Record]] = {}
@@ -112,9 +113,9 @@ def choose(finals: Iterable[Record]) -> Choice:
 
 
 def by_size(finals: Iterable[Record]) -> dict[tuple[int, int, int], list[Record]]:
-    """The finals of one kernel by s_q, s_kv and h_q (0 where there is none): with times, of each decisions the latest.
+    """The finals of one kernel that have times, by s_q, s_kv and h_q (0 if the operator has none).
 
-    A kernel for few heads was perhaps measured for several numbers of them.
+    Of equal decisions only the latest final counts. A kernel for few heads may have been measured for several h_q.
     """
     latest: dict[tuple[int, int, int], dict[tuple, Record]] = {}
     for record in finals:
@@ -135,9 +136,9 @@ def explain(finals: Iterable[Record]) -> list[str]:
 def finals_of(
     records: Iterable[Record], op: str, target: str, types: Sequence[str], stage: str, lengths: Mapping[str, int]
 ) -> list[Record]:
-    """The finals among `records` of one kernel; `lengths` are those of its model beside s_q and s_kv.
+    """The finals of one kernel among `records`. `lengths` are the lengths of its model other than s_q and s_kv.
 
-    For few heads those of any number of few heads count: a model has as many as its tensor parallelism leaves it.
+    For the stage "few_heads", any small number of heads counts, because that depends on the tensor parallelism.
     """
     known = completed(lengths)
     free = ("s_q", "s_kv", "h_q") if stage == "few_heads" else ("s_q", "s_kv")

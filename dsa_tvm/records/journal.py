@@ -1,7 +1,7 @@
-"""Files of lines that several processes append to, and that a kill at any instant leaves readable.
+"""Files of lines that several processes append to. A kill at any instant leaves them readable.
 
-The lock is on the file itself (``flock``), so that nothing has to be cleaned up after a kill. A rewrite puts another
-file in its place; whoever then gets the lock of the old one takes the new one instead.
+The lock is on the file itself (``flock``), so nothing has to be cleaned up after a kill. A rewrite puts a new file in
+its place. A process that then gets the lock of the old file notices this and opens the new one.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import BinaryIO
 
 from ..runtime.files import expect_writable_directory, sync_directory, write_atomically
 
-#: Bytes of a line. What is longer is cut there when it is read, so that no file can fill the memory.
+#: The most bytes of a line. Readers cut longer lines there, so that no file can fill the memory.
 MAX_LINE = 2**20
 
 
 def append(path: Path, line: bytes) -> None:
-    """Add a line in one write and sync it. The time does not depend on the length of the file.
+    """Append a line with one write, and sync it. The time does not depend on the length of the file.
 
-    A line that a killed process left torn is ended first, so that it does not swallow this one.
+    If a killed process has left half a line, that is ended first, so that it does not swallow this one.
 
     Parameters
     ----------
     path : Path
-        Made when it does not exist, and its directories too.
+        The file and its directories are made if they do not exist.
     line : bytes
         Without a newline.
 
     Raises
     ------
     OSError
-        The file is as before, as far as the system allows that.
+        The line cannot be written. The file is as it was before, as far as the system allows that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as file:
@@ -44,12 +44,12 @@ def append(path: Path, line: bytes) -> None:
         torn = end > 0 and os.pread(file, 1, end - 1) != b"\n"
         data = b"\n" * torn + line + b"\n"
         try:
-            # A second write is needed only where the first met a full disk: it gets the error's name.
+            # A second write happens only if the first met a full disk. It gets the error.
             while data:
                 data = data[os.write(file, data) :]
             os.fsync(file)
         except OSError:
-            # Otherwise half a line would be left, or a whole one that the caller believes not to be there.
+            # Remove half a line, or a whole line that the caller will believe to be missing.
             with suppress(OSError):
                 os.ftruncate(file, end)
             raise
@@ -58,17 +58,17 @@ def append(path: Path, line: bytes) -> None:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines that the file has now, without their newlines; of a longer one the first ``MAX_LINE + 1`` bytes.
+    """The lines that the file has now, without their newlines. Longer lines are cut after ``MAX_LINE + 1`` bytes.
 
     Raises
     ------
     OSError
-        As of `open` and reading, or it is no regular file.
+        The file cannot be opened or read, or it is not a regular file.
     """
-    # Opening a FIFO would wait for somebody who writes into it.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         _expect_regular(path, file.fileno())
-        # Not while a line is being appended, which would seem torn. What the file holds now never changes later.
+        # Wait until nobody is appending: half a line would seem damaged. What the file holds now never changes.
         fcntl.flock(file, fcntl.LOCK_SH)
         size = os.fstat(file.fileno()).st_size
         fcntl.flock(file, fcntl.LOCK_UN)
@@ -76,12 +76,12 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def rewrite(path: Path, change: Callable[[Iterator[bytes]], bytes]) -> None:
-    """Replace a file by what `change` makes of its lines: all of it or nothing, and no appended line is lost.
+    """Replace a file by what `change` makes of its lines, as a whole. No line that is appended meanwhile is lost.
 
     Raises
     ------
     OSError
-        The file is as before.
+        The file cannot be written, and is as it was before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as descriptor, open(path, "rb") as file:
@@ -90,11 +90,12 @@ def rewrite(path: Path, change: Callable[[Iterator[bytes]], bytes]) -> None:
 
 
 def expect_appendable(path: Path) -> None:
-    """Find out before long work whether `append` will do.
+    """Find out before long work whether `append` will succeed.
 
     Raises
     ------
     OSError
+        The file or its directory cannot be written, or the disk is full.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -105,13 +106,13 @@ def expect_appendable(path: Path) -> None:
             _expect_regular(path, file)
         finally:
             os.close(file)
-    # Where there is a log already, too: a full disk shows only when something is written.
+    # Even if the file exists: a full disk shows only when something is written.
     expect_writable_directory(Path(os.path.realpath(path)).parent)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """A descriptor for appending, made when it does not exist, with nobody else's beside it."""
+    """A locked descriptor for appending. The file is made if it does not exist."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         try:
@@ -121,19 +122,19 @@ def _locked(path: Path) -> Iterator[int]:
                 yield file
                 return
         finally:
-            # Closing would not do it where a process forked meanwhile has inherited the descriptor.
+            # Closing alone would not unlock: a process forked meanwhile may have inherited the descriptor.
             fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
 
 
 def _expect_regular(path: Path, file: int) -> None:
-    """Lines that were read from a FIFO or a device would be gone."""
+    """Refuse FIFOs and devices: reading would take the lines away."""
     if not stat.S_ISREG(os.fstat(file).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _is_at(path: Path, file: int) -> bool:
-    """Whether `path` still leads to the open file: a rewrite may have replaced it before the lock was there."""
+    """Whether `path` still leads to the open file. A rewrite may have replaced it before it was locked."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

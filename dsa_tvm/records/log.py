@@ -1,7 +1,7 @@
 """Tuning logs: records as checksummed lines of ``<directory>/<target>/<op>.jsonl``.
 
-Several jobs may write one log at a time, and any of them may be killed at any instant: at most the line that was being
-written is lost. Nothing that is damaged, foreign or implausible is believed, and nothing of that kind stops a reader.
+Several jobs may write to one log at a time, and each may be killed at any instant: at most the line that was being
+written is lost. A reader leaves out lines that are damaged, foreign or implausible, reports them, and goes on.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..runtime import package_files
 from . import journal
 from .record import KINDS, Record, canonical, digest, expect
 
-#: Of the format.
+#: The version of the format.
 VERSION = 1
 _FIELDS = tuple(field.name for field in fields(Record))
 _BY_THREADS = ("seconds", "default_seconds", "roof")
 
 
 def line_of(record: Record) -> str:
-    """The line of a log, without its newline, that `parse` makes into an equal record."""
+    """A record as a line of a log, without the newline. `parse` turns it back into an equal record."""
     document: dict[str, Any] = {"v": VERSION} | {name: getattr(record, name) for name in _FIELDS}
     for name in ("shape", "decisions", "versions"):
         document[name] = dict(document[name])
@@ -36,12 +36,12 @@ def line_of(record: Record) -> str:
 
 
 def parse(line: str | bytes) -> Record:
-    """The record that a line of a log holds.
+    """Read a record from a line of a log.
 
     Parameters
     ----------
     line : str or bytes
-        Without its newline.
+        The line without its newline.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def parse(line: str | bytes) -> Record:
     Raises
     ------
     RecordError
-        The line is not to the last bit what `line_of` writes, or says what cannot be true.
+        The line differs from what `line_of` writes, or says something that cannot be true.
     """
     if not line.strip():
         raise RecordError("blank line")
@@ -63,13 +63,13 @@ def parse(line: str | bytes) -> Record:
             raise ValueError("not an object")
         stated = document.pop("sum", None)
         computed = digest(document)
-    # Brackets nested a thousand deep are a RecursionError.
+    # Brackets that are nested a thousand deep raise a RecursionError.
     except (ValueError, RecursionError) as error:
         raise RecordError(f"not a JSON record: {error}") from error
     version = document.get("v")
     expect(type(version) is int and version == VERSION, "version", str(VERSION), version)
     expect(stated == computed, "checksum", computed, stated)
-    # JSON has many spellings of one value, and a flipped bit may turn one into another: 1e-5 is 1E-5.
+    # JSON has many spellings of one value, and a flipped bit may turn one into another: 1e-5 into 1E-5.
     expect(canonical(document | {"sum": stated}) == text, "spelling", "canonical JSON", text)
     del document["v"]
     expect(document.keys() == set(_FIELDS), "fields", ", ".join(_FIELDS), sorted(document))
@@ -81,7 +81,7 @@ def parse(line: str | bytes) -> Record:
 
 @dataclass(frozen=True)
 class Damage:
-    """A line that is not believed, and why. Line 0 stands for the file."""
+    """A line that is left out, and the reason. Line 0 stands for the whole file."""
 
     path: Path
     line: int
@@ -105,17 +105,17 @@ class Log:
 
     @property
     def place(self) -> tuple[str, str]:
-        """Target and operator, as the path names them."""
+        """Target and operator, from the path."""
         path = Path(os.path.abspath(self.path))
         return path.parent.name, path.stem
 
     def append(self, record: Record) -> None:
-        """Add a record: when this returns, it is on the disk. Threads and processes may do so at the same time.
+        """Append a record. It is on the disk when this returns. Several threads and processes may append at a time.
 
         Raises
         ------
         RecordError
-            A record of another place, or a file that cannot be written. The log is as before.
+            The record has another target or operator, or the file cannot be written. The log is as it was before.
         """
         line = line_of(record).encode()
         self._expect_own(record)
@@ -126,7 +126,7 @@ class Log:
             raise RecordError(f"{self.path}: expected a file that can be written, got {error}") from error
 
     def expect_writable(self) -> None:
-        """Find out before long work whether `append` will do.
+        """Find out before long work whether `append` will succeed.
 
         Raises
         ------
@@ -139,9 +139,9 @@ class Log:
             raise RecordError(f"{self.path}: expected a file that can be written, got {error}") from error
 
     def read(self) -> tuple[list[Record], list[Damage]]:
-        """The records to be believed, in the order of the file, and the lines that are not.
+        """The records in the order of the file, and the lines that are left out.
 
-        Never raises: a file that cannot be read is damage at line 0. One that does not exist holds nothing.
+        This never raises. A file that cannot be read is damage at line 0. A file that does not exist has no records.
         """
         records: list[Record] = []
         damage: list[Damage] = []
@@ -169,9 +169,10 @@ class Log:
 
 
 def merge(sources: Iterable[Path], destination: Path, kinds: Collection[str] = KINDS) -> tuple[int, list[Damage]]:
-    """Add to a log the lines of others that it does not hold.
+    """Add the lines of other logs to a log, each line once.
 
-    Its own come first, and all stay in order. The log is replaced as a whole; what is appended to it meanwhile stays.
+    The log's own lines come first, and all lines stay in order. The log is replaced as a whole. Lines that are appended
+    to it meanwhile are kept.
 
     Parameters
     ----------
@@ -184,14 +185,14 @@ def merge(sources: Iterable[Path], destination: Path, kinds: Collection[str] = K
     Returns
     -------
     int
-        Lines added.
+        How many lines were added.
     list of Damage
-        Lines left out, of the destination too.
+        The lines that were left out, including those of the destination.
 
     Raises
     ------
     RecordError
-        A source of another place, or a destination that cannot be written. It is as before.
+        A source has another target or operator, or the destination cannot be written and is as it was before.
     """
     log = Log(destination)
     found: list[Record] = []
@@ -207,7 +208,7 @@ def merge(sources: Iterable[Path], destination: Path, kinds: Collection[str] = K
         nonlocal added
         own: list[Record] = []
         log._sift(lines, own, damage)
-        # A dict keeps the order of a set that has none.
+        # A dict, because a set has no order.
         mine = dict.fromkeys(map(line_of, own))
         both = mine | dict.fromkeys(map(line_of, found))
         added = len(both) - len(mine)
@@ -221,13 +222,13 @@ def merge(sources: Iterable[Path], destination: Path, kinds: Collection[str] = K
 
 
 def logs(directory: Path) -> list[Log]:
-    """Every log of a directory."""
+    """All logs in a directory."""
     expect(directory.is_dir(), "tuning logs", "a directory", str(directory))
     return [Log(path) for path in sorted(directory.glob("*/*.jsonl"))]
 
 
 def read_directory(directory: Path) -> tuple[list[Record], list[Damage]]:
-    """`Log.read` of every log of a directory."""
+    """Read all logs in a directory, see `Log.read`."""
     read = [log.read() for log in logs(directory)]
     return [r for records, _ in read for r in records], [d for _, damage in read for d in damage]
 
@@ -238,12 +239,12 @@ def default_directory() -> Path:
 
 
 def _as_tuple(value: Any) -> Any:
-    """A JSON array as a tuple; anything else as it is, for `Record` to refuse."""
+    """A JSON array as a tuple. Anything else is returned unchanged, and `Record` refuses it."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def _by_threads(value: Any) -> Any:
-    """A JSON object with numbers for keys; anything else as it is, for `Record` to refuse."""
+    """A JSON object with its keys as numbers. Anything else is returned unchanged, and `Record` refuses it."""
     if not isinstance(value, dict) or not all(re.fullmatch("[1-9][0-9]{0,9}", key) for key in value):
         return value
     return {int(key): _as_tuple(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""A tuning record: one measured candidate, and what can be true of one."""
+"""A tuning record: one measured candidate, and the checks that it is plausible."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..ops import OPS
 from ..spec import DIMS, INT32_MAX
 
 KINDS = ("trial", "final")
-#: Of `Record.date`, UTC.
+#: The format of `Record.date`, in UTC.
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
-#: No clock resolves the first and no kernel takes the last.
+#: Times that are plausible: no clock resolves the first, and no kernel takes as long as the last.
 PLAUSIBLE_SECONDS = (1e-9, 1e4)
-#: The least share of the roof that a median may take. A clock above its nominal rate explains that much and no more.
+#: The least share of the roof that a median may take. A CPU above its nominal clock explains no more than that.
 ROOF_SHARE = 0.8
 
 
@@ -33,36 +33,36 @@ class Record:
     Parameters
     ----------
     kind : str
-        "trial" for a measurement of the search, "final" for one of a finalist at the end of it.
+        "trial" for a measurement during the search, "final" for a finalist that was measured again at its end.
     op : str
-        Key of `OPS`.
+        A key of `OPS`.
     spec : str
-        `spec_hash` of the operator.
+        The `spec_hash` of the operator.
     types : tuple of str
         Element types of the operator's type variables, in order.
     target : str
-        What the candidate was compiled for, such as ``x86-64-v4``.
+        The target that the candidate was compiled for, such as ``x86-64-v4``.
     shape : mapping
         Every length of the operator by dimension name.
     decisions : mapping
         The candidate: parameters of the kernel factory by name.
     seconds, default_seconds : mapping
-        Number of threads to the run times of the candidate and of the kernel's DEFAULT decisions, measured in turns.
+        By number of threads: the run times of the candidate and of the DEFAULT decisions, measured in turns.
     roof : mapping
-        Number of threads to the least seconds that the machine's arithmetic or memory allows.
+        By number of threads: the least seconds that the arithmetic or the memory of the machine allows.
     error : str or None
-        Why the candidate has no times. It is kept, so that it is not tried again.
+        Why the candidate has no times. Such a record is kept, so that the candidate is not tried again.
     machine : str
         CPU model and count, or the key of a fleet.
     versions : mapping
-        Of the packages that took part.
+        Versions of the packages that took part.
     date : str
-        As `DATE_FORMAT`.
+        In the format `DATE_FORMAT`.
 
     Raises
     ------
     RecordError
-        A field of another type, or a value that cannot be true.
+        A field has another type, or a value that cannot be true.
     """
 
     kind: str
@@ -114,39 +114,44 @@ class Record:
             expect(values.keys() == self.seconds.keys(), name, f"threads {sorted(self.seconds)}", sorted(values))
         for name, times in measured.items():
             for threads, least in self.roof.items():
-                # A time that the machine cannot reach is a clock's mistake or a kernel that skipped work.
+                # If a time is below what the machine can reach, a clock was wrong or a kernel skipped work.
                 expected = f"a median of at least {ROOF_SHARE} x {least:.3g} s, the roof of {threads} threads"
                 expect((got := statistics.median(times[threads])) >= ROOF_SHARE * least, name, expected, got)
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as DEFAULT: geometric mean over the thread counts; 0 where there are no times."""
+        """Speedup over DEFAULT: the geometric mean over the numbers of threads; 0 if there are no times."""
         ratios = self.speedups.values()
         return statistics.geometric_mean(ratios) if ratios else 0.0
 
     @property
     def speedups(self) -> dict[int, float]:
-        """The same for each number of threads."""
+        """Speedup over DEFAULT for each number of threads."""
         median = statistics.median
         return {n: median(self.default_seconds[n]) / median(taken) for n, taken in sorted(self.seconds.items())}
 
     @property
     def key(self) -> tuple:
-        """What identifies the candidate: everything but what came out and when."""
+        """What identifies the measurement: everything but its result and its date."""
         return (self.kind, self.op, self.types, self.target, as_key(self.shape), as_key(self.decisions), self.machine)
 
 
 @functools.cache
 def spec_hash(op: str) -> str:
-    """What the records of an operator depend on: 16 hex digits of its names, shapes, types and bounds of lengths.
+    """A hash of the parts of an operator that its records depend on: names, shapes, types and bounds of lengths.
 
-    Which lengths and element types are served does not count: a build may widen the former, a version of this package
-    the latter, and a record names those that it was measured with.
+    The served lengths and element types do not count, because builds and later versions of this package may serve
+    more, and a record names those that it was measured with.
+
+    Returns
+    -------
+    str
+        16 hex digits.
 
     Raises
     ------
     RecordError
-        There is no such operator.
+        No operator has this name.
     """
     expect(op in OPS, "op", f"one of {', '.join(OPS)}", op)
     spec = OPS[op]
@@ -157,17 +162,17 @@ def spec_hash(op: str) -> str:
 
 
 def as_key(numbers: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """Lengths or decisions as something to look up and to compare."""
+    """Lengths or decisions as a key that can be looked up and compared."""
     return tuple(sorted(numbers.items()))
 
 
 def canonical(document: Any) -> str:
-    """`document` as ASCII JSON with sorted keys and no spaces; a ValueError for NaN and infinities."""
+    """`document` as ASCII JSON with sorted keys and no spaces. NaN and infinities raise a ValueError."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(document: Any) -> str:
-    """16 hex digits that stand for a JSON document."""
+    """16 hex digits of the SHA-256 of a JSON document."""
     return hashlib.sha256(canonical(document).encode()).hexdigest()[:16]
 
 
@@ -205,7 +210,7 @@ def _is_threads(value: Any) -> bool:
 
 
 def _is_seconds(value: Any) -> bool:
-    # Comparisons only: they are false for NaN, and cannot overflow.
+    # Comparisons are false for NaN and cannot overflow.
     return (type(value) is int or isinstance(value, float)) and 0 < value < PLAUSIBLE_SECONDS[1]
 
 

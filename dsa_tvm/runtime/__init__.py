@@ -1,1 +1,1 @@
-"""The compiled library as Python sees it: loading it, calling it, and the tensors on the way in and out."""
+"""Load and call the compiled library, and turn tensors of other packages into its own."""

@@ -1,4 +1,4 @@
-"""One call of an operator: arguments to C structures, outputs made, status to exception."""
+"""One call of an operator: convert arguments to C structures, allocate outputs, turn a status into an exception."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _raise(lib: ctypes.CDLL, status: int) -> None:
 
 
 def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
-    """An output tensor of the kind of `like`, whose own element type is used where `dtype` is "T"."""
+    """A new output of the same package as `like`; with `dtype` "T" also of the same element type."""
     if is_torch(like):
         import torch
 
@@ -82,7 +82,7 @@ def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) ->
 
 
 def _workspace(op: str, lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream: int) -> tuple[Any, int]:
-    """What a call on a GPU must have, from torch's allocator, and its bytes."""
+    """Workspace for a call on a GPU, from torch's allocator, and its size in bytes."""
     size = ctypes.c_uint64()
     status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
     if status:
@@ -94,8 +94,8 @@ def _workspace(op: str, lib: ctypes.CDLL, arguments: tuple[Any, ...], device: in
     except ImportError as error:
         message = f"{op}: workspace: expected PyTorch, which allocates it for calls on a GPU, got none ({error})"
         raise LibraryError(message) from error
-    # The caching allocator may reuse this block on the stream that was current at allocation. That is the call's own,
-    # except that a call without torch tensors is on the default one.
+    # The caching allocator may reuse this block on the stream that was current at allocation. That is the stream of
+    # the call, unless the call has no torch tensors: then it runs on the default stream.
     elsewhere = torch.cuda.current_stream(device).cuda_stream != stream
     with torch.cuda.stream(torch.cuda.default_stream(device)) if elsewhere else nullcontext():
         return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
@@ -114,11 +114,11 @@ def call(
     ----------
     spec : OpSpec
     inputs, attrs : mapping
-        By name; an optional input may be None.
+        By name. An optional input may be None.
     out : tensor or tuple of tensors, optional
-        Where the outputs go, one for each; by default they are made.
+        Where the outputs go; by default they are allocated.
     num_threads : int
-        Threads of this call; 0 for the process default.
+        The most threads of this call; 0 for the process default.
 
     Returns
     -------
@@ -128,11 +128,11 @@ def call(
     Raises
     ------
     ArgumentError
-        An argument does not fit the operator; no output has been touched.
+        An argument does not fit the operator. No output has been touched.
     KernelError
-        No memory for the workspace.
+        There is no memory for the workspace.
     LibraryError
-        The library is missing, damaged or has no kernels for this CPU or GPU; or there is no CUDA driver.
+        The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     lib = library.load()
     done = frames.call(frames.entry(lib), spec, inputs, attrs, out, num_threads)
@@ -157,7 +157,7 @@ def call(
     attr_array = (Attribute * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
     arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
     if out is None:
-        # The shapes come from the library, so that nothing is allocated for arguments that are refused.
+        # The library checks the arguments and tells the shapes, so nothing is allocated for a call that it refuses.
         shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
         status = lib.dsa_tvm_output_shapes(*arguments, shapes, len(spec.outputs))
         if status:
@@ -179,7 +179,7 @@ def call(
     )
     options = Options(ctypes.sizeof(Options), num_threads)
     if device[0] == CUDA:
-        # It goes back to torch's allocator when this function returns, and what gets it next comes later on the stream.
+        # torch's allocator has it back when this function returns. Whoever gets it next runs later on the same stream.
         workspace, options.workspace_size = _workspace(spec.name, lib, arguments, device[1], stream)
         options.stream, options.workspace = stream, workspace.data_ptr() if workspace is not None else None
     status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))

@@ -1,4 +1,4 @@
-"""DLPack: its structures, and the tensors of any package that speaks it."""
+"""DLPack: its structures, and the tensors of any package that exports it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DEVICES = {
     **{14: "a oneAPI device", 15: "a WebGPU device", 16: "a Hexagon device", 17: "a MAIA device"},
 }
 
-#: Memory that the CPU reads: its own, and what CUDA or ROCm have pinned.
+#: Devices whose memory the CPU can read: its own, and memory that CUDA or ROCm have pinned.
 _HOST = (1, 3, 11)
 
-#: What makes a library take the tensor of a GPU, for one that does not.
+#: For a library without CUDA kernels: how to make one that has them.
 HINT = "; dsa-tvm build --target cuda makes a library that takes it"
 
 _READ_ONLY, _COPIED = 1, 2
@@ -63,7 +63,7 @@ class Versioned(ctypes.Structure):
 
 
 class View(NamedTuple):
-    """The fields of a `Tensor`; strides None where the tensor is contiguous."""
+    """The fields of a `Tensor`. The strides of a contiguous tensor are None."""
 
     data: int
     device: tuple[int, int]
@@ -73,7 +73,7 @@ class View(NamedTuple):
 
 
 def _export(x: Any, in_place: bool, ready: Mapping[str, int]) -> Any:
-    """The capsule of a producer that may be from before DLPack 1.0, or from before it could be asked not to copy."""
+    """Ask for a capsule. Producers from before DLPack 1.0 know fewer arguments, and some know no `copy`."""
     versioned: dict[str, Any] = {"max_version": (1, 0)}
     for asked in [{**versioned, "copy": False}, versioned] if in_place else [versioned]:
         with contextlib.suppress(TypeError):
@@ -82,9 +82,10 @@ def _export(x: Any, in_place: bool, ready: Mapping[str, int]) -> Any:
 
 
 def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: bool, stream: int) -> View:
-    """A view of anything with ``__dlpack__``; the other parameters are those of `tensors.as_tensor`.
+    """A view of anything with ``__dlpack__``.
 
-    `fail` takes what was expected and what was got, and raises.
+    `fail` takes what was expected and what was given, and raises. The other parameters are those of
+    `tensors.as_tensor`.
     """
     try:
         kind, number = (int(v) for v in x.__dlpack_device__())
@@ -93,14 +94,14 @@ def from_producer(x: Any, fail: Fail, writable: bool, keep: list[Any], cuda: boo
     if kind != CPU and not (cuda and kind == CUDA):
         got = f"one on {_DEVICES.get(kind, 'another device')} (DLPack device {kind})"
         fail("a tensor on the CPU" + " or on a CUDA GPU" * cuda, got + HINT * (kind == CUDA))
-    # The producer makes that stream wait for the tensor; its number for the default one is 1.
+    # The producer makes this stream wait for the tensor. DLPack's number for the default stream is 1.
     ready = {"stream": stream or 1} if kind == CUDA else {}
-    # A copy of an output would be written in vain, and that of an input on a GPU be freed when this call returns, which
-    # is before the kernels have read it.
+    # Results written to a copy of an output would be lost. The copy of an input on a GPU would be freed when this call
+    # returns, which is before the kernels have read it.
     in_place = writable or kind == CUDA
     try:
         capsule = _export(x, in_place, ready)
-    except (BufferError, TypeError, ValueError, RuntimeError) as error:  # the standard names the first alone
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:  # the standard names only the first
         fail("a tensor that can be exported" + " without a copy" * in_place, str(error))
     name = _capsule_name(capsule) if type(capsule).__name__ == "PyCapsule" else None
     if name not in (b"dltensor", b"dltensor_versioned"):

@@ -1,4 +1,4 @@
-"""Writing files whole, wherever a path leads, and directories for what is needed for a while only."""
+"""Write files whole, wherever their path leads, and make directories for temporary files."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-#: Errors of a directory where an existing file can be written all the same: a mount, or missing permissions.
+#: A directory gives these errors although an existing file in it can be written: a mount, or missing permissions.
 _NO_NEW_FILES = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
 _SCRATCH_PREFIX = "dsa-tvm.scratch."
-#: What `tempfile.mkdtemp` puts behind a prefix.
+#: `tempfile.mkdtemp` adds eight characters to a prefix.
 _SCRATCH_NAME = re.compile(re.escape(_SCRATCH_PREFIX) + "[a-z0-9_]{8}")
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644, *, in_place: bool = False) -> None:
-    """Make `data` what is read from `path`.
+    """Write `data` to `path`.
 
-    A regular file is replaced as a whole: a reader sees the old content or the new one. Symbolic links stay, and what
-    they lead to is written. FIFOs, terminals and device nodes get the bytes themselves.
+    A regular file is replaced as a whole: a reader sees the old content or the new one. A symbolic link stays, and the
+    file that it leads to is written. FIFOs, terminals and device nodes receive the bytes.
 
     Parameters
     ----------
     path : Path
-        Its directories are made.
+        Missing directories are made.
     data : bytes
     mode : int
-        Permissions of a new file, less the process's umask. A file that exists keeps its own.
+        Permissions of a new file, without those that the umask takes away. An existing file keeps its own.
     in_place : bool
-        Overwrite a file that cannot be replaced, such as one that is mounted into a container. A reader, or a kill in
-        the middle, may then find half of it.
+        Overwrite a file that cannot be replaced, such as one that is mounted into a container. A reader may then see
+        half of it, and a kill may leave half of it.
 
     Raises
     ------
     OSError
-        A regular file that can be replaced is as before.
+        The file cannot be written. A regular file that could be replaced is as it was before.
     """
     if (descriptor := _inherited(path)) is not None:
-        # A shell's redirection: opening it anew would start at the file's beginning.
+        # A shell has opened it. Opening it again would start at the beginning of the file.
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -55,21 +55,21 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644, *, in_place: bo
     if kept is not None and not stat.S_ISREG(kept.st_mode):
         _write_in_place(path, data)
         return
-    # Of a link, what it leads to is replaced.
+    # Replace the file that a link leads to, not the link.
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _about(path):
             _replace(path, data, mode, kept)
     except OSError as error:
-        # Something is mounted there, or the directory takes no new files.
+        # Something is mounted there, or the directory accepts no new files.
         if not in_place or kept is None or error.errno not in _NO_NEW_FILES:
             raise
         _write_in_place(path, data)
 
 
 def expect_writable(path: Path) -> None:
-    """Find out before long work whether `write_atomically`, in place if need be, will do.
+    """Find out before long work whether `write_atomically` will succeed, in place if it has to.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def expect_writable(path: Path) -> None:
         if stat.S_ISSOCK(kept.st_mode) or not os.access(path, os.W_OK, effective_ids=True):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         if not stat.S_ISREG(kept.st_mode):
-            # Opening a FIFO would wait for its reader.
+            # Opening a FIFO would wait for a reader.
             return
     try:
         expect_writable_directory(Path(os.path.realpath(path)).parent)
@@ -96,18 +96,18 @@ def expect_writable(path: Path) -> None:
 
 
 def expect_writable_directory(directory: Path) -> None:
-    """Make a directory, and find out before long work whether it takes files.
+    """Make a directory, and find out before long work whether files can be made in it.
 
     Raises
     ------
     OSError
-        It is none, permissions forbid it, or the disk is full.
+        Something else has this name, permissions forbid it, or the disk is full.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with _about(directory):
         handle, probe = tempfile.mkstemp(dir=directory, prefix=".dsa-tvm.")
         try:
-            # Some file systems find out only when the data goes to the disk that there is no room.
+            # Some file systems notice only when data goes to the disk that there is no room.
             os.write(handle, bytes(4096))
             os.fsync(handle)
         finally:
@@ -116,15 +116,15 @@ def expect_writable_directory(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Put on the disk which files a directory has."""
+    """Write the entries of a directory to the disk."""
     try:
         handle = os.open(directory, os.O_RDONLY)
-    except PermissionError:  # it takes files, and does not show them
+    except PermissionError:  # files can be made in it, but not listed
         return
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some file systems have nothing to sync there.
+        # Some file systems cannot sync a directory.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -133,19 +133,19 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Keep other processes out that ask, too; the lock is on the directory itself and ends with the process.
+    """Lock a directory against other processes that use this function. The lock ends with the process.
 
     Raises
     ------
     BlockingIOError
-        Another one is in there.
+        Another process holds the lock.
     """
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        # Closing would not do it where a process forked meanwhile has inherited the descriptor.
+        # Closing alone would not unlock: a process forked meanwhile may have inherited the descriptor.
         fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
@@ -154,7 +154,8 @@ def owned(directory: Path) -> Iterator[None]:
 def scratch() -> Iterator[Path]:
     """A directory below ``$TMPDIR`` that is removed at the end.
 
-    What killed processes of this user left there is removed first: a living process holds a lock on its directory.
+    Directories that killed processes of this user left there are removed first. A living process holds a lock on its
+    own.
 
     Raises
     ------
@@ -165,7 +166,7 @@ def scratch() -> Iterator[Path]:
     with ExitStack() as held:
         while True:
             directory = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
-            # Another process may take it for an abandoned one before it is locked, and remove it.
+            # Before it is locked, another process may think that it is abandoned, and remove it.
             with suppress(BlockingIOError, FileNotFoundError):
                 held.enter_context(owned(directory))
                 if directory.exists():
@@ -194,7 +195,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Let an error name what the caller knows, not a file beside it."""
+    """Make an error name the path that the caller knows, not that of a temporary file."""
     try:
         yield
     except OSError as error:
@@ -204,7 +205,7 @@ def _about(path: Path) -> Iterator[None]:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of what `path` leads to; None where there is nothing yet."""
+    """The status of the file that `path` leads to; None if there is none yet."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -212,7 +213,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _inherited(path: Path) -> int | None:
-    """The number of an open file of this process that `path` names, such as ``/dev/stdout`` or ``/dev/fd/3``."""
+    """The descriptor that `path` names, if it names one of this process: ``/dev/stdout`` or ``/dev/fd/3``."""
     place = Path(os.path.abspath(path))
     for _ in range(40):
         place = Path(os.path.realpath(place.parent)) / place.name
@@ -247,7 +248,7 @@ def _replace(path: Path, data: bytes, mode: int, kept: os.stat_result | None) ->
 
 
 def _umask() -> int:
-    # The process's mask can be read only by setting it, which other threads would see.
+    # os.umask reads the mask only by setting it, which other threads would notice.
     with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith("Umask:"):

@@ -1,6 +1,6 @@
-"""Calls with plain arrays, whose C structures are made once and used again: a tenth of what making them takes.
+"""Fast calls with plain arrays. Their C structures are kept and reused: that takes a tenth of the time of making them.
 
-Everything that is not plain is left to `calls.call`. The library checks every argument here as it does there.
+Whatever is not plain is left to `calls.call`. The library checks every argument in either case.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..spec import OpSpec
 from .dlpack import CPU, Tensor
 from .plain_arrays import Kind, kind_of
 
-_WORDS = ctypes.sizeof(Tensor) // 8  # the first of them is the address
+_WORDS = ctypes.sizeof(Tensor) // 8  # the address comes first
 _LARGEST_ATTRIBUTE = 4096
 
 _CALL = ctypes.CFUNCTYPE(
@@ -26,30 +26,30 @@ _CALL = ctypes.CFUNCTYPE(
 
 
 class _Options(ctypes.Structure):
-    """``dsa_tvm_options`` as it began: what a call on a CPU needs."""
+    """The first fields of ``dsa_tvm_options``, which are all that a call on a CPU needs."""
 
     _fields_ = (("size", ctypes.c_uint32), ("num_threads", ctypes.c_int32))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a call with some element types is written down.
+    """Where the parts of a call go in a `_Frame`, for one operator and one set of element types.
 
     Parameters
     ----------
     ranks : sequence of (int, int)
-        Of the inputs that are there: where the address goes, and the rank.
+        For each input that is given: the word for its address, and its rank.
     attrs : sequence of (str, bool)
-        Name, and whether it is a float.
+        The name of each attribute, and whether it is a float.
     outputs : sequence
-        Where the address goes; the element type; and from where each length comes: its place among the lengths of all
-        inputs or, behind them, among the attributes.
+        For each output: the word for its address, its element type, and the source of each of its lengths. A source is
+        an index into the lengths of all inputs, followed by the attributes.
     lengths : int
-        Where the lengths go: those of the inputs, then those of the outputs.
+        The first word for lengths: those of the inputs, then those of the outputs.
     make : callable
-        Makes the structures.
+        Makes a new frame.
     unused : list
-        Those that no call is using.
+        Frames that no call is using.
     """
 
     ranks: Sequence[tuple[int, int]]
@@ -61,23 +61,23 @@ class _Plan:
 
 
 class _Frame:
-    """The C structures of one call at a time.
+    """The C structures for one call at a time.
 
     Parameters
     ----------
     spec : OpSpec
     tensors : sequence
-        (code, bits) and rank of the inputs and outputs, None for an input that is not there.
+        (code, bits) and rank of each input and output; None for an input that is not given.
 
     Attributes
     ----------
     words : ctypes array of int64
-        The tensors, of which addresses and lengths are still to be written.
+        The tensors. Their addresses and lengths are written for each call.
     integers, floats : ctypes arrays
-        The attributes, as either kind.
+        The attributes: the same memory as integers and as floats.
     options : ctypes structure
     arguments : tuple of int
-        Of ``dsa_tvm_call``.
+        The arguments of ``dsa_tvm_call``.
     """
 
     def __init__(self, spec: OpSpec, tensors: Sequence[tuple[tuple[int, int], int] | None]) -> None:
@@ -112,12 +112,12 @@ class _Frame:
         )
 
 
-# By operator and the kind and element types of its inputs.
+# By operator, package of the arrays, and element types of the inputs.
 _plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def _make_plan(spec: OpSpec, kind: Kind, dtypes: Sequence[Any]) -> _Plan | None:
-    """None where the library does not serve such element types, or an input is missing."""
+    """The plan for such element types; None if the library does not serve them, or an input is missing."""
     tensors: list[tuple[tuple[int, int], int] | None] = []
     ranks: list[tuple[int, int]] = []
     sources: dict[str, int] = {}
@@ -156,19 +156,22 @@ def call(
     out: Any,
     num_threads: Any,
 ) -> tuple[int, tuple[Any, ...]] | None:
-    """Run one operator, if all of its arguments are plain.
+    """Run one operator if all of its arguments are plain.
 
     Parameters
     ----------
     function : callable
         What `entry` returned.
-    spec, inputs, attrs, out, num_threads
-        As in `calls.call`.
+    spec : OpSpec
+    inputs, attrs : mapping
+        By name. An optional input may be None.
+    out : tensor or tuple of tensors, optional
+    num_threads : int
 
     Returns
     -------
     (int, tuple) or None
-        The library's status, and the outputs; None where something is not plain, and nothing has been computed.
+        The status of the library, and the outputs. None if an argument is not plain: then nothing has been computed.
     """
     given = [inputs[t.name] for t in spec.inputs]
     kind = kind_of(given[0])
@@ -192,7 +195,7 @@ def call(
         _plans[names] = plan
     try:
         frame = plan.unused.pop()
-    except IndexError:  # all are in use, by other threads
+    except IndexError:  # other threads are using all of them
         frame = plan.make()
     outputs = _fill(frame, plan, kind, given, attrs, out)
     status = 0
@@ -206,7 +209,7 @@ def call(
 def _fill(
     frame: _Frame, plan: _Plan, kind: Kind, given: Sequence[Any], attrs: Mapping[str, Any], out: Any
 ) -> tuple[Any, ...] | None:
-    """Write a call's addresses, lengths and attributes; its outputs, or None where something is not plain."""
+    """Write addresses, lengths and attributes into a frame. Returns the outputs, or None if something is not plain."""
     words, address = frame.words, kind.address
     lengths: list[int] = []
     for x, (at, rank) in zip([x for x in given if x is not None], plan.ranks, strict=True):
@@ -235,7 +238,7 @@ def _fill(
             shape = [sources[i] for i in places]
             try:
                 x = kind.empty(shape, dtype)
-            except (MemoryError, RuntimeError, ValueError):  # the lengths may not even fit each other
+            except (MemoryError, RuntimeError, ValueError):  # the lengths may contradict each other
                 return None
             words[at] = address(x)
             lengths += shape
@@ -256,5 +259,5 @@ def _fill(
 
 @functools.cache
 def entry(library: ctypes.CDLL) -> Callable[..., int]:
-    """A loaded library's ``dsa_tvm_call``, for arguments that are numbers."""
+    """``dsa_tvm_call`` of a loaded library, which takes addresses as numbers."""
     return _CALL(("dsa_tvm_call", library))

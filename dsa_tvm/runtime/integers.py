@@ -1,4 +1,4 @@
-"""Integers that a caller passes: of Python, NumPy or torch, but nothing that would have to be rounded."""
+"""Integers that a caller passes: from Python, NumPy or torch, but no number that would have to be rounded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..errors import ArgumentError
 
 
 def as_integer(op: str, name: str, value: Any) -> int:
-    """What `value` is as an int.
+    """Convert the argument `name` of `op` to an int.
 
     Raises
     ------
     ArgumentError
-        It is none, for the argument `name` of `op`.
+        `value` is not an integer.
     """
     try:
         return operator.index(value)

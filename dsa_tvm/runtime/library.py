@@ -1,4 +1,4 @@
-"""Find, verify and load the compiled library. Never imports TVM."""
+"""Find, verify and load the compiled library, without TVM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ops import OPS
 from . import loading, package_files, verified
 from .integers import as_integer
 
-#: DSA_TVM_ABI_VERSION of the header this Python code was written for.
+#: DSA_TVM_ABI_VERSION of the header that this code was written for.
 ABI_VERSION = 1
 LIBRARY_NAME = "libdsa_tvm.so"
 MANIFEST_NAME = "manifest.json"
@@ -38,7 +38,7 @@ def exported_symbols() -> list[str]:
 
 
 def default_path() -> Path:
-    """Where the library is looked for: ``$DSA_TVM_LIBRARY``, else the one that was installed with the package."""
+    """The path in ``$DSA_TVM_LIBRARY``, otherwise that of the library which was installed with the package."""
     override = os.environ.get("DSA_TVM_LIBRARY")
     return Path(override) if override else package_files.find(f"lib/{LIBRARY_NAME}")
 
@@ -46,7 +46,7 @@ def default_path() -> Path:
 def verify(path: Path) -> dict:
     """Check a library against the manifest beside it, without loading it.
 
-    A file that has not changed since it was last verified is not read again, see `verified`.
+    A file that has not changed since the last time is not read again, see `verified`.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def verify(path: Path) -> dict:
 
 
 def _open_verified(path: Path) -> tuple[int, dict]:
-    """An open library and its manifest, after `verify`'s checks."""
+    """Open a library and check it as `verify` does. Returns the descriptor and the manifest."""
     try:
         descriptor = loading.open_file(path)
     except OSError as error:
@@ -89,7 +89,7 @@ def _check(descriptor: int, path: Path) -> dict:
         raise LibraryError(f"library: expected a manifest at {manifest_path}, got one that cannot be read") from error
     if abi != ABI_VERSION:
         raise LibraryError(f"library: expected ABI {ABI_VERSION}, got {abi} in {manifest_path}")
-    # Size first: the loader maps a truncated library and dies of SIGBUS, and so would reading on.
+    # The size comes first: the loader maps a truncated library and dies of SIGBUS.
     found = os.fstat(descriptor)
     if found.st_size != size:
         raise LibraryError(f"library: expected {size} bytes, got {found.st_size} at {path}: it is damaged")
@@ -104,8 +104,8 @@ def _check(descriptor: int, path: Path) -> dict:
 def get_library_path(path: str | os.PathLike[str] | None = None) -> str:
     """Path of the verified library, for ``SessionOptions.register_custom_ops_library``.
 
-    ONNX Runtime opens the path again, and nobody checks what it finds there then. Keep the folder writable for people
-    you trust only.
+    ONNX Runtime opens the path again, and nobody checks what it finds there. Let only people you trust write to the
+    folder.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def get_library_path(path: str | os.PathLike[str] | None = None) -> str:
     Raises
     ------
     LibraryError
-        As `verify`.
+        The library or its manifest is missing, damaged or of another ABI.
     """
     found = Path(path) if path is not None else default_path()
     verify(found)
@@ -124,14 +124,15 @@ def get_library_path(path: str | os.PathLike[str] | None = None) -> str:
 
 @functools.cache
 def load(path: str | None = None) -> ctypes.CDLL:
-    """The library, verified, loaded and able to run on this CPU.
+    """Verify and load the library.
 
-    What is loaded is the open file that was verified, whatever happens to its path meanwhile.
+    The very file that was verified is loaded, whatever happens to its path meanwhile.
 
     Raises
     ------
     LibraryError
-        As `verify`; or the loader refuses it; or it has no kernels for this CPU or for ``$DSA_TVM_TARGET``.
+        The library or its manifest is missing, damaged or of another ABI; the loader refuses it; or it has no kernels
+        for this CPU or for ``$DSA_TVM_TARGET``.
     """
     found = Path(path) if path is not None else default_path()
     descriptor, _ = _open_verified(found)
@@ -142,7 +143,7 @@ def load(path: str | None = None) -> ctypes.CDLL:
     library.dsa_tvm_last_error.restype = ctypes.c_char_p
     library.dsa_tvm_target.restype = ctypes.c_char_p
     library.dsa_tvm_version.restype = ctypes.c_char_p
-    if hasattr(library, "dsa_tvm_cuda_archs"):  # one built by an earlier version lacks it, and serves the CPU
+    if hasattr(library, "dsa_tvm_cuda_archs"):  # libraries of earlier versions lack it
         library.dsa_tvm_cuda_archs.restype = ctypes.c_char_p
     library.dsa_tvm_set_num_threads.restype = None
     if library.dsa_tvm_abi_version() != ABI_VERSION:
@@ -154,41 +155,43 @@ def load(path: str | None = None) -> ctypes.CDLL:
 
 @functools.cache
 def has_cuda(library: ctypes.CDLL) -> bool:
-    """Whether a loaded library has CUDA kernels; not whether there is a GPU."""
+    """Whether a loaded library has CUDA kernels, whether or not there is a GPU."""
     return hasattr(library, "dsa_tvm_cuda_archs") and library.dsa_tvm_cuda_archs() is not None
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """The GPU architectures the library has kernels for, such as ``sm_90``; none where it was built without.
+    """The GPU architectures that the library has kernels for, such as ``sm_90``. Empty if it was built without CUDA.
 
-    The last, such as ``compute_80``, is the first of those that a driver compiles the kernels for itself.
+    The last one, such as ``compute_80``, stands for PTX, which the driver compiles for all later architectures.
     """
     library = load()
     return tuple(library.dsa_tvm_cuda_archs().decode().split(",")) if has_cuda(library) else ()
 
 
 def active_target() -> str:
-    """The kernels in use, such as ``x86-64-v3``."""
+    """The CPU target whose kernels are in use, such as ``x86-64-v3``."""
     return load().dsa_tvm_target().decode()
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Set how many threads later calls in this process use at most, the calling one included.
+    """Set the most threads that later calls in this process use, including the calling thread.
 
-    Short calls use one. Results do not depend on the number. Nodes in ONNX Runtime use the session's threads instead.
+    Short calls use one. Results do not depend on the number. ONNX Runtime's nodes use the threads of their session
+    instead.
 
     Parameters
     ----------
     num_threads : int
-        More than 1024 count as 1024. 0 stands for ``$OMP_NUM_THREADS`` as it was when the library was loaded, else for
-        the CPUs of this process: those of its affinity mask, or of its cgroup's CPU quota where that is less.
+        Numbers above 1024 count as 1024. 0 stands for the value that ``$OMP_NUM_THREADS`` had when the library was
+        loaded, otherwise for the CPUs of this process: those of its affinity mask, or of the CPU quota of its cgroup
+        if these are fewer.
 
     Raises
     ------
     ArgumentError
-        No integer, or one that is negative or has more than 32 bits.
+        `num_threads` is not an integer, is negative, or does not fit 32 bits.
     LibraryError
-        As `load`.
+        The library cannot be loaded, see `load`.
     """
     number = as_integer("set_num_threads", "num_threads", num_threads)
     if not 0 <= number < 2**31:
@@ -197,5 +200,5 @@ def set_num_threads(num_threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads a call uses at most, unless its ``num_threads`` says otherwise."""
+    """The most threads that a call uses, unless its ``num_threads`` says otherwise."""
     return load().dsa_tvm_get_num_threads()

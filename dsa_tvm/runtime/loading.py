@@ -1,4 +1,4 @@
-"""Shared libraries loaded from the very file that was checked, whatever happens to its path meanwhile."""
+"""Load a shared library from the very file that was checked, whatever happens to its path meanwhile."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from ..errors import LibraryError
 
-#: What the loader knows libraries as. It takes a library of a known name for the one that it has.
+#: Names under which libraries were loaded. The loader does not load a second library under a name that it knows.
 _names: set[str] = set()
 
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """A library that may be loaded only if it has this digest.
+    """A library that may only be loaded if it has this digest.
 
     Parameters
     ----------
@@ -32,14 +32,14 @@ class CheckedFile:
 
 
 def open_file(path: str | os.PathLike[str]) -> int:
-    """Open a regular file to read it; a descriptor.
+    """Open a regular file for reading. Returns its descriptor.
 
     Raises
     ------
     OSError
-        It cannot be opened, or it is not a regular file.
+        The file cannot be opened, or it is not a regular file.
     """
-    # Opening a FIFO would wait for its writer otherwise.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -48,7 +48,7 @@ def open_file(path: str | os.PathLike[str]) -> int:
 
 
 def sha256(descriptor: int) -> str:
-    """Hex digest of an open file, from its beginning."""
+    """Hex digest of a whole open file."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     with open(descriptor, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -57,25 +57,25 @@ def sha256(descriptor: int) -> str:
 def load(descriptor: int, path: str) -> ctypes.CDLL:
     """Load an open file for as long as the process lives.
 
-    The loader gets ``/proc/PID/fd/N`` for its name. The descriptor stays open, so that debuggers and symbolizers, which
-    read the library by that name, find it; ``/proc/PID/maps`` has the path.
+    The loader is given the name ``/proc/PID/fd/N``. The descriptor stays open, because debuggers and symbolizers read
+    the library by that name. ``/proc/PID/maps`` has the path.
 
     Parameters
     ----------
     descriptor : int
-        Belongs to this function from here on.
+        This function owns it from now on.
     path : str
-        What it was opened as, for a process that cannot read its own ``/proc``.
+        The path that was opened. It is used if the process cannot read its own ``/proc``.
 
     Raises
     ------
     LibraryError
-        Without ``/proc``: the path leads to another file by now.
+        There is no ``/proc``, and the path now leads to another file.
     OSError
         The loader refuses it.
     """
     try:
-        # If the caller has closed every descriptor of the process, then ours too, and their numbers come again.
+        # If the caller has closed all descriptors of the process, their numbers are used again.
         while (name := f"/proc/{os.getpid()}/fd/{descriptor}") in _names:
             higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, descriptor + 1)
             os.close(descriptor)
@@ -96,16 +96,16 @@ def load(descriptor: int, path: str) -> ctypes.CDLL:
 
 
 def load_checked(file: CheckedFile) -> ctypes.CDLL:
-    """Load a file if it has its digest.
+    """Load a file if it has the digest that it should have.
 
-    For worker processes, which load hundreds. Every file keeps a descriptor, so this raises the process's limit.
+    Worker processes load hundreds of files, and each one keeps a descriptor. So this raises the limit of the process.
 
     Raises
     ------
     LibraryError
-        It cannot be read, or it has another digest.
+        The file cannot be read, or it has another digest.
     OSError
-        The loader refuses it.
+        The loader refuses the file.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -121,7 +121,7 @@ def load_checked(file: CheckedFile) -> ctypes.CDLL:
 
 
 def _is_same(descriptor: int, path: str) -> bool:
-    """Whether a path leads to an open file."""
+    """Whether a path leads to the file that a descriptor is open on."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:

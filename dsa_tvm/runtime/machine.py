@@ -1,7 +1,6 @@
-"""What this process may use of the machine: CPUs and memory, as limits, containers and other processes leave them.
+"""How many CPUs and how much memory this process may use, given limits, containers and other processes.
 
-Control groups are read as https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1 describe them. Standard
-library only.
+https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1 describe the control groups that are read here.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Numbers of threads that a command takes: the library itself starts no more.
+#: Numbers of threads that a command accepts. The library starts no more.
 THREADS = range(1, 1025)
 
-#: Where the kernel tells of itself.
+#: Where the kernel describes processes and itself.
 _PROC = Path("/proc")
 
 
@@ -26,9 +25,9 @@ class Memory:
     Parameters
     ----------
     bytes : int
-        Without swapping, failing or being killed, as far as one can tell.
+        How much can be allocated without swapping, failing or being killed, as far as one can tell.
     limit : str
-        What sets it, for messages.
+        What sets this limit, for messages.
     """
 
     bytes: int
@@ -46,9 +45,9 @@ def in_units(number: int) -> str:
 
 
 def usable_cpus(proc: Path = _PROC) -> int:
-    """How many threads can compute at the same time: CPUs of the affinity mask, or fewer by a quota of CPU time.
+    """How many threads can compute at the same time: the CPUs of the affinity mask, or fewer if a quota says so.
 
-    A quota that is no whole number of CPUs is rounded up.
+    A quota that is not a whole number of CPUs is rounded up.
     """
     allowed = len(os.sched_getaffinity(0))
     quotas = [quota for group in _groups("cpu", proc) if (quota := _cpu_quota(group)) is not None]
@@ -63,8 +62,8 @@ def available_memory() -> int:
 def memory(proc: Path = _PROC) -> Memory:
     """What can still be allocated, and what limits it.
 
-    The least of the machine's available memory, what the memory limits of the process's control group and of those
-    above it leave, and what ``ulimit -v`` and ``ulimit -d`` leave.
+    This is the least of the machine's available memory, of what the limits of the process's control group and its
+    parents leave, and of what ``ulimit -v`` and ``ulimit -d`` leave.
     """
     found = [_of_machine(proc)]
     for group in _groups("memory", proc):
@@ -86,7 +85,7 @@ def _of_machine(proc: Path) -> Memory:
 
 
 def _kib(path: Path, field: str) -> int | None:
-    """A field of a file of ``/proc`` that counts in KiB, in bytes."""
+    """A field in KiB of a file of ``/proc``, in bytes."""
     for line in _text(path).splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -95,8 +94,8 @@ def _kib(path: Path, field: str) -> int | None:
 
 
 def _left_of_group(group: Path) -> int | None:
-    """What the memory limits of one control group leave; None where it has none."""
-    # memory.high does not kill, but throttles until nothing moves any more.
+    """What the memory limits of one control group leave; None if it has no limit."""
+    # memory.high does not kill, but it slows a process down until nothing moves.
     limits = [_number(_text(group / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
     set_ones = [limit for limit in limits if limit is not None and limit < 1 << 60]
     if not set_ones:
@@ -104,7 +103,7 @@ def _left_of_group(group: Path) -> int | None:
     used = _number(_text(group / "memory.current"))
     if used is None:
         used = _number(_text(group / "memory.usage_in_bytes")) or 0
-    # Pages of files are given up where memory is short. Those in use are read again.
+    # The kernel drops pages of files when memory is short. Active ones would be read again, so half of them count.
     stat = dict(line.split(maxsplit=1) for line in _text(group / "memory.stat").splitlines() if " " in line)
     idle = _number(stat.get("total_inactive_file", stat.get("inactive_file", ""))) or 0
     active = _number(stat.get("total_active_file", stat.get("active_file", ""))) or 0
@@ -112,7 +111,7 @@ def _left_of_group(group: Path) -> int | None:
 
 
 def _cpu_quota(group: Path) -> float | None:
-    """CPUs that one control group may use; None where it has no quota."""
+    """CPUs that one control group may use; None if it has no quota."""
     words = _text(group / "cpu.max").split()
     if not words:
         words = [_text(group / "cpu.cfs_quota_us").strip(), _text(group / "cpu.cfs_period_us").strip()]
@@ -122,7 +121,7 @@ def _cpu_quota(group: Path) -> float | None:
 
 
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
-    """The directories of the process's control group for a controller, and of those above it that can be seen."""
+    """Directories of the process's control group for a controller, and of its visible parents."""
     paths: dict[str, str] = {}
     for line in _text(proc / "self" / "cgroup").splitlines():
         if line.count(":") < 2:
@@ -136,7 +135,7 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
             path = paths[controller]
         else:
             continue
-        # In a container the mount may show the process's own group only, and /proc its path outside.
+        # In a container, the mount may show only the process's own group, while /proc has its path outside.
         inside = os.path.relpath(path, root) if _is_below(path, root) else "."
         group = place / inside
         while True:
@@ -148,7 +147,7 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
 
 
 def _mounts(proc: Path) -> Iterator[tuple[str, str, Path]]:
-    """Hierarchies of control groups: kind, the group that is mounted, and where."""
+    """Mounted hierarchies of control groups: the kind, the group that is mounted, and the mount point."""
     for line in _text(proc / "self" / "mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         if len(fields := before.split()) < 5 or not (tail := after.split()):

@@ -1,4 +1,4 @@
-"""Where the package's own files are, however it was installed."""
+"""Find the package's own files, however it was installed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 
 def find(relative: str) -> Path:
-    """One of the package's files or folders that are no Python modules.
+    """Find a file or folder of the package that is not a Python module.
 
-    An ordinary install has everything in one folder. An editable one has the compiled library in ``site-packages``, and
-    the folders ``export``, ``schedules`` and ``tuning_logs`` in the checkout, beside the package. The package's loader
-    knows all of these places, and ``__file__`` only one.
+    An ordinary install has everything in one folder. An editable install has the compiled library in ``site-packages``,
+    and the folders ``export``, ``schedules`` and ``tuning_logs`` in the checkout, beside the package. The package's
+    loader knows all these places; ``__file__`` names only one.
 
     Parameters
     ----------
     relative : str
-        Its path as in an ordinary install, such as ``"lib/libdsa_tvm.so"``.
+        The path in an ordinary install, such as ``"lib/libdsa_tvm.so"``.
 
     Returns
     -------
     Path
-        The first that exists; where an ordinary install has it if none does.
+        The first path that exists; otherwise the path in an ordinary install.
     """
     package = sys.modules[__name__.partition(".")[0]]
     places = [Path(directory, relative) for directory in package.__path__]

@@ -14,12 +14,12 @@ from .tensors import is_torch
 
 
 def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) -> Any:
-    """Latent rows as `sparse_mla_fp8` takes them.
+    """Pack latent rows for `sparse_mla_fp8`.
 
-    Each 128 of the first d_v entries of a row share a scale, are divided by it and rounded to float8_e4m3fn; the others
-    are rounded to bfloat16. Both are rounded to nearest even. The scale is ``max(amax, 1e-4) / 448``, or with
-    `power_of_two` the power of two that is at least ``max(amax / 448, 1e-4)``. The latter gives the same bytes as the
-    packers of FlashMLA, vLLM and FlashInfer do for bfloat16 (`quant.py` in FlashMLA's tests).
+    Each group of 128 among the first d_v entries of a row shares a scale. Its numbers are divided by the scale and
+    rounded to float8_e4m3fn. The other entries are rounded to bfloat16. All rounding is to nearest even. The scale is
+    ``max(amax, 1e-4) / 448``, or with `power_of_two` the least power of two from ``max(amax / 448, 1e-4)`` on. For
+    bfloat16, the latter gives the same bytes as the packers of FlashMLA (`quant.py` in its tests), vLLM and FlashInfer.
 
     Parameters
     ----------
@@ -28,17 +28,17 @@ def pack_mla_rows(values: Any, d_v: int = 512, *, power_of_two: bool = False) ->
     d_v : int
         A multiple of 128, at most d_qk.
     power_of_two : bool
-        Whether scales are rounded up to powers of two, of which 2**-13 is the smallest.
+        Whether to round scales up to powers of two; the smallest is 2**-13.
 
     Returns
     -------
     rows : tensor [s_kv, d_v + d_v / 32 + 2 * (d_qk - d_v)], uint8
-        As `values` are: a NumPy array, or a torch tensor where they are.
+        A torch tensor if `values` is one, otherwise a NumPy array.
 
     Raises
     ------
     ArgumentError
-        `values` is no matrix of floating-point numbers, or has a width that cannot be packed.
+        `values` is not a matrix of floating-point numbers, or its width cannot be packed.
     """
     _check("pack_mla_rows: values", values, d_v, least=d_v)
     _check_type("pack_mla_rows: values", values, _is_floating(values), "a floating-point type")
@@ -76,12 +76,12 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
     Returns
     -------
     values : tensor [s_kv, d_qk]
-        Where `rows` is a torch tensor, bfloat16; else float32, which holds all of it.
+        bfloat16 if `rows` is a torch tensor, otherwise float32, which holds these numbers exactly.
 
     Raises
     ------
     ArgumentError
-        `rows` is no matrix of bytes, or has a width that no packed rows have.
+        `rows` is not a matrix of bytes, or packed rows cannot have its width.
     """
     scales = packed_rows.scales_end(d_v)
     _check("unpack_mla_rows: rows", rows, d_v, least=scales)
@@ -102,8 +102,8 @@ def unpack_mla_rows(rows: Any, d_v: int = 512) -> Any:
 def _reinterpreted(part: Any, dtype: Any) -> Any:
     import torch
 
-    # A copy also of what is contiguous already: the part of a single row may lie at any address. And flat: torch
-    # refuses another element type for rows of no elements.
+    # Copy even a contiguous part: that of a single row may lie at any address. Flatten it, because torch refuses to
+    # change the element type of rows without elements.
     flat = part.clone(memory_format=torch.contiguous_format).flatten()
     return flat.view(dtype).view(len(part), part.shape[1] // dtype.itemsize)
 
@@ -119,7 +119,7 @@ def _type_name(x: Any) -> str:
 
 
 def _is_floating(x: Any) -> bool:
-    # NumPy does not know that the types of ml_dtypes are floating-point ones.
+    # NumPy does not know that the types of ml_dtypes are floating-point types.
     return x.is_floating_point() if is_torch(x) else "float" in _type_name(x)
 
 

@@ -1,4 +1,4 @@
-"""Plain arrays: NumPy's and torch's own, contiguous, on the CPU, with nothing else that a call would have to heed."""
+"""Plain arrays: of NumPy or torch, contiguous, on the CPU, and with nothing else that a call would have to respect."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from .tensors import numpy_type, torch_type
 
 
 class Kind(Protocol):
-    """One package's arrays.
+    """The arrays of one package.
 
     Attributes
     ----------
     kind : type of the arrays
-        The package's own, none that is made of it: a subclass may mean something else by its contents.
+        The package's own type and no subclass, which may give its contents another meaning.
     """
 
     kind: Any
 
     def address(self, x: Any) -> int:
-        """Where its elements are."""
+        """The address of the first element."""
 
     def dl_type(self, dtype: Any) -> tuple[int, int] | None:
-        """DLPack (code, bits) of an element type; None where there is none."""
+        """DLPack (code, bits) of an element type; None if it has none."""
 
     def is_plain(self, x: Any) -> bool:
-        """Whether one of `kind` is plain."""
+        """Whether an array of `kind` is plain."""
 
     def is_plain_output(self, x: Any) -> bool:
         """Whether it may also be written to."""
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """A new one. Raises MemoryError, RuntimeError or ValueError."""
+        """A new array. Raises MemoryError, RuntimeError or ValueError if it cannot be made."""
 
     def dtype(self, name: str) -> Any:
-        """The element type of that name in an OpSpec."""
+        """The element type that has this name in an OpSpec."""
 
 
 class _NumpyArrays:
@@ -78,7 +78,7 @@ class _TorchTensors:
         return x.layout is self._strided and x.is_cpu and not x.requires_grad and x.is_contiguous() and not x.is_neg()
 
     def is_plain_output(self, x: Any) -> bool:
-        return False  # torch has to be told that it was written to
+        return False  # torch has to be told of the write
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         return self._torch.empty(*shape, dtype=dtype, device=self._cpu)
@@ -88,9 +88,10 @@ class _TorchTensors:
 
 
 def _numpy_address(numpy: Any) -> Callable[[Any], int]:
-    """Where an array's elements are, the way a C extension asks: by the first field behind the object's head.
+    """A function for the address of an array's elements. It reads the first field behind the object's head.
 
-    It is part of NumPy's ABI and takes a fifth of the time of `numpy.ndarray.ctypes`. It is tried first.
+    C extensions read the same field: it is part of NumPy's ABI. This takes a fifth of the time of
+    `numpy.ndarray.ctypes`, which is used instead if a first try shows a difference.
     """
 
     def by_ctypes(x: Any) -> int:
@@ -112,7 +113,7 @@ _kinds: dict[type, Kind] = {}
 
 
 def kind_of(x: Any) -> Kind | None:
-    """What `x` is one of; None where that is neither NumPy's nor torch's."""
+    """The kind of `x`; None if it is neither an array of NumPy nor a tensor of torch."""
     known = _kinds.get(type(x))
     if known is None:
         for name, array, make in (("numpy", "ndarray", _NumpyArrays), ("torch", "Tensor", _TorchTensors)):

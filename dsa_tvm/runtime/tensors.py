@@ -1,6 +1,6 @@
-"""Anything that holds a tensor, as a DLPack tensor: NumPy and torch directly, the rest through ``__dlpack__``.
+"""View the tensors of other packages as DLPack tensors: NumPy and torch directly, others through ``__dlpack__``.
 
-Nothing is copied and nothing is checked beyond what the view itself needs; the library checks the rest.
+Nothing is copied. Only what the view needs is checked here; the library checks the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..spec import DLPACK_TYPES, OTHER_DLPACK_TYPES, OpSpec, TensorSpec
 from .dlpack import CPU, CUDA, HINT, Tensor, View, from_producer
 
-#: Raises for what was expected, None for the argument's element types, and what was got.
+#: Raises an error. It takes what was expected (None stands for the argument's element types) and what was given.
 Refusal = Callable[[str | None, str], NoReturn]
 
 _NAMED_TYPES = {**DLPACK_TYPES, **OTHER_DLPACK_TYPES}
@@ -27,7 +27,9 @@ assert _FIELDS.size == ctypes.sizeof(Tensor)
 
 
 class Pack:
-    """Views as an array of pointers to `Tensor`, null for None. Made with few ctypes objects: they cost a microsecond.
+    """Views as an array of pointers to `Tensor`, null for None.
+
+    It uses few ctypes objects, because each of them costs a microsecond.
 
     Attributes
     ----------
@@ -65,31 +67,31 @@ def is_torch(x: Any) -> bool:
 
 
 def note_written(tensors: Iterable[Any]) -> None:
-    """Tell torch that its tensors among these hold something else now: a backward that wants the old would be wrong."""
+    """Tell torch that the contents of its tensors have changed, so that a backward that needs the old ones fails."""
     for x in tensors:
         if is_torch(x) and not x.is_inference():
             sys.modules["torch"].autograd.graph.increment_version(x)
 
 
 def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
-    """Refuse torch tensors whose derivative, trace or batch dimension a call outside torch's dispatcher would lose.
+    """Refuse torch tensors that carry a derivative, a trace or a batch dimension: a direct call would lose it.
 
     Parameters
     ----------
     op : str
     inputs : mapping
-        By name: tensors of any kind, or None.
+        By name: tensors of any package, or None.
 
     Raises
     ------
     ArgumentError
-        torch records a trace; or an input has a tangent, or is one that `torch.func` has wrapped.
+        torch is recording a trace, or an input has a tangent or is wrapped by `torch.func`.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "Tensor"):  # it may be in the middle of its import
+    if torch is None or not hasattr(torch, "Tensor"):  # torch may be in the middle of its own import
         return
     interpreters, is_wrapped, is_tracing, forward_ad = _probes(torch)
-    # Nobody traces with a module that nobody has imported.
+    # A trace of this kind needs the module, so it need not be imported to find out.
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     tracing = is_tracing() or (proxies is not None and proxies.get_proxy_mode() is not None)
     transforming, forward = interpreters() is not None, forward_ad._current_level >= 0
@@ -106,14 +108,14 @@ def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
             raise ArgumentError(
                 f"{where} a tensor without a tangent, got a dual one: there is no forward-mode derivative"
             )
-        # Those that require gradients get their own message later.
+        # A tensor that requires gradients gets its own message later.
         if transforming and is_wrapped(x) and not x.requires_grad:
             raise ArgumentError(f"{where} a plain tensor, got one inside a transform of torch.func{instead}")
 
 
 @functools.cache
 def _probes(torch: Any) -> tuple[Any, Any, Any, Any]:
-    """What tells of transforms, traces and forward mode: found once, for it is asked in every call."""
+    """What tells of transforms, traces and forward mode. Looked up once, because every call asks."""
     functorch = torch._C._functorch
     is_wrapped = functorch.is_functorch_wrapped_tensor
     return functorch.peek_interpreter_stack, is_wrapped, torch.jit.is_tracing, torch.autograd.forward_ad
@@ -121,7 +123,7 @@ def _probes(torch: Any) -> tuple[Any, Any, Any, Any]:
 
 @functools.cache
 def numpy_type(dtype: Any) -> tuple[int, int] | None:
-    """DLPack (code, bits) of a NumPy type, if it has one; cached, because NumPy works out the name anew each time."""
+    """DLPack (code, bits) of a NumPy type, if it has one. Cached, because NumPy computes the name each time."""
     named = _NAMED_TYPES.get(dtype.name)
     return named or ((_KIND_CODES[dtype.kind], dtype.itemsize * 8) if dtype.kind in _KIND_CODES else None)
 
@@ -145,7 +147,7 @@ def _from_numpy(x: Any, fail: Refusal, writable: bool) -> View:
 
 @functools.cache
 def torch_type(dtype: Any) -> tuple[int, int] | None:
-    """DLPack (code, bits) of a torch type; None for quantized types and those with fewer bits than their storage."""
+    """DLPack (code, bits) of a torch type; None if it is quantized or has fewer bits than its storage."""
     name, bits = str(dtype).removeprefix("torch."), dtype.itemsize * 8
     if name in _NAMED_TYPES:
         return _NAMED_TYPES[name]
@@ -155,9 +157,9 @@ def torch_type(dtype: Any) -> tuple[int, int] | None:
 
 
 def _data_of_subclass(x: Any) -> int:
-    """Address of the data; 0 where there is none."""
+    """Address of the data; 0 if there is none."""
     fake_tensor = sys.modules.get("torch._subclasses.fake_tensor")
-    if fake_tensor is not None and isinstance(x, fake_tensor.FakeTensor):  # asked for its address, it warns
+    if fake_tensor is not None and isinstance(x, fake_tensor.FakeTensor):  # data_ptr would warn
         return 0
     try:
         return int(x.data_ptr())
@@ -181,7 +183,7 @@ def _from_torch(x: Any, fail: Refusal, writable: bool, cuda: bool) -> View:
     dtype = torch_type(x.dtype)
     if dtype is None:
         fail(None, str(x.dtype))
-    # Subclasses may be fake, or wrappers around other tensors.
+    # A subclass may be a fake tensor, or a wrapper around other tensors.
     data = x.data_ptr() if type(x) is torch.Tensor else _data_of_subclass(x)
     if not data and x.numel():
         fail("a tensor with memory of its own", f"a {type(x).__name__} without")
@@ -191,7 +193,7 @@ def _from_torch(x: Any, fail: Refusal, writable: bool, cuda: bool) -> View:
 
 
 def cuda_stream(tensors: Iterable[Any]) -> int:
-    """The current stream of the GPU that the first torch tensor is on; 0, the default stream, where there is none."""
+    """The current stream of the first GPU tensor of torch; 0, the default stream, if there is none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
@@ -214,26 +216,26 @@ def as_tensor(
     cuda: bool = False,
     stream: int = 0,
 ) -> View:
-    """A view of `x`; what must outlive the call is appended to `keep`.
+    """A view of `x`. Objects that must outlive the call are appended to `keep`.
 
     Parameters
     ----------
     spec : OpSpec
     tensor : TensorSpec
-        Whose argument it is.
+        The argument that `x` is given for.
     x : tensor
     keep : list
     writable : bool
-        Whether it will be written to.
+        Whether the call writes to it.
     cuda : bool
         Whether it may be on a GPU.
     stream : int
-        Where it will be used then.
+        The stream that will use it there.
 
     Raises
     ------
     ArgumentError
-        `x` is no tensor, or one that cannot be seen as a DLPack tensor on such a device.
+        `x` is not a tensor, or cannot be viewed as a DLPack tensor on such a device.
     """
     fail = functools.partial(_refuse, spec, tensor)
     numpy = sys.modules.get("numpy")

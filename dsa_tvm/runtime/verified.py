@@ -1,9 +1,9 @@
-"""Which files had the digest that they should have, remembered until the machine is started again.
+"""Remember which files had the right digest, until the next reboot.
 
 Hashing a library of 3 MB takes 1.5 ms, and one with CUDA kernels takes longer. The first process of a user does it for
-the others. It remembers the state of the very file: device, inode, size, and the times of its last change; no program
-can set back ctime. An empty file says so, in a folder in memory that only this user can write. Where there is no such
-folder, every process hashes for itself.
+all others. It records the state of the file: device, inode, size, and the times of its last change. No program can set
+ctime back. The record is an empty file in a folder in memory that only this user can write. Without such a folder every
+process hashes for itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import stat
 import time
 from pathlib import Path
 
-#: A file may change again within one tick of the clock that its times are from.
+#: Within one tick of the file system's clock a file may change again without new times.
 _SETTLED_NS = 2_000_000_000
 _here: set[str] = set()
 
@@ -32,12 +32,12 @@ def _folder() -> Path | None:
 
 def _key(state: os.stat_result, digest: str) -> str:
     numbers = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    # The digest is from a file: it may be anything, and must not lead to another folder.
+    # Hash the digest too: it comes from a file, may be any text, and must not lead to another folder.
     return hashlib.sha256(repr((numbers, digest)).encode()).hexdigest()
 
 
 def is_known(state: os.stat_result, digest: str) -> bool:
-    """Whether a file of this state had this digest."""
+    """Whether a file in this state is known to have this digest."""
     key = _key(state, digest)
     if key in _here:
         return True
@@ -49,10 +49,10 @@ def is_known(state: os.stat_result, digest: str) -> bool:
 
 
 def remember(state: os.stat_result, digest: str) -> None:
-    """A file had this digest, and had this state before it was read."""
+    """Record that a file has this digest. `state` is from before it was read."""
     key = _key(state, digest)
     _here.add(key)
-    # There may be no memory, or no place to write to.
+    # There may be no memory left, or no folder.
     with contextlib.suppress(OSError):
         if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED_NS and (folder := _folder()):
             (folder / key).touch(mode=0o600)

@@ -1,1 +1,1 @@
-"""What the commands print: progress, tables and numbers."""
+"""Output of the commands: progress, tables and numbers."""

@@ -1,4 +1,4 @@
-"""Packages that only some commands need: the extras of pyproject.toml."""
+"""Check for packages that only some commands need: the extras of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from ..errors import DsaError
 
 
 def expect_installed(what: str, extra: str, *modules: str) -> None:
-    """Find out whether the modules that an extra brings are installed, without importing them.
+    """Check that the modules of an extra are installed, without importing them.
 
     Parameters
     ----------
     what : str
         The command that needs them.
     extra : str
-        Its name in pyproject.toml.
+        The name of the extra in pyproject.toml.
     modules : str
-        As they are imported.
+        Names to import.
 
     Raises
     ------
     DsaError
-        Some are missing; the message says how to install them.
+        Some of them are missing. The message says how to install them.
     """
     missing = [name for name in modules if not _is_installed(name)]
     if missing:

@@ -1,4 +1,4 @@
-"""How far a long command has come, on standard error: a bar with rich on a terminal, else plain lines."""
+"""Show on standard error how far a long command has come: as a bar on a terminal with rich, otherwise as lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Progress:
     total : int
         How many times `step` will be called.
     estimate : bool
-        Whether the steps are alike enough to tell the time that is left from those that are done.
+        Whether the steps are similar enough to estimate the time that is left.
     """
 
     def __init__(self, total: int, estimate: bool = False) -> None:
@@ -35,7 +35,7 @@ class Progress:
             self._bar.stop()
 
     def step(self, what: str) -> None:
-        """Begin the next step, which is called `what`."""
+        """Begin the next step and show `what` it does."""
         elapsed = time.monotonic() - self._start
         if self._estimate and self._done > self._skipped:
             left = elapsed / (self._done - self._skipped) * (self._total - self._done)
@@ -48,7 +48,7 @@ class Progress:
         self._done += 1
 
     def advance(self, steps: int) -> None:
-        """Count steps that need not be taken: an earlier run has done them."""
+        """Count steps that an earlier run has done."""
         self._done += steps
         self._skipped += steps
 
@@ -75,7 +75,7 @@ def _rich_bar() -> Any:
         TextColumn("{task.description}"),
         console=Console(stderr=True),
         transient=True,
-        # No thread that redraws: it would take time from what is being measured.
+        # A thread that redraws would disturb what is being measured.
         auto_refresh=False,
         # Standard output may go to a file while the bar is on the terminal.
         redirect_stdout=False,

@@ -1,4 +1,4 @@
-"""Standard output and error as a command needs them: open, able to write any name, and closed without a traceback."""
+"""Prepare standard output and error: make sure they are open, can write any name, and end without a traceback."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _ERRORS = "dsa_tvm.any_name"
 def prepare() -> None:
     """Make the standard streams take whatever is printed.
 
-    A closed one is opened on ``/dev/null``: otherwise the next file that is opened would get its number, and what is
-    printed. File names are any bytes, and need not fit the encoding of standard output: the bytes of such a name are
-    written as they are, and a character that the encoding lacks as its code point.
+    A closed stream is opened on ``/dev/null``. Otherwise the next file that is opened would get its number, and
+    everything that is printed. A file name may be any bytes, whatever the encoding of standard output: such bytes are
+    written unchanged, and a character that the encoding lacks is written as its code point.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is taken, which is this one. Programs that are started have it, too.
+            # open takes the lowest free number, which is this one. Programs that are started inherit it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     codecs.register_error(_ERRORS, _encoded)
     if sys.stdout is None:
@@ -34,7 +34,7 @@ def prepare() -> None:
 
 
 def finish() -> None:
-    """Write what is left in the buffers, so that it does not fail at exit, where nobody can catch it.
+    """Flush the buffers now. An error at exit could not be caught.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def finish() -> None:
 
 
 def discard() -> None:
-    """Let what is left in the buffers go nowhere: whoever read it is gone, or the disk is full."""
+    """Throw away what is left in the buffers: the reader is gone, or the disk is full."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,4 +1,4 @@
-"""Results as text: aligned columns and numbers of three digits."""
+"""Format results as text: aligned columns, and numbers with three digits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of an aligned table: the first column to the left, the others to the right."""
+    """The lines of a table. The first column is aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return [aligned(row, widths) for row in (header, *rows)]
 
@@ -18,14 +18,14 @@ def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, never in exponent form above 0.001."""
+    """A number with three significant digits, without an exponent from 0.001 on."""
     if value >= 99.95:
         return f"{value:.0f}"
     return f"{value:#.3g}" if value >= 0.001 else f"{value:.1e}"
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """A time in seconds, milliseconds or microseconds."""
     units = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
     unit, factor = next((u for u in units if seconds * u[1] >= 1), units[-1])
     return f"{digits(seconds * factor)} {unit}"

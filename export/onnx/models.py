@@ -91,7 +91,7 @@ def build_attention_model(
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        As in `build_model`.
+        No such variant, optional input or dimension; or an attribute or a length is missing or out of range.
     """
     attrs = {"topk": topk, "sm_scale": sm_scale, "d_v": d_v}
     model = build_model("dsa_attention", variant, optional=optional, dims=dims, **attrs)

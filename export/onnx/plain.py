@@ -68,7 +68,7 @@ def build_plain_attention_model(
     ----------
     topk : int
     sm_scale : float
-        As in `build_attention_model`.
+        The model's own; it does not follow from d_qk.
     d_v : int
         Attributes of `dsa_attention`.
     dims : mapping, optional
@@ -82,7 +82,7 @@ def build_plain_attention_model(
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        As in `build_plain_model`.
+        No such dimension; or an attribute or a length is missing or out of range.
     """
     return build_plain_model("dsa_attention", dims=dims, topk=topk, sm_scale=sm_scale, d_v=d_v)
 

@@ -1,8 +1,8 @@
 """Element types as TensorIR expressions.
 
-Kernels read and write bf16, f16, fp8 and int8 as unsigned integers and convert with integer arithmetic. TVM's own
-float8_e4m3fn cast is wrong for zero, subnormals and NaN, its bf16 and f16 casts may become library calls on CPUs
-without the instructions, and none of these expressions depends on the caller's denormal mode.
+Kernels read and write bf16, f16, fp8 and int8 as unsigned integers, and convert them with integer arithmetic. TVM's
+float8_e4m3fn cast is wrong for zero, subnormals and NaN. Its bf16 and f16 casts may become library calls on CPUs that
+lack such instructions. And the expressions here do not depend on the floating-point mode of the caller.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from tvm.script import tirx as T
 #: Elements that are converted or copied at a time. Every width (d_idx, d_qk, d_v) is a multiple of it.
 STEP = 32
 
-#: Products of a dot product that are summed in a row. Longer ones are sums of such sums: the rounding errors of equal
-#: addends all have one sign, so that a chain of n of them may be off by n / 2 roundings.
+#: How many products of a dot product are summed in one chain. Longer dot products are sums of such sums. The rounding
+#: errors of equal addends all have the same sign, so a chain of n of them may be off by n / 2 roundings.
 CHAIN = 128
 
 #: Bytes of a cache line, on every CPU that we know.
@@ -43,7 +43,7 @@ def is_nan(x):
 
 
 def _widen_small(x, exponent_bits: int, mantissa_bits: int, has_inf: bool):
-    """An IEEE-like number of `exponent_bits` and `mantissa_bits` (in a uint32) as f32, exact for all codes."""
+    """The f32 value of an IEEE-like number that is stored in a uint32. It is exact for all codes."""
     bias = (1 << (exponent_bits - 1)) - 1
     shift = 23 - mantissa_bits
     magnitude_mask = (1 << (exponent_bits + mantissa_bits)) - 1
@@ -63,7 +63,7 @@ def _widen_small(x, exponent_bits: int, mantissa_bits: int, has_inf: bool):
 
 
 def widen(x, dtype: str):
-    """The f32 value of the stored element `x`; exact, NaN and infinities included."""
+    """The exact f32 value of the stored element `x`, including NaN and infinities."""
     if dtype == "float32":
         return x
     if dtype == "bfloat16":
@@ -78,7 +78,7 @@ def widen(x, dtype: str):
 
 
 def narrow(x, dtype: str):
-    """The element to store for the f32 value `x`: round to nearest even, NaN stays NaN."""
+    """The element to store for the f32 value `x`. It is rounded to nearest even, and NaN stays NaN."""
     if dtype == "float32":
         return x
     if dtype == "bfloat16":

@@ -14,11 +14,11 @@ _EXP_UNDERFLOW = -87.0
 
 
 def exp_nonpositive(x):
-    """Exp of a non-positive f32 or NaN; 0 below -87. TVM's own exp becomes a scalar call for each element."""
-    # The clamp keeps the conversion to an integer defined for NaN and -inf.
+    """Exp of a non-positive f32 or NaN; 0 below -87. TVM's exp would become a scalar call for each element."""
+    # Without the clamp, the conversion of NaN and -inf to an integer would be undefined.
     clamped = T.Select(x >= T.float32(_EXP_UNDERFLOW), x, T.float32(_EXP_UNDERFLOW))
     n = T.floor(clamped * T.float32(math.log2(math.e)) + T.float32(0.5))
-    # ln 2 in two parts: the first has few enough bits for n * part to be exact.
+    # ln 2 in two parts. The first has so few bits that n times it is exact.
     f = clamped - n * T.float32(0.693359375) - n * T.float32(-2.12194440e-4)
     poly = T.float32(_EXP[6])
     for c in reversed(_EXP[:6]):

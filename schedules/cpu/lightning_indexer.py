@@ -1,8 +1,8 @@
-"""The CPU indexer: a matrix product over register tiles of keys x heads, reduced over the heads before it leaves them.
+"""The CPU indexer: a matrix product in register tiles of keys x heads, which are reduced over the heads in registers.
 
-The queries of a task are packed to [head block, d, head] so that one vector load brings `heads` heads; the keys are
-widened to f32 a block at a time and broadcast. A tile of `tile_keys` x `heads` accumulators then runs at the rate of a
-GEMM micro-kernel, relu and the weighted head sum happen in registers, and one number a key is written.
+The queries of a task are packed to [head block, d, head], so that one vector load brings `heads` heads. The keys are
+widened to f32 a block at a time, and broadcast. A tile of `tile_keys` x `heads` accumulators then runs at the rate of a
+GEMM micro-kernel. relu and the weighted sum over the heads happen in registers, and one number per key is written.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from .products import BF16_EXACT, FloatProducts, products_of
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
     tile_keys, heads : int
         Register tile: keys by heads (f32 accumulators).
     block_keys : int
-        Keys widened at a time; a multiple of `tile_keys`. The block should stay in the second-level cache.
+        Keys that are widened at a time, a multiple of `tile_keys`. The block should stay in the second-level cache.
     in_place : int
-        1: keys of the type that is multiplied (float32; bfloat16 for bf16 dot products) are read where they are, which
-        saves a copy that few queries do not repay. 0: they are copied, too.
+        1: keys of the type that is multiplied (float32; bfloat16 for bf16 dot products) are read where they are. This
+        saves a copy that does not pay for few queries. 0: all keys are copied.
     unroll_d : int
-        Steps of the product over d_idx in one loop body; divides 32, and 16 where a step takes two entries.
+        Steps of the product over d_idx in one loop body. It divides 32, or 16 if a step takes two entries.
     rows : int
-        Queries a task takes: each block of keys is widened once for all of them.
+        Queries of a task. Each block of keys is widened once for all of them.
     task_keys : int
-        Keys a task takes at most.
+        The most keys of a task.
     min_keys : int
-        Keys a task takes at least, however many threads there are: each task packs its queries again.
+        The fewest keys of a task, for any number of threads, because each task packs its queries again.
     tasks_per_thread : int
-        Tasks a call is cut into for each thread, so that uneven ones even out.
+        How many tasks a call is cut into for each thread, so that tasks of different lengths balance out.
 
     Raises
     ------
     ValueError
-        Decisions that do not divide what they must.
+        A decision does not divide what it has to divide.
     """
 
     tile_keys: int
@@ -71,14 +71,14 @@ DEFAULT = {
     "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
     "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=8, **_COMMON),
     "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=0, unroll_d=4, **_COMMON),
-    # Measured for itself: what bf16 reads in place needs no block in a cache.
+    # Measured separately: bf16 keys are read in place and need no copy in the cache.
     "x86-64-v4-bf16": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=1, unroll_d=4, **_COMMON),
     "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
 }
 
 
 def takes_bf16(variant: Mapping[str, str]) -> bool:
-    """Whether there is a kernel with bf16 dot products for these element types."""
+    """Whether these element types have a kernel with bf16 dot products."""
     return variant["T"] in BF16_EXACT and variant["K"] in BF16_EXACT
 
 
@@ -86,7 +86,7 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
     """The values of each decision that are worth trying on `target`."""
     floats = VECTOR[target]
     return {
-        # 16 vector registers, 32 with AVX-512 and NEON; the tile has to leave room for the operands.
+        # There are 16 vector registers, or 32 with AVX-512 and NEON. The tile has to leave room for operands.
         "tile_keys": (2, 3, 4, 6, 8, 12, 14) if floats == 16 else (2, 3, 4, 6, 8),
         "heads": tuple(n for n in (8, 16, 32, 64) if floats <= n <= 4 * floats),
         "block_keys": (12, 24, 48, 56, 84, 96, 192),
@@ -100,12 +100,12 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
 
 
 def relu(x):
-    """max(x, 0) that lets a NaN through."""
+    """max(x, 0), but NaN stays NaN."""
     return T.Select(x <= T.float32(0), T.float32(0), x)
 
 
 def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> tirx.PrimFunc:
-    """The kernel for the queries [m0, m1) and the keys [n0, n1).
+    """Make the kernel for the queries [m0, m1) and the keys [n0, n1).
 
     Parameters
     ----------
@@ -113,13 +113,13 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
         Element types T of q and K of k.
     c : Decisions
     bf16 : bool
-        Whether to multiply with bf16 dot products, which `takes_bf16` has to allow.
+        Whether to multiply with bf16 dot products. `takes_bf16` tells whether that is possible.
 
     Returns
     -------
     PrimFunc
-        ``(q, k, weights, ks, ke, k_scale, logits, m0, m1, n0, n1, row0, scaled)``; query m writes row ``m - m0 + row0``
-        of logits, and k_scale is read only when `scaled` is 1. Keys outside a query's [ks, ke) get -inf.
+        Its parameters are ``(q, k, weights, ks, ke, k_scale, logits, m0, m1, n0, n1, row0, scaled)``. Query m writes
+        row ``m - m0 + row0`` of logits. k_scale is read only if `scaled` is 1. Keys outside [ks, ke) get -inf.
     """
     q_type, k_type = variant["T"], variant["K"]
     TK, HV, BK, UD = c.tile_keys, c.heads, c.block_keys, c.unroll_d
@@ -165,7 +165,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
             kp = T.sblock_alloc_buffer((BK, d_idx), Products.packed)
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
-            # What the earlier parts of products over more than CHAIN entries came to.
+            # The sum of the earlier parts of products over more than CHAIN entries.
             long = T.sblock_alloc_buffer((TK, HV), "float32")
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
             products = Products(Q, K, (q_type, k_type), (TK, HV, UD), d_idx)
@@ -175,7 +175,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                     wp[i, hb, h] = W[m0 + i, hb * HV + h]
                 else:
                     wp[i, hb, h] = T.float32(0)
-            # The keys any query of the task can see; a block outside is filled, not computed.
+            # The keys that any query of the task can see. Blocks outside are filled, not computed.
             span[0] = n1
             span[1] = n0
             for i in T.serial(m1 - m0):
@@ -185,7 +185,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
             for b in T.serial((n1 - n0 + BK - 1) // BK):
                 start: T.let = n0 + b * BK
                 stop: T.let = T.min(start + BK, n1)
-                # Tiles whose keys need no copy; the last one may end behind the keys.
+                # Tiles whose keys need no copy. A last tile that reaches past the keys needs one.
                 in_place: T.let = (stop - start) // TK if IN_PLACE else T.int64(0)
                 if start < span[1] and span[0] < stop:
                     for j in T.serial(in_place * TK, stop - start):
@@ -217,7 +217,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                                     for j in T.unroll(TK):
                                         for h in T.vectorized(HV):
                                             acc[j, h] = acc[j, h] + long[j, h]
-                                # Heads past h_idx are left out of the sum: with an infinite key they are NaN.
+                                # Leave heads past h_idx out of the sum: with an infinite key they are NaN.
                                 for j in T.unroll(TK):
                                     if hb == 0:
                                         for h in T.vectorized(LANES):

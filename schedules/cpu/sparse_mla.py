@@ -6,8 +6,8 @@ heads vectorized), the output a register tile of heads x values (weights broadca
 says in which type they are multiplied. Running maximum and sum are kept per head, vectorized over the heads (Milakov
 and Gimelshein, 2018).
 
-No sum is one chain of thousands of additions, in which the errors of a repetitive text's equal addends would add up:
-each block of keys is summed from zero and added to what the earlier ones gave, and so are the parts of a score.
+No sum is one chain of thousands of additions, because the errors of equal addends, as repetitive text gives them, would
+add up. Each block of keys is summed from zero and added to the sum of earlier blocks, and so are the parts of a score.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEAST_KEYS = 32
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions that do not divide what they must.
+        A decision does not divide what it has to divide, or `block_keys` is below 32.
     """
 
     block_keys: int
@@ -227,13 +227,13 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                         fade[h] = top[hb, h]
                     for j in T.serial(keys):
                         for h in T.vectorized(HV):
-                            # A NaN stays the maximum once it has come.
+                            # Once the maximum is NaN it stays NaN.
                             top[hb, h] = T.Select(
                                 top[hb, h] >= score[j, h],
                                 top[hb, h],
                                 T.Select(is_nan(top[hb, h]), top[hb, h], score[j, h]),
                             )
-                    # While every score is -inf, subtracting 0 gives the weights 0 that are due, not NaN.
+                    # While every score is -inf, subtract 0: the weights are then 0, not NaN.
                     for h in T.vectorized(HV):
                         shift[h] = T.Select(top[hb, h] == -T.infinity("float32"), T.float32(0), top[hb, h])
                     for h in T.vectorized(HV):

@@ -1,13 +1,13 @@
 """The CPU token selector: one vectorized scan against a threshold.
 
-A buffer holds the best keys so far. Once it has been filled, its topk-th value is a lower bound for the row's, so the
+A buffer holds the best keys so far. Once it is full, its topk-th value is a lower bound for that of the row. So the
 scan only looks for larger values, a vector at a time, and most vectors hold none. A full buffer is cut back to its topk
-best and the threshold rises. A long row starts with a threshold guessed from a sample, a little below the expected one;
-should fewer than topk keys exceed it, the row is done again without.
+best keys, and the threshold rises. A long row starts with a threshold that is guessed from a sample, a little below the
+expected one. If fewer than topk keys exceed it, the row is done again without a guess.
 
-A cut finds the exact topk-th value bit by bit: counting is a vector loop, takes no histogram, and costs the same for
-any data. Everything stays in index order, so that among equal values the lower indices are kept and the result comes
-out ascending. In the worst order (ascending) there is a cut for every `slack` keys.
+A cut finds the exact topk-th value bit by bit. Counting is a vector loop, needs no histogram, and takes the same time
+for any data. Everything stays in index order, so that lower indices are kept among equal values and the result is
+ascending. In the worst case, a row in ascending order, there is a cut for every `slack` keys.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ INT32_MIN = -(2**31)
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
     slack : int
-        Candidates the buffer takes beyond topk before it is cut.
+        How many candidates more than topk the buffer takes before it is cut.
     scan : int
-        Keys compared at a time before the scan asks whether any was larger; a multiple of 16.
+        Keys that the scan compares before it asks whether any was larger; a multiple of 16.
     sample : int
-        Keys the first threshold of a row is guessed from; a multiple of 16, at most `slack`.
+        Keys from which the first threshold of a row is guessed; a multiple of 16, at most `slack`.
 
     Raises
     ------
     ValueError
-        Decisions that do not divide what they must.
+        A decision is not a multiple of what it has to be, or `sample` exceeds `slack`.
     """
 
     slack: int
@@ -65,19 +65,19 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-# What the next piece of a row is taken for.
+# What is done with the next piece of a row.
 SAMPLE, FILL, SCAN = 0, 1, 2
 
 
 def order(x):
-    """An int32 that sorts as the f32 `x` does, with -0 equal to +0."""
+    """An int32 that sorts like the f32 `x`, with -0 equal to +0."""
     bits = T.reinterpret("int32", x)
-    # Negative numbers sort downward; flipping all but the sign turns them round. -0 would land below +0.
+    # The bits of negative numbers sort in reverse, so flip all but the sign. -0 would be below +0.
     return T.Select(x == T.float32(0), T.int32(0), bits ^ ((bits >> 31) & T.int32(0x7FFFFFFF)))
 
 
 def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
-    """The kernel for the rows [m0, m1).
+    """Make the kernel for the rows [m0, m1).
 
     Parameters
     ----------
@@ -88,8 +88,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``(logits, ks, ke, indices, m0, m1, row0, out0)``; query m reads row ``m - m0 + row0`` of logits and writes row
-        ``m - m0 + out0`` of indices.
+        Its parameters are ``(logits, ks, ke, indices, m0, m1, row0, out0)``. Query m reads row ``m - m0 + row0`` of
+        logits and writes row ``m - m0 + out0`` of indices.
     """
     s_q, s_kv, s_rows, s_out, topk = (tirx.Var(n, "int64") for n in ("s_q", "s_kv", "s_rows", "s_out", "topk"))
     STEP = c.scan
@@ -114,7 +114,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
         with T.sblock("task"):
             T.reads()
             T.writes()
-            # One more than is kept: the branch-free append writes before it knows whether the key stays.
+            # One more than is kept: the append has no branch, so it writes before it knows whether the key stays.
             value = T.sblock_alloc_buffer((capacity + 1,), "float32")
             index = T.sblock_alloc_buffer((capacity + 1,), "int32")
             rank = T.sblock_alloc_buffer((capacity,), "int32")
@@ -142,7 +142,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                 while at[0] < stop:
                     wanted[0] = topk
                     if phase[0] == SAMPLE:
-                        # The keys of a sample that are expected among the topk, and three standard deviations more.
+                        # How many keys of the sample are expected among the topk, plus three standard deviations.
                         share: T.let = T.Cast("float32", topk) * T.float32(c.sample) / T.Cast("float32", stop - start)
                         expected: T.let = T.Cast("int64", share + T.float32(3) * T.sqrt(share)) + T.int64(8)
                         wanted[0] = T.min(expected, T.int64(c.sample))
@@ -194,7 +194,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                 rank[j * LANES + l] = order(value[j * LANES + l])
                         for j in T.serial(padded * LANES - used[0]):
                             rank[used[0] + j] = T.int32(INT32_MIN)
-                        # The largest value that at least that many ranks reach, from the sign bit down.
+                        # Find the largest value that at least that many ranks reach, from the sign bit down.
                         cut[0] = T.int32(INT32_MIN)
                         exact[0] = 0
                         bit[0] = 32
@@ -225,7 +225,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                     index[kept[0]] = index[j]
                                     kept[0] = kept[0] + T.Select(r >= cut[0], T.int64(1), T.int64(0))
                             else:
-                                # More keys equal the cut than there is room for: the first ones stay.
+                                # More keys equal the cut than there is room for, so the first ones stay.
                                 ties[0] = topk
                                 for j in T.serial(used[0]):
                                     ties[0] = ties[0] - T.Select(rank[j] > cut[0], T.int64(1), T.int64(0))
@@ -238,8 +238,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions) -> tirx.PrimFunc:
                                     ties[0] = ties[0] - tie
                         guessed[0] = T.Select(phase[0] == SAMPLE, T.int32(1), T.int32(0))
                         used[0] = kept[0]
-                        # A guess is the value just below the sample's: keys that equal it must be found too. Below
-                        # zeros that is not -0, which equals them.
+                        # A guess is the value just below that of the sample, so that equal keys are found too. Just
+                        # below zero that is not -0, which equals zero.
                         cut[0] = cut[0] - guessed[0] * T.Select(cut[0] == 0, T.int32(2), T.int32(1))
                         bound[0] = T.reinterpret("float32", cut[0] ^ ((cut[0] >> 31) & T.int32(0x7FFFFFFF)))
                         phase[0] = SCAN

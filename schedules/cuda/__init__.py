@@ -1,1 +1,1 @@
-"""CUDA kernels: TensorIR factories with their decisions, and the device functions they call."""
+"""CUDA kernels: TensorIR factories with their decisions, and the device functions that they call."""

@@ -1,4 +1,4 @@
-"""What every CUDA kernel is written with: calls of device functions and the places of arrays in shared memory."""
+"""Tools for all CUDA kernels: calls of device functions, and the layout of arrays in shared memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Place:
     shape : tuple of int or expression
     dtype : str
     elem_offset : int
-        From the start of the pool, in elements of `dtype`, as ``T.decl_buffer`` wants it.
+        Offset from the start of the pool in elements of `dtype`, as ``T.decl_buffer`` expects it.
     """
 
     shape: tuple
@@ -29,10 +29,10 @@ class Place:
 
 
 class SharedPool:
-    """Hands out the places of arrays in a kernel's one allocation of shared memory.
+    """Lays out arrays in the single allocation of shared memory that a kernel has.
 
-    All of a kernel's shared memory is one pool: TVM would put each array into an allocation of its own, of which only
-    static ones can be several, and those end at 48 KiB. The last array may have a symbolic length.
+    TVM would make an allocation for each array. But a kernel can have only one dynamic allocation, and static ones are
+    limited to 48 KiB. The last array may have a symbolic length.
     """
 
     def __init__(self) -> None:
@@ -52,5 +52,5 @@ def shared(pool, place: Place):
 
 
 def call(name: str, *args, dtype: str = "int32"):
-    """A call of the device function `dsa_<name>`; as a statement it wants ``T.evaluate`` around it."""
+    """A call of the device function `dsa_<name>`. As a statement it needs ``T.evaluate`` around it."""
     return T.call_extern(dtype, f"dsa_{name}", *args)

@@ -1,8 +1,8 @@
 """From a kernel in TensorIR to CUDA source.
 
-TVM's own pipeline splits a function into a host and a device part, decides the parameters of the device part and
-launches it. Here the function is the device part already: its parameters, in their order, are the CUDA kernel's, the
-grid is whatever the launcher passes, and neither a GPU nor a driver is needed to compile.
+TVM's own pipeline splits a function into a host part and a device part, chooses the parameters of the device part, and
+launches it. Here the function is already the device part. Its parameters are those of the CUDA kernel, in order, and
+the launcher decides the grid. Compiling needs neither a GPU nor a driver.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ DEVICE_HEADERS = Path(__file__).parent / "headers"
 
 _PRELUDE = "#include <primitives.cuh>\n#include <helpers.cuh>\n#include <hopper.cuh>\n"
 
-# No storage rewrite and no merging of shared allocations: both reuse memory by a liveness analysis that cannot see
-# what device functions do with the addresses they are given.
+# Without storage rewrite and merging of shared allocations: both reuse memory by a liveness analysis that does not know
+# what device functions do with addresses.
 _PASSES = (
     s_tir.transform.LowerInitBlock,
     s_tir.transform.PlanAndUpdateBufferAllocationLocation,

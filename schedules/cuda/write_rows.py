@@ -1,4 +1,4 @@
-"""New rows into a cache, and a copy of the cache: bytes are moved, 16 at a time where the addresses allow it."""
+"""Kernels that write new rows into a cache, and that copy a cache: 16 bytes at a time if the addresses allow it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import IO
 from packaging.requirements import Requirement
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INSTALL = re.compile(r"pip install '?\.(?:\[(\w+)\])?'?")
+_INSTALL = re.compile(r"pip install '?\.(?:\[([\w,]+)\])?'?((?: [a-z][\w-]*)*)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Snippet:
         ``sh``, ``python`` and so on; "" for none.
     text : str
     extra : str, optional
-        Of the package, by the last ``pip install`` in the section's text before it; None where there is none.
+        Extras of the package, with commas, by the last ``pip install`` in the section's text before it. None where
+        there is no such command.
+    others : tuple of str
+        Further packages that the same command installs.
     line : int
     """
 
@@ -43,6 +46,7 @@ class Snippet:
     text: str
     extra: str | None
     line: int
+    others: tuple[str, ...] = ()
 
 
 def snippets(path: Path) -> Iterator[Snippet]:
@@ -51,9 +55,9 @@ def snippets(path: Path) -> Iterator[Snippet]:
     for block in _BLOCK.finditer(text):
         before = text[: block.start()]
         title = re.split(r"^#+ ", _BLOCK.sub("", before), flags=re.MULTILINE)[-1]
-        installs = _INSTALL.findall(title)
+        extra, others = [(None, ""), *_INSTALL.findall(title)][-1]
         yield Snippet(
-            title.partition("\n")[0], block[1], block[2], installs[-1] if installs else None, before.count("\n") + 2
+            title.partition("\n")[0], block[1], block[2], extra, before.count("\n") + 2, tuple(others.split())
         )
 
 
@@ -77,12 +81,13 @@ def distributions(requirement: str) -> dict[str, importlib.metadata.Distribution
     return found
 
 
-def environment(directory: Path, requirement: str) -> Path:
-    """A virtual environment with links to what this Python has of a requirement; its ``bin``."""
+def environment(directory: Path, *requirements: str) -> Path:
+    """A virtual environment with links to what this Python has of the requirements; its ``bin``."""
     venv.create(directory, symlinks=True, with_pip=False)
     site = next(directory.glob("lib/python*/site-packages"))
     commands = directory / "bin"
-    for distribution in distributions(requirement).values():
+    wanted = {name: found for requirement in requirements for name, found in distributions(requirement).items()}
+    for distribution in wanted.values():
         files = distribution.files or ()
         for name in {file.parts[0] for file in files} - {"..", "__pycache__"}:
             source = Path(str(distribution.locate_file(name)))

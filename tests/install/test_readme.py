@@ -44,11 +44,12 @@ class Places:
             snippets.write_command(self.tools / name, f'exec "{sys.executable}" -m {module} "$@"')
         self.made = {}
 
-    def of(self, extra, language="sh"):
-        if extra not in self.made:
-            self.made[extra] = snippets.environment(self.top / f"with {extra or 'nothing'}", f"dsa_tvm[{extra}]")
+    def of(self, extra, language="sh", others=()):
+        if (extra, others) not in self.made:
+            directory = self.top / " ".join(["with", extra or "nothing", *others])
+            self.made[extra, others] = snippets.environment(directory, f"dsa_tvm[{extra}]", *others)
         directory = self.elsewhere if language == "python" else self.checkout
-        return snippets.Place(self.made[extra], self.tools, directory)
+        return snippets.Place(self.made[extra, others], self.tools, directory)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_snippet(readme, snippet, places, servers):
         assert snippet.text.startswith("# CMakeLists.txt\n")
         return
     assert snippet.extra is not None, f"{readme}:{snippet.line}: the section names no pip install"
-    place = places.of(snippet.extra, snippet.language)
+    place = places.of(snippet.extra, snippet.language, snippet.others)
     if any(name in snippet.text for name in SERVERS):
         servers.enter_context(place.started(snippet))
         return

@@ -1,7 +1,7 @@
-/* Device functions of the kernels that need nothing but C++ and primitives.cuh, which is included first. */
+/* Device functions that need only C++ and primitives.cuh, which is included first. */
 #pragma once
 
-/* The bits of four elements of `row` from `at` on, NaN where outside [low, high), which is never read. */
+/* The bits of four elements of `row` from `at` on. Those outside [low, high) are NaN, and are not read. */
 DSA_DEVICE void dsa_load_row4(unsigned *to, const float *row, int64_t at, int64_t low, int64_t high) {
   const float *from = row + at;
   if (at >= low && at + 4 <= high && ((uintptr_t)from & 15) == 0) {
@@ -12,14 +12,14 @@ DSA_DEVICE void dsa_load_row4(unsigned *to, const float *row, int64_t at, int64_
   for (int e = 0; e < 4; e++) to[e] = at + e >= low && at + e < high ? ((const unsigned *)from)[e] : 0x7FFFFFFFu;
 }
 
-/* How many f32 lie between `p` and the 16 byte boundary before it. */
+/* The number of f32 between `p` and the 16 byte boundary before it. */
 DSA_DEVICE int dsa_behind_16(const float *p) { return (int)((uintptr_t)p >> 2 & 3); }
 
-/* 16 bytes to shared memory, asynchronously if `from` is aligned to 16 and at once if it is not. An element takes
-   `width` bytes, to which `from` is aligned. Zeros where `valid` is 0, and then `from` is not read. */
+/* Copies 16 bytes to shared memory, asynchronously if `from` is aligned to 16, otherwise at once. `from` is aligned to
+   `width`, the bytes of an element. Writes zeros if `valid` is 0, and then does not read `from`. */
 DSA_DEVICE void dsa_copy_16(void *to, const void *from, int width, int valid) {
   if (((uintptr_t)from & 15) == 0 || !valid) {
-    /* The address must be aligned even where nothing is read. */
+    /* The address must be aligned even if nothing is read. */
     dsa_cp_async_16(to, (const void *)((uintptr_t)from & ~(uintptr_t)15), valid);
   } else if (width == 4) {
     for (int e = 0; e < 4; e++) ((unsigned *)to)[e] = ((const unsigned *)from)[e];
@@ -37,15 +37,16 @@ DSA_DEVICE unsigned dsa_e4m3x2_to_f16x2(unsigned x) {
 #else
   unsigned both = (x & 0xFF) | (x & 0xFF00) << 8;
   unsigned sign = (both & 0x00800080) << 8, magnitude = both & 0x007F007F;
-  /* The exponent's bias is 8 less than f16's: the shifted bits are the value times 2**-8, subnormals included. */
+  /* The exponent's bias is 8 less than that of f16. So the shifted bits are the value times 2**-8, even for subnormals.
+     */
   unsigned scaled = dsa_mul_f16x2(magnitude << 7, 0x5C005C00);
-  /* NaN is the one magnitude that carries into bit 7. */
+  /* NaN is the only magnitude that carries into bit 7. */
   unsigned nan = (magnitude + 0x00010001 & 0x00800080) * 0xFC;
   return scaled | nan | sign;
 #endif
 }
 
-/* 16 aligned bytes of shared memory to registers. */
+/* Loads 16 aligned bytes of shared memory into registers. */
 struct alignas(16) DsaFour {
   float x[4];
 };
@@ -55,7 +56,7 @@ DSA_DEVICE void dsa_get_128(float *to, const void *from) {
   for (int e = 0; e < 4; e++) to[e] = four.x[e];
 }
 
-/* 4 bytes to where 2 are all that `to` is surely aligned to. */
+/* Stores 4 bytes to an address that may be aligned to 2 only. */
 DSA_DEVICE void dsa_put_2x16(void *to, unsigned x) {
   if (((uintptr_t)to & 3) == 0) {
     *(unsigned *)to = x;
@@ -65,10 +66,10 @@ DSA_DEVICE void dsa_put_2x16(void *to, unsigned x) {
   }
 }
 
-/* 4 aligned bytes. */
+/* Stores 4 aligned bytes. */
 DSA_DEVICE void dsa_put_32(void *to, unsigned x) { *(unsigned *)to = x; }
 
-/* Two e4m3 in the low half of `x` as two bf16, exactly. As with f16; here the biases differ by 120. */
+/* Two e4m3 in the low half of `x` as two bf16, exactly. As for f16, but here the biases differ by 120. */
 DSA_DEVICE unsigned dsa_e4m3x2_to_bf16x2(unsigned x) {
   unsigned both = (x & 0xFF) | (x & 0xFF00) << 8;
   unsigned sign = (both & 0x00800080) << 8, magnitude = both & 0x007F007F;
@@ -77,7 +78,7 @@ DSA_DEVICE unsigned dsa_e4m3x2_to_bf16x2(unsigned x) {
   return scaled | nan | sign;
 }
 
-/* 16 bytes of global memory, of elements of `width` bytes, to which `from` is aligned. */
+/* Loads 16 bytes of global memory. `from` is aligned to `width`, the bytes of an element. */
 DSA_DEVICE void dsa_load_16(unsigned *to, const void *from, int width) {
   if (((uintptr_t)from & 15) == 0) {
     dsa_load_128(to, from);
@@ -95,7 +96,8 @@ DSA_DEVICE void dsa_load_16(unsigned *to, const void *from, int width) {
   }
 }
 
-/* 16 elements for tensor cores, two to a word: e4m3 as f16, f32 as the sum of three bf16, in `words` of eight each. */
+/* 16 elements for tensor cores, two in each word. e4m3 becomes f16. f32 becomes a sum of three bf16, eight words each.
+   */
 DSA_DEVICE void dsa_words_bfloat16(unsigned *words, const void *from) {
   dsa_load_16(words, from, 2);
   dsa_load_16(words + 4, (const char *)from + 16, 2);
@@ -117,7 +119,7 @@ DSA_DEVICE void dsa_words_float32(unsigned *words, const void *from) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       unsigned bits = raw[e], magnitude = bits & 0x7FFFFFFF;
-      /* What was cut off of an infinity or NaN is nothing. */
+      /* An infinity or NaN has no remainder. */
       if (magnitude > 0x7F800000) bits = 0x7FFF0000;
 #pragma unroll
       for (int part = 0; part < 3; part++) {
@@ -134,7 +136,7 @@ DSA_DEVICE void dsa_words_float32(unsigned *words, const void *from) {
   }
 }
 
-/* Words 0, 2, 4, 6 and 1, 3, 5, 7 to 16 aligned bytes of shared memory each. */
+/* Stores words 0, 2, 4, 6 to 16 aligned bytes of shared memory, and words 1, 3, 5, 7 to others. */
 struct alignas(16) DsaFourWords {
   unsigned x[4];
 };
@@ -143,7 +145,7 @@ DSA_DEVICE void dsa_put_even_odd(void *even, void *odd, const unsigned *words) {
   *(DsaFourWords *)odd = {words[1], words[3], words[5], words[7]};
 }
 
-/* Four words between registers and 16 aligned bytes of shared memory. */
+/* Move four words between registers and 16 aligned bytes of shared memory. */
 DSA_DEVICE void dsa_get_4x32(unsigned *to, const void *from) {
   DsaFourWords four = *(const DsaFourWords *)from;
 #pragma unroll
@@ -155,7 +157,7 @@ DSA_DEVICE int dsa_aligned_16(const void *p) { return ((uintptr_t)p & 15) == 0; 
 
 DSA_DEVICE int dsa_clamp(int x, int low, int high) { return min(max(x, low), high); }
 
-/* 16 bytes to shared memory at once, of elements of `width` bytes; zeros where `valid` is 0, and nothing is read. */
+/* Copies 16 bytes to shared memory at once. Writes zeros and reads nothing if `valid` is 0. */
 DSA_DEVICE void dsa_copy_elements(void *to, const void *from, int width, int valid) {
   DsaFourWords words = {0, 0, 0, 0};
   if (valid) dsa_load_16(words.x, from, width);
@@ -170,14 +172,14 @@ DSA_DEVICE void dsa_copy_or_clear_16(void *to, const void *from, int width, int 
     dsa_copy_elements(to, from, width, valid);
 }
 
-/* Two neighbouring 16 bit elements, the first one in the low half. */
+/* Loads two neighbouring 16 bit elements, the first one into the low half. */
 DSA_DEVICE unsigned dsa_get_2x16(const void *from) {
   if (((uintptr_t)from & 3) == 0) return *(const unsigned *)from;
   const unsigned short *elements = (const unsigned short *)from;
   return elements[0] | (unsigned)elements[1] << 16;
 }
 
-/* 8 aligned bytes. */
+/* Load and store 8 aligned bytes. */
 struct alignas(8) DsaTwo {
   float x[2];
 };
@@ -188,7 +190,7 @@ DSA_DEVICE void dsa_get_64(float *to, const void *from) {
 }
 DSA_DEVICE void dsa_put_64(void *to, float low, float high) { *(DsaTwo *)to = {low, high}; }
 
-/* What two f32 are more than `rounded`, they themselves in 16 bits; rounded likewise. */
+/* The differences between two f32 and their values in 16 bits, `rounded`. The differences are rounded likewise. */
 DSA_DEVICE unsigned dsa_rest_bf16(float low, float high, unsigned rounded) {
   unsigned bits[2] = {rounded << 16, rounded & 0xFFFF0000};
   float x[2];
@@ -200,7 +202,7 @@ DSA_DEVICE unsigned dsa_rest_f16(float low, float high, unsigned rounded) {
   return dsa_pack_f16(low - x, high - y);
 }
 
-/* Of four neighbouring threads, thread i gets word i of each, in their order. The whole warp. */
+/* Transposes the words of four neighbouring threads: thread i gets word i of each, in order. All of a warp call it. */
 DSA_DEVICE void dsa_transpose_quad(unsigned *x) {
   int odd = threadIdx.x & 1, upper = threadIdx.x >> 1 & 1;
 #pragma unroll
@@ -210,12 +212,12 @@ DSA_DEVICE void dsa_transpose_quad(unsigned *x) {
     x[i + 1] = odd ? x[i + 1] : got;
   }
   unsigned low = dsa_shuffle_xor(upper ? x[0] : x[2], 2), high = dsa_shuffle_xor(upper ? x[1] : x[3], 2);
-  /* By values: a register has no address. */
+  /* Select values, not addresses: registers have none. */
   x[0] = upper ? low : x[0], x[1] = upper ? high : x[1];
   x[2] = upper ? x[2] : low, x[3] = upper ? x[3] : high;
 }
 
-/* 16 bytes to where 2 are all that `to` is surely aligned to. */
+/* Stores 16 bytes to an address that may be aligned to 2 only. */
 DSA_DEVICE void dsa_put_8x16(void *to, const unsigned *x) {
   if (((uintptr_t)to & 15) == 0) {
     dsa_put_4x32(to, x);
@@ -225,7 +227,8 @@ DSA_DEVICE void dsa_put_8x16(void *to, const unsigned *x) {
   for (int e = 0; e < 8; e++) ((unsigned short *)to)[e] = (unsigned short)(x[e / 2] >> e % 2 * 16);
 }
 
-/* 16 e4m3 times `scale` in bf16: eight to 16 aligned bytes each, the second eight first if `swapped`. */
+/* Multiplies 16 e4m3 by `scale` and stores bf16, eight to 16 aligned bytes each; the second eight first if `swapped`.
+   */
 DSA_DEVICE void dsa_put_e4m3_as_bf16(void *first, void *second, const unsigned *raw, float scale, int swapped) {
   unsigned words[8];
 #pragma unroll
@@ -238,20 +241,20 @@ DSA_DEVICE void dsa_put_e4m3_as_bf16(void *first, void *second, const unsigned *
   *(DsaFourWords *)second = {words[4], words[5], words[6], words[7]};
 }
 
-/* The same of 16 aligned bytes of shared memory. */
+/* The same, for e4m3 in 16 aligned bytes of shared memory. */
 DSA_DEVICE void dsa_widen_e4m3_16(void *first, void *second, const void *from, float scale, int swapped) {
   DsaFourWords raw = *(const DsaFourWords *)from;
   dsa_put_e4m3_as_bf16(first, second, raw.x, scale, swapped);
 }
 
-/* 16 aligned bytes; and 4 bytes from any address to shared memory, zeros where `valid` is 0. */
+/* Copy 16 aligned bytes; and 4 bytes from any address to shared memory, or zeros if `valid` is 0. */
 DSA_DEVICE void dsa_move_16(void *to, const void *from) { *(DsaFourWords *)to = *(const DsaFourWords *)from; }
 DSA_DEVICE void dsa_copy_4_bytes(void *to, const void *from, int valid) {
   for (int e = 0; e < 4; e++) ((unsigned char *)to)[e] = valid ? ((const unsigned char *)from)[e] : 0;
 }
 
-/* An f32 that nobody writes while the kernel runs, of 4 aligned bytes. */
+/* Loads an f32, at 4 aligned bytes, that nobody writes while the kernel runs. */
 DSA_DEVICE float dsa_load_f32(const void *from) { return *(const float *)from; }
 
-/* 4 aligned bytes, as many bytes behind `start` as `at` says. */
+/* Stores 4 aligned bytes at `at` bytes after `start`. */
 DSA_DEVICE void dsa_put_32_behind(void *start, int at, unsigned x) { *(unsigned *)((char *)start + at) = x; }

@@ -1,33 +1,34 @@
-/* The instructions of sm_90a alone: asynchronous copies that count bytes at barriers in shared memory, and products of
-   warpgroups, four warps each that begins at a multiple of 128 threads. primitives.cuh is included first. */
+/* Instructions that only sm_90a has: asynchronous copies that count bytes at barriers in shared memory, and products of
+   warpgroups. A warpgroup is four warps that begin at a multiple of 128 threads. primitives.cuh is included first. */
 #pragma once
 
-/* Rank, place, lengths and swizzle of a matrix in global memory, as the driver encodes them. */
+/* Rank, address, lengths and swizzle of a matrix in global memory, as the driver encodes them. */
 struct alignas(64) CUtensorMap {
   unsigned long long opaque[16];
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* A barrier of 8 bytes in shared memory. Its phase ends when `count` arrivals and all announced bytes have come. */
+/* A barrier of 8 bytes in shared memory. A phase ends after `count` arrivals, when all announced bytes have come too.
+   */
 DSA_DEVICE void dsa_mbarrier_init(void *barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(dsa_shared_address(barrier)), "r"(count) : "memory");
 }
 
-/* By the thread that has initialized barriers, before the block's barrier that makes them known. */
+/* Call it in the thread that has initialized barriers, before the block's barrier that lets others use them. */
 DSA_DEVICE void dsa_mbarrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DSA_DEVICE void dsa_mbarrier_arrive(void *barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(dsa_shared_address(barrier)) : "memory");
 }
 
-/* Announces bytes, which copies to this barrier bring, and arrives. */
+/* Announces the bytes that copies will bring to this barrier, and arrives. */
 DSA_DEVICE void dsa_mbarrier_expect(void *barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(dsa_shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-/* Until the phase of that parity has ended: 0 for the first, the third, ...; 1 is passed at once at the beginning. */
+/* Waits until the phase of that parity has ended: 0 for the first, the third, and so on. At first, 1 does not wait. */
 DSA_DEVICE void dsa_mbarrier_wait(void *barrier, int parity) {
   asm volatile(
       "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@!ended bra again;\n}" ::"r"(
@@ -36,16 +37,16 @@ DSA_DEVICE void dsa_mbarrier_wait(void *barrier, int parity) {
       : "memory");
 }
 
-/* Between what threads wrote to shared memory, cp.async included, and what wgmma reads or a bulk copy overwrites: by the
-   writer before it arrives, or by the reader after it has waited. */
+/* Orders writes of threads to shared memory, also by cp.async, before reads by wgmma or writes by bulk copies. The
+   writer calls it before it arrives, or the reader after it has waited. */
 DSA_DEVICE void dsa_fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/* An arrival as soon as all cp.async of this thread so far have landed; one of the barrier's count. */
+/* Arrives as soon as all earlier cp.async of this thread have landed. It counts as one arrival. */
 DSA_DEVICE void dsa_cp_async_arrive(void *barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(dsa_shared_address(barrier)) : "memory");
 }
 
-/* A box of the tensor, innermost coordinate first, in elements; what lies outside comes as zeros. One thread. */
+/* Copies a box of the tensor. Coordinates are in elements, the innermost first. Outside are zeros. For one thread. */
 DSA_DEVICE void dsa_tma_load_2d(void *to, const CUtensorMap &map, void *barrier, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                ::"r"(dsa_shared_address(to)), "l"(&map), "r"(dsa_shared_address(barrier)), "r"(x), "r"(y)
@@ -62,7 +63,7 @@ DSA_DEVICE void dsa_tma_prefetch(const CUtensorMap &map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/* `bytes`, a multiple of 16, between addresses that are multiples of 16. One thread. */
+/* Copies `bytes`, a multiple of 16, between addresses that are multiples of 16. For one thread. */
 DSA_DEVICE void dsa_bulk_load(void *to, const void *from, int bytes, void *barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    dsa_shared_address(to)),
@@ -70,27 +71,27 @@ DSA_DEVICE void dsa_bulk_load(void *to, const void *from, int bytes, void *barri
                : "memory");
 }
 
-/* Asks for the 128 bytes around an address of global memory: whoever loads them later finds them in the second cache. */
+/* Fetches the 128 bytes around an address of global memory into the L2 cache, for a later load. */
 DSA_DEVICE void dsa_prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-/* An arrival at a barrier where others wait with dsa_barrier; `threads` counts both. */
+/* Arrives at a barrier where others wait with dsa_barrier; `threads` counts both. */
 DSA_DEVICE void dsa_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* The warpgroup's registers for each thread from here on, a multiple of 8 in 24..256. */
+/* Change the registers that each thread of the warpgroup has from here on, to a multiple of 8 in 24..256. */
 template <int N> DSA_DEVICE void dsa_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DSA_DEVICE void dsa_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
-/* Before the first of some products: what was written to their registers is there. */
+/* Call it before the first of some products: it orders earlier writes to their registers. */
 DSA_DEVICE void dsa_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DSA_DEVICE void dsa_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/* All but the last `PENDING` groups are complete: their sums are there and their operands free. */
+/* Waits until all but the last `PENDING` groups are complete. Their sums can then be read and their operands reused. */
 template <int PENDING> DSA_DEVICE void dsa_wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-/* Holds the compiler's reads and writes of registers on their side of this point: after the wait for sums, and between
-   the writes of values and the product that takes them. */
+/* Keeps the compiler from moving reads and writes of registers across this point. Needed after the wait for sums, and
+   between the writes of values and the product that uses them. */
 template <int COUNT> DSA_DEVICE void dsa_wgmma_hold(float *registers) {
 #pragma unroll
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
@@ -100,17 +101,17 @@ template <int COUNT> DSA_DEVICE void dsa_wgmma_hold(unsigned *registers) {
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-/* The same of addresses: what was computed once is not computed again at each use. */
+/* The same for addresses, so that they are not computed again at each use. */
 template <int COUNT> DSA_DEVICE void dsa_hold_64(int64_t *registers) {
 #pragma unroll
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+l"(registers[i]));
 }
 
-/* Where an operand lies in shared memory. `SWIZZLE` is the bytes to a row of its pattern, 128, 64 or 32: of 8 rows, row r
-   has its 16 bytes number c at c ^ r (c ^ r / 2, c ^ r / 4), and 8 * SWIZZLE bytes, so aligned, are a tile.
-   K-major: rows are M or N, `stride` bytes lie between a tile and that of the next 8 rows, `leading` means nothing; the
-   next 32 bytes of K are 2 further on in the descriptor. MN-major: rows are K, `stride` between a tile and that of the
-   next 8 of K, `leading` to that of the next SWIZZLE / 2 elements of N; the next 16 of K are `stride / 8` further on. */
+/* Where an operand lies in shared memory. `SWIZZLE` is the bytes to a row of its pattern, 128, 64 or 32: of 8 rows, row
+   r has its 16 bytes number c at c ^ r (c ^ r / 2, c ^ r / 4), and 8 * SWIZZLE bytes, so aligned, are a tile. K-major:
+   rows are M or N, `stride` bytes lie between a tile and that of the next 8 rows, `leading` means nothing; the next 32
+   bytes of K are 2 further on in the descriptor. MN-major: rows are K, `stride` between a tile and that of the next 8
+   of K, `leading` to that of the next SWIZZLE / 2 elements of N; the next 16 of K are `stride / 8` further on. */
 template <int SWIZZLE> DSA_DEVICE uint64_t dsa_descriptor(const void *p, int leading, int stride) {
   static_assert(SWIZZLE == 128 || SWIZZLE == 64 || SWIZZLE == 32, "no such swizzle");
   uint64_t mode = SWIZZLE == 128 ? 1 : SWIZZLE == 64 ? 2 : 3;
@@ -134,15 +135,15 @@ template <int SWIZZLE> DSA_DEVICE uint64_t dsa_descriptor(const void *p, int lea
 #define DSA_F64(i) DSA_F32(i), DSA_F32(i + 32)
 #define DSA_F128(i) DSA_F64(i), DSA_F64(i + 64)
 
-/* c[64 x N] += a b, or = a b if not `accumulate`. Warp w of the warpgroup has rows 16 w and following, in which, with
-   g = lane / 4 and t = lane % 4, c[4 j + e] is row g + e / 2 * 8, column 8 j + 2 t + e % 2. N is 32, 64, 128 or 256, K is
+/* c[64 x N] += a b, or = a b if not `accumulate`. Warp w of the warpgroup has rows 16 w and following, in which, with g
+   = lane / 4 and t = lane % 4, c[4 j + e] is row g + e / 2 * 8, column 8 j + 2 t + e % 2. N is 32, 64, 128 or 256, K is
    32 bytes. What is read of c, or written to it, between here and the wait is undefined. */
 #define DSA_WGMMA(n, r, k, type, first, second, predicate, tail, ...)                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " predicate ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k" #k \
                ".f32." type "." type " {" DSA_S##r "}, " first ", " second ", p, 1, 1" tail ";\n}"               \
                : DSA_F##r(0)                                                                                     \
                : __VA_ARGS__, "l"(b), "r"(accumulate))
-/* Both from shared memory; of registers, rows as with mma.m16n8k16. The operands' numbers follow those of c. */
+/* Operands from shared memory, or `a` from registers with the rows of mma.m16n8k16. Their numbers follow those of c. */
 #define DSA_WGMMA_K32(n, r, type, w, x, y, z, u, v) DSA_WGMMA(n, r, 32, type, w, x, y, "", "l"(a))
 #define DSA_WGMMA_K16(n, r, type, w, x, y, z, u, v)                                         \
   if constexpr (MN_MAJOR)                                                                   \

@@ -1,40 +1,40 @@
-/* The instructions that kernels use and that TensorIR has no words for. The tests compile the same kernels for the CPU
-   against a model of these functions, so everything that is PTX or an intrinsic is here and nothing else is. */
+/* Instructions that kernels use and that TensorIR cannot express. The tests compile the same kernels for the CPU with a
+   model of these functions. So all PTX and all intrinsics are here, and nothing else. */
 #pragma once
 
 #include <math_constants.h>
 #include <stdint.h>
 
-/* Names that TVM writes. */
+/* Names of types that TVM writes. */
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 
-/* The kernel's one allocation of shared memory, as large as the launch says. */
+/* The single allocation of shared memory of a kernel. The launch decides its size. */
 #define DSA_SHARED_POOL(name) extern __shared__ __align__(1024) unsigned char name[]
 
 #define DSA_DEVICE __device__ __forceinline__
 
 DSA_DEVICE unsigned dsa_shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-/* Votes and shuffles of a whole warp. */
+/* Votes and shuffles of whole warps. */
 DSA_DEVICE unsigned dsa_ballot(int predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
 template <typename T> DSA_DEVICE T dsa_shuffle(T x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 template <typename T> DSA_DEVICE T dsa_shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
-/* From `delta` lanes below; the lowest lanes keep their own. */
+/* Gets the value from `delta` lanes below. The lowest lanes keep their own. */
 template <typename T> DSA_DEVICE T dsa_shuffle_up(T x, int delta) { return __shfl_up_sync(0xFFFFFFFFu, x, delta); }
 
 DSA_DEVICE int dsa_count_bits(unsigned x) { return __popc(x); }
 
-/* Relaxed; the old value. `p` may be shared or global. */
+/* Relaxed. Returns the old value. `p` may be in shared or global memory. */
 DSA_DEVICE int dsa_atomic_add(int *p, int x) { return atomicAdd(p, x); }
 
-/* A wait of `threads` threads, whole warps, at barrier `id`, 1..15 (0 is the block's own). */
+/* Waits for `threads` threads, in whole warps, at barrier `id` in 1..15. 0 is the barrier of the block. */
 DSA_DEVICE void dsa_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* 16 aligned bytes of global memory that nobody writes while the kernel runs. */
+/* Loads 16 aligned bytes of global memory that nobody writes while the kernel runs. */
 DSA_DEVICE void dsa_load_128(void *to, const void *from) {
   unsigned *r = (unsigned *)to;
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -42,14 +42,15 @@ DSA_DEVICE void dsa_load_128(void *to, const void *from) {
                : "l"(from));
 }
 
-/* 16 aligned bytes from global to shared memory, there after the wait for their group; zeros if not `valid`. */
+/* Copies 16 aligned bytes from global to shared memory. They arrive by the wait for their group; zeros if not `valid`.
+   */
 DSA_DEVICE void dsa_cp_async_16(void *to, const void *from, int valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dsa_shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
-/* 4 bytes likewise. */
+/* The same for 4 bytes. */
 DSA_DEVICE void dsa_cp_async_4(void *to, const void *from, int valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dsa_shared_address(to)), "l"(from),
                "r"(valid ? 4 : 0)
@@ -82,7 +83,7 @@ DSA_DEVICE void dsa_ldmatrix_x4(unsigned *r, const void *row) {
                : "memory");
 }
 
-/* The same of the matrices transposed. */
+/* The same, with the matrices transposed. */
 DSA_DEVICE void dsa_ldmatrix_x4_trans(unsigned *r, const void *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -91,8 +92,8 @@ DSA_DEVICE void dsa_ldmatrix_x4_trans(unsigned *r, const void *row) {
 }
 
 /* c[16 x 8] += a[16 x K] b[K x 8]. With g = lane / 4, t = lane % 4 and E elements to a register: a[0] holds row g from
-   column E t on, a[1] row g + 8, a[2] and a[3] the same rows K / 2 columns on; b[0] column g from row E t on, b[1] K / 2
-   rows on; c[0], c[1] row g, columns 2 t and the next, c[2], c[3] row g + 8. */
+   column E t on, a[1] row g + 8, a[2] and a[3] the same rows K / 2 columns on; b[0] column g from row E t on, b[1] K /
+   2 rows on; c[0], c[1] row g, columns 2 t and the next, c[2], c[3] row g + 8. */
 #define DSA_MMA(name, accumulator, constraint, instruction)                                                     \
   DSA_DEVICE void name(accumulator *c, const unsigned *a, const unsigned *b) {                                  \
     asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                 \
@@ -131,21 +132,21 @@ DSA_DEVICE unsigned dsa_mul_f16x2(unsigned a, unsigned b) {
   return r;
 }
 
-/* 2**x to about 2 units in the last place, subnormal results as zero. */
+/* 2**x to about 2 units in the last place. Subnormal results become zero. */
 DSA_DEVICE float dsa_exp2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 
-/* The larger one, NaN if either is. */
+/* The larger number; NaN if either is NaN. */
 DSA_DEVICE float dsa_max_nan(float x, float y) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
   return r;
 }
 
-/* Two products rounded to nearest even, subnormals included. */
+/* Two products, rounded to nearest even, also when subnormal. */
 DSA_DEVICE unsigned dsa_mul_bf16x2(unsigned a, unsigned b) {
   unsigned r;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
@@ -162,10 +163,10 @@ DSA_DEVICE unsigned dsa_cvt_e4m3x2(unsigned x) {
 }
 #endif
 
-/* The block's own barrier, which also tells whether any thread's `predicate` is not 0. */
+/* The barrier of the block. It also tells whether the `predicate` of any thread is not 0. */
 DSA_DEVICE int dsa_barrier_or(int predicate) { return __syncthreads_or(predicate) != 0; }
 
-/* 1 / x to 1 unit in the last place, subnormals as zero. Unlike a division it needs no call, which costs registers. */
+/* 1 / x to 1 unit in the last place; subnormals become zero. A division would be a call, which costs registers. */
 DSA_DEVICE float dsa_reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

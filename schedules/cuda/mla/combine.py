@@ -1,4 +1,4 @@
-"""Adds up the parts that `sparse_mla` cut the keys into, in their order."""
+"""Add up, in order, the parts into which the attention cut the keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .portable.kernel import EMPTY, STATS
 
 THREADS = 128
 
-#: Parts whose sums are asked for at a time.
+#: Parts whose sums are loaded at a time.
 AHEAD = 4
 
 

@@ -1,9 +1,10 @@
-"""Rows that indices name, on their way into a ring of slots in shared memory.
+"""Copy the rows that indices name into a ring of slots in shared memory.
 
-`RowGather` and `packed_gather.PackedGather` do the same for two kinds of rows. In each step of the attention, between
-its two barriers weights are made, and behind the second one products: ``start`` brings slot 0 and sets out for more;
-``await_next`` comes before the first barrier; ``settle_next`` between them makes the next step's slot what the products
-read; ``go_on`` behind the second one, when all have done with the slot before this one, sets out for the furthest.
+`RowGather` and `packed_gather.PackedGather` have the same interface, for two kinds of rows. Each step of the attention
+has two barriers. Weights are made between them, and products after the second one. ``start`` brings slot 0 and starts
+to copy more. ``await_next`` comes before the first barrier. ``settle_next``, between the barriers, makes the slot of
+the next step ready for the products. ``go_on``, after the second barrier, starts to copy the furthest slot, because all
+threads have then finished with the slot before this one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tvm.script import tirx as T
 
 from ..emit import WARP, Place, SharedPool, call, shared
 
-#: Indices that a thread asks for at a time, before it looks at the first: one wait instead of so many.
+#: Indices that a thread loads at a time before it looks at the first, so that it waits only once for all of them.
 SCANNED = 8
 
 
@@ -74,7 +75,7 @@ class Gather:
         # All rows begin alike, where a row is a multiple of 16 bytes.
         self.aligned: T.let = call("aligned_16", T.address_of(rows[T.int64(0), 0]))
         valid, last, *self.more = (shared(pool, place) for place in self.arrays(places, c, d_qk, d_v))
-        #: Whether key j of step s counts: ``valid[s % stages, j]``.
+        #: ``valid[s % stages, j]``: whether key j of step s counts.
         self.valid = valid
         self.last = last
         self.start_at = T.local_scalar("int32")

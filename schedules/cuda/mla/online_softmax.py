@@ -9,11 +9,11 @@ from ..emit import Place, SharedPool, call, shared
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-#: Weights may grow to 2 to this power before the sums are scaled down: few blocks do it, and the largest f16 is far.
+#: Weights may grow to 2 to this power before the sums are scaled down. Few blocks do that, and no f16 overflows.
 SLACK = 8.0
 
-#: From this share of the sum on a weight is too large to be rounded to 8 or 11 bits: with shares below it, the errors
-#: of the weights together stay below a quarter of the tolerance for values near 1.
+#: A weight with at least this share of the sum is too large to be rounded to 8 or 11 bits. With smaller shares, the
+#: errors of all weights together stay below a quarter of the tolerance for values near 1.
 LARGE = 1 / 16
 
 

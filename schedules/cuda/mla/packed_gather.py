@@ -1,8 +1,8 @@
-"""Packed rows that indices name, on their way into slots of bf16 in shared memory.
+"""Copy the packed rows that indices name, and unpack them into slots of bf16 in shared memory.
 
-A row has d_v e4m3, an f32 for each 128 of them, and d_qk - d_v bf16 that are key only. It is copied as it is into a
-ring of its own, asynchronously, and becomes bf16 in one of two slots while weights are made of the scores of the step
-before: e4m3 times scale, rounded, as every backend has it.
+A row has d_v e4m3, an f32 for each 128 of them, and d_qk - d_v bf16 that are part of the key only. It is copied
+asynchronously and unchanged into a separate ring. While the scores of the step before become weights, it is unpacked to
+bf16 in one of two slots: e4m3 times scale, rounded, as on every backend.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """The CUDA token selector: one read of the row against a threshold guessed from a sample.
 
-A block takes a row. It selects exactly from an evenly spread sample and so guesses a key that a little more than topk
-keys reach. One pass over the row compacts those into a list in shared memory, in index order, and the exact selection
-is made there. A row that fits the list is the list. Where the guess was wrong, too few keys or more than the list
-holds, the selection is made on the row in global memory: slower and always possible, so nothing is ever dropped.
+A block takes a row. By an exact selection from an evenly spread sample it guesses a threshold that a little more than
+topk keys reach. One pass over the row compacts these keys into a list in shared memory, in index order, and the exact
+selection is made there. A short row fits into the list as a whole. If the guess was wrong, so that there are too few
+keys or more than the list holds, the selection is made on the row in global memory. That is slower but always possible,
+so no key is ever dropped.
 
-Few long rows are cut into parts with a block for each, which writes its own topk values and positions; a merge selects
-from those of all parts. A part keeps the lower index of a tie and parts lie in index order, so the tie rule holds.
+If there are few long rows, they are cut into parts with a block for each. A block writes the topk values and positions
+of its part, and a merge selects from those of all parts. A part keeps the lower index of a tie, and the parts are in
+index order, so the merge resolves ties correctly.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ STAGES = ("rows", "parts", "merge")
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -42,7 +44,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions that do not divide what they must.
+        A decision is out of bounds, or not a multiple of what it has to be.
     """
 
     threads: int
@@ -196,7 +198,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, stage: str = "rows") -> tir
             share: T.let = T.Cast("float32", topk) * T.float32(c.sample) / T.Cast("float32", stop - start)
             expected: T.let = T.Cast("int32", share + T.float32(3) * T.sqrt(share)) + 8
             best.select(of_list, best.tiles(c.sample), expected)
-            # How many keys of the row equal the bound is not what the sample says: all of them then.
+            # The sample does not tell how many keys of the row equal the bound, so take all of them.
             if best.ties > 0:
                 best.bound = best.bound - T.uint32(1)
                 best.ties = 0

@@ -1,6 +1,6 @@
-"""Keys of a selection, and where they come from.
+"""Keys of a selection, and the sources that they come from.
 
-A key is an unsigned integer that sorts as the value does. Keys come in tiles from a source, an object with two inline
+A key is an unsigned integer that sorts like the value. Keys come in tiles from a source, an object with two inline
 functions: ``fetch(t)`` asks for tile t, and ``take(t, key)`` puts this thread's keys of it into registers once they
 have come, 0 where there are none. Between the two lies the work on the tile before.
 """
@@ -13,7 +13,7 @@ from ..emit import call
 
 
 def key_of(bits):
-    """A uint32 that sorts as the f32 of these bits does, with -0 equal to +0; 0 for NaN alone."""
+    """A uint32 that sorts like the f32 with these bits, with -0 equal to +0. Only NaN gives 0."""
     flip = T.reinterpret("uint32", T.reinterpret("int32", bits) >> 31) | T.uint32(0x80000000)
     magnitude = bits & T.uint32(0x7FFFFFFF)
     number = T.Select(magnitude == T.uint32(0), T.uint32(0x80000000), bits ^ flip)

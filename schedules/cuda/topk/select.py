@@ -1,7 +1,7 @@
 """Exact selection of the largest keys by a block: a radix select and an ordered compaction.
 
-The keys come from the sources of `keys`. The histogram of the radix select is filled by atomic additions, of which the
-sums alone are used, and the compaction keeps the order of the keys: the result is the same on every run.
+The keys come from the sources in `keys`. Atomic additions fill the histogram of the radix select, but only their sums
+are used, and the compaction keeps the order of the keys. So the result is the same on every run.
 """
 
 from __future__ import annotations

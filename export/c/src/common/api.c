@@ -1,4 +1,4 @@
-/* The public functions: each names its arguments, and execute() does the rest. */
+/* The public functions. Each lists its arguments, and execute() does the rest. */
 #include <string.h>
 
 #include "common/internal.h"
@@ -12,7 +12,7 @@ const char *dsa_tvm_target(void) {
   return kernels ? kernels->target : NULL;
 }
 
-/* The size that options had at first; callers compiled then still pass it. */
+/* The size that the options had in the first version. Programs that were compiled then still pass it. */
 enum { FIRST_OPTIONS = 8 };
 
 static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs,
@@ -34,8 +34,8 @@ static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const
   return dsa_run(&call, &executor);
 }
 
-/* The operator of that name, if the counts are its own; -1 with an error set otherwise. num_outputs is NULL where there
- * are none to count. */
+/* Finds the operator with this name and checks the counts; -1, with an error set, if they are wrong. num_outputs is
+ * NULL for functions that take no outputs. */
 static int find(const char *op, const void *inputs, int32_t num_inputs, const void *attrs, int32_t num_attrs,
                 const void *outputs, const int32_t *num_outputs) {
   for (int i = 0; op && i < NUM_OPS; i++) {

@@ -1,4 +1,4 @@
-/* Argument checks, driven by the operator tables: nothing here knows a particular operator. */
+/* Argument checks. They follow the operator tables, and know no particular operator. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -9,7 +9,7 @@
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 
-/* Where the pieces of a message are put together. */
+/* A message that is put together from pieces. */
 struct text {
   char data[256];
   size_t used;
@@ -31,7 +31,7 @@ static const char *shape_text(struct text *t, const int64_t *shape, int ndim) {
   return t->data;
 }
 
-/* [s_kv, d_idx=128]: names, and the lengths that are already known. Behind a length that others determine, these. */
+/* Such as [s_kv, d_idx=128]: names, and the lengths that are known. A length that is a sum is followed by its terms. */
 static const char *expected_shape(struct text *t, const struct tensor_spec *spec, const int64_t *dim) {
   add(t, "[");
   for (int i = 0; i < spec->ndim; i++) {
@@ -50,7 +50,7 @@ static const char *dtype_text(struct text *t, const dsa_tvm_tensor *x) {
   for (int i = 0; i < NUM_DTYPES; i++)
     if (dsa_dtypes[i].code == x->dtype.code && dsa_dtypes[i].bits == x->dtype.bits && x->dtype.lanes == 1)
       return dsa_dtypes[i].name;
-  /* By DLPack's code: the first end in their number of bits, the others have one width each. */
+  /* By DLPack's code. The names in `families` end in the number of bits; those in `whole` have one width. */
   static const char *const families[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
   static const char *const whole[] = {"bool",            "float8_e3m4",   "float8_e4m3",     "float8_e4m3b11fnuz",
                                       "float8_e4m3fn",   "float8_e4m3fnuz", "float8_e5m2",
@@ -93,7 +93,7 @@ static dsa_tvm_status bind(struct dsa_call *call, const char *argument, int d, i
   return status;
 }
 
-/* No dimension exceeds the one that limits it. */
+/* Checks that no dimension exceeds the one that limits it. */
 static dsa_tvm_status check_limits(const struct dsa_call *call) {
   for (int d = 0; d < NUM_DIMS; d++) {
     int limit = dsa_dims[d].at_most;
@@ -104,7 +104,7 @@ static dsa_tvm_status check_limits(const struct dsa_call *call) {
   return DSA_TVM_OK;
 }
 
-/* A length that others determine, which are known. */
+/* Computes a length that is a sum of others, which are known. */
 static dsa_tvm_status determine(struct dsa_call *call, int d) {
   const struct dim_spec *dim = &dsa_dims[d];
   dsa_tvm_status status = check_limits(call);
@@ -132,7 +132,7 @@ static dsa_tvm_status check_type(struct dsa_call *call, const struct tensor_spec
     return INVALID("%s: %s: expected %s, got %s", op->name, spec->name, dsa_dtypes[spec->dtype].name,
                    dtype_text(&got, x));
   }
-  /* A type variable: some variant must have this type here and the types that were bound before. */
+  /* A type variable. Some variant must have this type here, and the types that were bound before. */
   int variable = -1 - spec->dtype;
   unsigned listed = 0;
   for (int v = 0; v < op->num_variants; v++) {
@@ -155,7 +155,7 @@ static dsa_tvm_status check_layout(const char *op, const char *name, const dsa_t
   *count = 1;
   int empty = 0;
   for (int i = 0; i < x->ndim; i++) {
-    /* Bounds of the dimensions keep three of them below 2**63 elements only together with this check. */
+    /* The bounds of the dimensions alone do not keep the number of elements below 2**63. */
     if (x->shape[i] && *count > INT64_MAX / 8 / x->shape[i])
       return INVALID("%s: %s: expected fewer than 2**60 elements, got more", op, name);
     *count *= x->shape[i];
@@ -197,7 +197,7 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   if ((status = check_layout(op, spec->name, x, &count)) != DSA_TVM_OK) return status;
   if (count && !x->data) return INVALID("%s: %s: expected data, got a null pointer", op, spec->name);
   *checked = *x;
-  /* As integers: a hostile offset must not wrap to other memory, nor a tensor reach beyond the last address. */
+  /* Compute with integers: a hostile offset must not wrap, and a tensor must not reach beyond the last address. */
   uintptr_t address = (uintptr_t)x->data;
   uint64_t bytes = (uint64_t)count * (x->dtype.bits / 8u);
   if (x->data && (x->byte_offset > UINTPTR_MAX - address || bytes > UINTPTR_MAX - address - x->byte_offset))
@@ -206,7 +206,7 @@ static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_sp
   if (x->data) address += x->byte_offset;
   checked->data = (void *)address;
   checked->byte_offset = 0;
-  checked->device.device_id = 0; /* there is one CPU, whatever its number; the kernels want all numbers equal */
+  checked->device.device_id = 0; /* there is one CPU, whatever its number, and kernels want equal numbers */
   checked->strides = NULL;
   if ((uintptr_t)checked->data % (x->dtype.bits / 8u))
     return INVALID("%s: %s: expected data aligned to its element's %d bytes, got the address %p", op, spec->name,
@@ -226,8 +226,8 @@ int dsa_overlap(const dsa_tvm_tensor *a, const dsa_tvm_tensor *b) {
   return na && nb && a0 < b0 + nb && b0 < a0 + na;
 }
 
-/* The kernels compute in float. The rounding is done here, so that all kernels get the same number whatever the caller's
- * floating-point mode is. */
+/* The kernels compute in float. Rounding here gives all of them the same number in any floating-point mode of the
+ * caller. */
 static double rounded(double x) {
   const struct dsa_float_mode mode = dsa_enter_float_mode();
   volatile float nearest = (float)x;
@@ -281,7 +281,7 @@ dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *o
     int may_be = op->outputs[i].may_be;
     for (int j = 0; j < op->num_inputs; j++) {
       if (!call->present[j] || !dsa_overlap(&call->out[i], &call->in[j])) continue;
-      /* They have one type and one shape, so that they begin and end together. */
+      /* Both have the same type and shape, so if they begin together, they end together. */
       if (j != may_be || call->out[i].data != call->in[j].data) shared = op->inputs[j].name;
     }
     for (int j = 0; j < i; j++)

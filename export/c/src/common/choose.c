@@ -1,4 +1,4 @@
-/* Which of the library's kernel sets this CPU runs. */
+/* Chooses the kernel set for this CPU. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>

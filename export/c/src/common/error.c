@@ -1,4 +1,4 @@
-/* What went wrong in each thread's last failed call. */
+/* The error of the last call that failed, for each thread. */
 #include <stdarg.h>
 #include <stdio.h>
 

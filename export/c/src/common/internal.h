@@ -1,4 +1,4 @@
-/* What the library's own files share. Tables of the operators are generated from the OpSpecs (specs.inc). */
+/* Declarations that the C files share. The tables of the operators are generated from the OpSpecs (specs.inc). */
 #ifndef DSA_TVM_INTERNAL_H_
 #define DSA_TVM_INTERNAL_H_
 
@@ -22,7 +22,7 @@ enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VA
 struct dtype_spec {
   const char *name;
   uint8_t code, bits;
-  uint8_t storage_code; /* what a kernel's buffer is declared as: an unsigned integer for bf16, f16, fp8 and int8 */
+  uint8_t storage_code; /* the type of a kernel's buffer: an unsigned integer for bf16, f16, fp8 and int8 */
   int32_t onnx;         /* ONNX TensorProto.DataType */
 };
 
@@ -31,12 +31,12 @@ struct dim_spec {
   int64_t minimum, maximum;
   const int64_t *values; /* the only values served, or NULL */
   int num_values;
-  int multiple;     /* what every value that a library can be built for is a multiple of */
+  int multiple;     /* a library can be built for multiples of this */
   int at_most;      /* the dimension this one may not exceed, or -1 */
   const char *flag; /* the option of `dsa-tvm build` that widens the served values */
-  int num_parts;    /* of the sum that determines this one: none, or all of it */
+  int num_parts;    /* terms of the sum that gives this length; 0: it is no sum */
   struct {
-    int dim, each, adds; /* each `each` elements of that dimension add `adds`, and it is a multiple of `each` */
+    int dim, each, adds; /* every `each` elements of that dimension add `adds`; it is a multiple of `each` */
   } parts[MAX_PARTS];
 };
 
@@ -46,13 +46,13 @@ struct tensor_spec {
   int ndim;
   int dims[MAX_NDIM];
   int optional;
-  int may_be; /* of an output: the input whose memory it may be, or -1 */
+  int may_be; /* for an output: the input whose memory it may use, or -1 */
 };
 
 struct attr_spec {
   const char *name;
   int is_float;
-  int dim; /* the dimension it gives the length of, or -1 */
+  int dim; /* the dimension whose length it gives, or -1 */
 };
 
 struct op_spec {
@@ -76,7 +76,7 @@ struct dsa_executor {
   void *state;
 };
 
-/* A call whose arguments have been checked: tensors are contiguous, their byte_offset is folded into data. */
+/* A call whose arguments have been checked. Its tensors are contiguous, and their data includes the byte_offset. */
 struct dsa_call {
   const struct op_spec *op;
   dsa_tvm_tensor in[MAX_INPUTS];
@@ -89,11 +89,12 @@ struct dsa_call {
   int32_t device_type, device_id;
 };
 
-/* error.c: one line for dsa_tvm_last_error(); returns `status`. */
+/* error.c: sets the text of dsa_tvm_last_error(), and returns `status`. */
 dsa_tvm_status dsa_fail(dsa_tvm_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* check.c: every property of every argument, against the operator's spec. call->op is set by the caller; the inputs
- * come first and bind the dimensions, dsa_output_shape then tells what an output must be, and the outputs come last. */
+/* check.c: checks every property of every argument against the spec of the operator. The caller sets call->op. First
+ * come the inputs, which bind the dimensions. Then dsa_output_shape tells the shapes of the outputs, which are checked
+ * last. */
 dsa_tvm_status dsa_check_inputs(struct dsa_call *call, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs);
 void dsa_output_shape(const struct dsa_call *call, int output, int64_t shape[MAX_NDIM]);
 dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *outputs);
@@ -119,9 +120,9 @@ dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_exec
 /* cpu/threads.c: the library's own threads. 0: the process default. */
 struct dsa_executor dsa_pool_executor(int32_t num_threads);
 int dsa_process_cpus(void); /* that this process may use */
-/* A loop on an executor's threads; with one thread, or one task, on the calling thread. */
+/* Runs a loop on the threads of an executor. One task, or a loop for one thread, runs on the calling thread. */
 void dsa_parallel_for(const struct dsa_executor *executor, int threads, int64_t count, dsa_task task, void *arg);
-/* Before the library is unloaded: waits so long for its threads to end. */
+/* For a library that is about to be unloaded: stops its threads, and waits at most that long for them. */
 void dsa_stop_threads(int seconds);
 
 /* TVM's calling convention: packed arguments. */
@@ -137,9 +138,9 @@ struct tvm_any {
 };
 typedef int (*dsa_kernel)(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result);
 
-/* The compiled kernels of one operator, and what the cutting into tasks must know of them. A table has a row for each
- * size and target they were chosen for: the first row that serves a call's lengths and has a kernel for its element types
- * is taken, and the last one serves all lengths. */
+/* The compiled kernels of one operator, and what is needed to cut its work into tasks. The rows of a table are for
+ * different sizes. A call takes the first row that serves its lengths and has a kernel for its element types. The last
+ * row serves all lengths. */
 struct indexer_kernel {
   int64_t s_q, s_kv;                        /* the largest lengths it serves */
   int last;                                 /* whether no row follows */
@@ -160,7 +161,7 @@ struct mla_kernel {
   int64_t heads, task_heads;
 };
 
-/* One target's rows: the whole tables, or those picked for a call. */
+/* The tables of one target, or the rows of them that were picked for a call. */
 struct kernel_set {
   const char *target;
   const struct indexer_kernel *indexer;
@@ -172,7 +173,7 @@ struct kernel_set {
 extern const struct kernel_set dsa_kernel_sets[];
 extern const int dsa_num_kernel_sets;
 
-/* choose.c: the kernels for this CPU; NULL with an error set where there are none. */
+/* choose.c: the kernels for this CPU. NULL, with an error set, if there are none. */
 const struct kernel_set *dsa_kernels(void);
 
 /* cpu/kernels.c: calls of compiled kernels. */
@@ -180,7 +181,7 @@ struct tvm_any dsa_arg_tensor(dsa_tvm_tensor *tensor);
 struct tvm_any dsa_arg_int(int64_t value);
 struct tvm_any dsa_arg_float(double value);
 
-/* What the first kernel that failed said, for the thread that started the work. Tasks that come later are left out. */
+/* The error of the first kernel that failed, for the thread that started the work. Later tasks are skipped. */
 struct dsa_outcome {
   atomic_int failed;
   dsa_tvm_status status;

@@ -1,4 +1,4 @@
-/* How many CPUs this process may use: its affinity mask and the CPU quota of its cgroups. */
+/* Counts the CPUs that this process may use, by its affinity mask and the CPU quota of its cgroups. */
 #define _GNU_SOURCE
 #include "cpu/cpus.h"
 
@@ -8,9 +8,9 @@
 #include <string.h>
 #include <unistd.h>
 
-/* CPUs in the affinity mask of a thread, 0 where it cannot be read. */
+/* CPUs in the affinity mask of a thread; 0 if it cannot be read. */
 static int cpus_of(pid_t thread) {
-  /* The kernel refuses a mask that is too small for the machine, and a fixed cpu_set_t ends at 1024. */
+  /* The kernel refuses a mask that is too small for the machine, and a cpu_set_t has room for 1024 CPUs only. */
   for (size_t cpus = CPU_SETSIZE; cpus <= 1 << 20; cpus *= 2) {
     cpu_set_t *mask = CPU_ALLOC(cpus);
     size_t bytes = CPU_ALLOC_SIZE(cpus);
@@ -22,7 +22,7 @@ static int cpus_of(pid_t thread) {
   return 0;
 }
 
-/* Whether a comma-separated list has this word. */
+/* Whether a comma-separated list contains a word. */
 static int has_word(const char *list, const char *word) {
   size_t length = strlen(word);
   for (const char *at = list; *at; at += strcspn(at, ","), at += *at == ',')
@@ -30,7 +30,7 @@ static int has_word(const char *list, const char *word) {
   return 0;
 }
 
-/* The numbers of a small file; how many of `most` were read. "max" ends them. */
+/* Reads up to `most` numbers from a small file, up to the word "max". Returns how many. */
 static int read_numbers(const char *path, int64_t *numbers, int most) {
   char text[64] = "";
   FILE *file = fopen(path, "re");
@@ -49,7 +49,7 @@ static int read_numbers(const char *path, int64_t *numbers, int most) {
 
 enum { PATH_BYTES = 4096 };
 
-/* CPUs that the quota in one directory of a hierarchy leaves, rounded up; INT32_MAX: no limit. */
+/* CPUs that the quota of one cgroup allows, rounded up; INT32_MAX: no limit. */
 static int quota_in(const char *directory, int version) {
   char path[PATH_BYTES + 32];
   int64_t numbers[2] = {0, 0};
@@ -67,7 +67,7 @@ static int quota_in(const char *directory, int version) {
   return cpus < INT32_MAX ? (int)cpus : INT32_MAX;
 }
 
-/* The smallest quota on the way from a cgroup up to where its hierarchy is mounted. */
+/* The smallest quota of a cgroup and its parents, up to the mount point of the hierarchy. */
 static int quota_above(const char *root, const char *mount, const char *group, int version) {
   char directory[PATH_BYTES];
   int least = INT32_MAX;
@@ -82,7 +82,7 @@ static int quota_above(const char *root, const char *mount, const char *group, i
   }
 }
 
-/* The cgroup of this process in the hierarchy with the CPU controller: 0 where there is none. */
+/* Finds the cgroup of this process in the hierarchy with the CPU controller. Returns 0 if there is none. */
 static int find_group(const char *root, int version, char group[PATH_BYTES]) {
   char path[PATH_BYTES], line[PATH_BYTES];
   snprintf(path, sizeof path, "%s/proc/self/cgroup", root);
@@ -114,7 +114,7 @@ static int quota_of(const char *root, int version) {
         sscanf(behind, " - %31s %*s %4095s", type, super) != 2)
       continue;
     if (version == 2 ? strcmp(type, "cgroup2") : strcmp(type, "cgroup") || !has_word(super, "cpu")) continue;
-    /* In a container the mount may begin at the process's own cgroup, whose whole path /proc/self/cgroup tells. */
+    /* In a container, the mount may begin at the process's own cgroup, while /proc/self/cgroup has its full path. */
     size_t length = strcmp(top, "/") ? strlen(top) : 0;
     int below = !strncmp(group, top, length) && (!group[length] || group[length] == '/');
     const char *rest = below && strcmp(group + length, "/") ? group + length : "";
@@ -131,7 +131,7 @@ int dsa_cpu_quota(const char *root) {
 }
 
 int dsa_usable_cpus(void) {
-  /* A pool may have bound the calling thread to one CPU; the main thread tells what the process has. */
+  /* A thread pool may have bound the calling thread to one CPU, so look at the main thread too. */
   int here = cpus_of(0), all = cpus_of(getpid()), quota = dsa_cpu_quota("");
   int cpus = all > here ? all : here;
   if (cpus > quota) cpus = quota;

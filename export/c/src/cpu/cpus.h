@@ -4,11 +4,11 @@
 
 #include <stdint.h>
 
-/* At least 1: the CPUs of the affinity mask, or of the CPU quota where that is less. Reads files each time. */
+/* The CPUs of the affinity mask, or of the CPU quota if that is less; at least 1. Each call reads files. */
 int dsa_usable_cpus(void);
 
-/* CPUs that the quotas of this process's cgroups (version 1 or 2) leave, rounded up; INT32_MAX: no limit. Absolute
- * paths are looked up below `root`: "" for the machine's own. */
+/* CPUs that the quotas of this process's cgroups (version 1 or 2) allow, rounded up; INT32_MAX: no limit. Absolute
+ * paths are looked up below `root`, which is "" except in tests. */
 int dsa_cpu_quota(const char *root);
 
 #endif

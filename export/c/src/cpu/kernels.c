@@ -1,4 +1,4 @@
-/* Calls of compiled kernels, and the few services their code asks of its host. */
+/* Calls compiled kernels, and offers the few services that their code needs. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,9 +6,9 @@
 #include "common/float_mode.h"
 #include "common/internal.h"
 
-enum { WORKSPACE_ALIGNMENT = 64 }; /* what the generated code assumes */
+enum { WORKSPACE_ALIGNMENT = 64 }; /* the generated code assumes this */
 
-/* In front of a workspace, which is in one of its thread's two lists. */
+/* Lies in front of each workspace, and links it into one of the two lists of its thread. */
 struct workspace {
   struct workspace *previous, *next;
   size_t bytes;
@@ -18,16 +18,16 @@ struct workspace {
 static _Thread_local char kernel_message[512];
 static _Thread_local int out_of_memory;
 
-/* What the thread's kernel has: one that fails leaves its workspaces behind. And what its earlier kernels had: fresh
- * memory from the system costs a page fault every 4 KiB, more than a small kernel takes. It is freed when the thread
- * ends. */
+/* `held` lists the workspaces of the running kernel, because a kernel that fails leaves them behind. `kept` lists those
+ * of earlier kernels, until the thread ends: new memory costs a page fault for every 4 KiB, which is more than a small
+ * kernel takes. */
 enum { MOST_KEPT_BYTES = 1 << 20 };
 static _Thread_local struct workspace *held, *kept;
 static _Thread_local size_t kept_bytes;
 static pthread_key_t at_thread_end;
 static int keeps;
 
-/* The one function TVM's generated code links to: it reports a failed check of its own. */
+/* The only function that the generated code links to. It reports that a check in that code has failed. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t num_parts) {
   size_t used = (size_t)snprintf(kernel_message, sizeof kernel_message, "%s: ", kind);
   for (int32_t i = 0; i < num_parts && used < sizeof kernel_message; i++)
@@ -105,7 +105,7 @@ static int release(int device_type, int device_id, void *p) {
   return 0;
 }
 
-/* Pointers the generated code calls through; the objects define those that they use. */
+/* The generated code calls through these pointers. Its objects define those that they use. */
 extern void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) __attribute__((weak));
 extern int (*__TVMBackendFreeWorkspace)(int, int, void *) __attribute__((weak));
 
@@ -115,7 +115,7 @@ __attribute__((constructor)) static void offer_services(void) {
   keeps = !pthread_key_create(&at_thread_end, free_kept);
 }
 
-/* A library made for measuring is unloaded: threads that end later must not call into it. */
+/* A library that is made for measuring is unloaded. Threads that end later must not call into it. */
 __attribute__((destructor)) static void withdraw_services(void) {
   if (keeps) pthread_key_delete(at_thread_end);
   keeps = 0;
@@ -138,7 +138,7 @@ struct tvm_any dsa_arg_float(double value) {
 }
 
 static void report(struct dsa_outcome *outcome) {
-  /* Several tasks may fail at once; the first one's message is kept. */
+  /* Several tasks may fail at a time. Keep the message of the first. */
   if (atomic_exchange(&outcome->failed, 1)) return;
   outcome->status = out_of_memory ? DSA_TVM_OUT_OF_MEMORY : DSA_TVM_INTERNAL;
   snprintf(outcome->message, sizeof outcome->message, "%s",
@@ -151,7 +151,7 @@ void dsa_call_kernel(struct dsa_outcome *outcome, dsa_kernel kernel, const struc
   kernel_message[0] = '\0';
   out_of_memory = 0;
   if (!kernel) {
-    /* A library made for measuring lacks most kernels. */
+    /* A library that is made for measuring lacks most kernels. */
     snprintf(kernel_message, sizeof kernel_message, "no kernel for these element types in this library");
     report(outcome);
     return;

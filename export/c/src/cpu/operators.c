@@ -1,9 +1,9 @@
-/* The operators: what of a checked call each stage gets, and how much of it is in the workspace at a time. */
+/* The operators on a CPU. Each passes the parts of a checked call to its stages, and allocates what lies between. */
 #include <stdlib.h>
 
 #include "cpu/stages.h"
 
-/* What a kernel takes for an input that is absent or empty: a valid address that is never read. */
+/* For an input that is absent or empty, a kernel gets this address. It is valid, and never read. */
 static float nothing[16];
 
 static dsa_tvm_tensor view(const dsa_tvm_tensor *x) {
@@ -76,7 +76,7 @@ static dsa_tvm_status run_topk(const struct dsa_call *call, const struct kernel_
   return finish(call, &outcome);
 }
 
-/* Both, for one group of queries: the logits of a group are all that is ever held. */
+/* Scoring and selection for one group of queries at a time, so that only the logits of one group are held. */
 struct indexing {
   struct scoring scoring;
   struct selection selection;
@@ -88,15 +88,15 @@ static dsa_tvm_status no_memory(const struct dsa_call *call, const char *what) {
   return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "%s: no memory for the %s of a group of queries", call->op->name, what);
 }
 
-/* Queries are scored and selected in groups, whose logits are held: enough for every thread, but no more than 256 MiB of
- * them on a machine of many CPUs, as long as the indexer's kernel gets as many queries as it works on at a time. */
+/* Queries are scored and selected in groups whose logits are held. A group has enough queries for every thread, but its
+ * logits take no more than 256 MiB, unless one tile of the indexer's kernel takes more. */
 static int64_t group_size(const struct dsa_call *call, const struct kernel_set *kernels, int threads) {
   int64_t least = kernels->indexer->rows, held = (64 << 20) / (call->dim[DIM_S_KV] + 1) / least * least;
   int64_t group = minimum(least * threads, held > least ? held : least);
   return minimum(call->dim[DIM_S_Q], group);
 }
 
-/* The caller calls indexing_end. */
+/* After a success, the caller calls indexing_end. */
 static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *call, int k_scale,
                                      const struct kernel_set *kernels, const struct dsa_executor *executor,
                                      struct dsa_outcome *outcome) {
@@ -104,7 +104,7 @@ static dsa_tvm_status indexing_start(struct indexing *x, const struct dsa_call *
   x->scoring = scoring_of(call, k_scale, kernels, outcome);
   x->logits_shape[0] = x->group;
   x->logits_shape[1] = call->dim[DIM_S_KV];
-  /* Of a row that is longer than what a query sees, the rest is never touched, and so takes no memory. */
+  /* The part of a row that a query does not see is never touched, and so takes no memory. */
   void *logits = malloc((size_t)(x->group * call->dim[DIM_S_KV] + 1) * sizeof(float));
   x->scoring.visible = malloc((size_t)(x->group + 1) * sizeof *x->scoring.visible);
   if (!logits || !x->scoring.visible) {
@@ -172,7 +172,7 @@ static dsa_tvm_status attend_rows(const struct dsa_call *call, const struct kern
 
 static dsa_tvm_status run_write_rows(const struct dsa_call *call, const struct kernel_set *kernels,
                                      const struct dsa_executor *executor) {
-  (void)kernels; /* it computes nothing */
+  (void)kernels; /* it needs none */
   return dsa_write_rows(call, executor);
 }
 
@@ -227,9 +227,9 @@ static dsa_tvm_status run_dsa_attention(const struct dsa_call *call, const struc
   return status;
 }
 
-/* What an indexer's kernel is chosen by: the most keys that a query sees, and the most queries next to each other whose
- * keys meet. A cache may be larger than what is in use, and hold many sequences: a decode step of a batch is one of
- * single queries, with the bits that each sequence would get alone. */
+/* An indexer's kernel is chosen by these: the most keys that a query sees, and the most consecutive queries whose keys
+ * overlap. They ignore unused rows of a cache and the rows of other sequences. So a decode step of a batch counts as
+ * single queries, and each sequence gets the same bits as alone. */
 struct demand {
   int64_t queries, keys;
 };
@@ -254,13 +254,13 @@ static struct demand demand_of(const struct dsa_call *call) {
   return most;
 }
 
-/* The rows for a call: by its own arguments, for those of a group of queries depend on the number of threads, on which no
- * bit of a result may. */
+/* Picks the rows of the tables for a call. It looks at the whole call, not at groups of queries: their size depends on
+ * the number of threads, and results must not. */
 static struct kernel_set pick(const struct kernel_set *kernels, const struct dsa_call *call) {
   int64_t s_q = call->dim[DIM_S_Q], s_kv = call->dim[DIM_S_KV];
   struct demand most = demand_of(call);
-  /* Element types of q, of the indexer's keys, and of the attention's rows, where e4m3 stands for packed ones. An operator
-   * that lacks some of them does not run those kernels, and any type will do. */
+  /* Element types of q, of the indexer's keys, and of the attention's rows, where e4m3 stands for packed rows. If an
+   * operator lacks one of them, it does not run that kernel, and any type will do. */
   int t = call->type[0] < 0 ? 0 : call->type[0], k = call->type[1] < 0 ? 0 : call->type[1];
   int r = call->op == &dsa_ops[OP_SPARSE_MLA_FP8] ? DTYPE_FLOAT8_E4M3FN : t;
   struct kernel_set rows = *kernels;

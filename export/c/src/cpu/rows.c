@@ -1,9 +1,9 @@
-/* New rows of a cache: bytes are copied, and nothing is computed. */
+/* Writes new rows into a cache by copying bytes. */
 #include <string.h>
 
 #include "cpu/stages.h"
 
-/* What a task copies at least: less is not worth waking a thread for. */
+/* The least that a task copies. Less would not be worth waking a thread. */
 enum { TASK_BYTES = 256 << 10 };
 
 struct writing {
@@ -11,7 +11,7 @@ struct writing {
   const int32_t *positions;
   char *out;
   int64_t batch, capacity, s_new, row_bytes, cache_bytes;
-  int64_t shares; /* tasks that the rows of a sequence are shared out to */
+  int64_t shares; /* tasks that share the rows of a sequence */
 };
 
 static void copy_task(void *arg, int64_t index) {
@@ -20,8 +20,9 @@ static void copy_task(void *arg, int64_t index) {
   memcpy(w->out + start, w->cache + start, (size_t)bytes);
 }
 
-/* A row of the cache belongs to one task, which takes the new rows in their order: so the last one of a position is what
- * stays there, for any number of tasks. Neighbours belong to different ones, because positions mostly follow each other. */
+/* Each row of the cache belongs to one task, and a task writes new rows in order. So the last row of a position wins,
+ * for any number of tasks. Neighbouring rows belong to different tasks, because new positions mostly follow each
+ * other. */
 static void write_task(void *arg, int64_t index) {
   struct writing *w = arg;
   int64_t b = index / w->shares, share = index % w->shares;

@@ -7,17 +7,18 @@ static int sees(const struct scoring *s, int64_t m, int64_t n0, int64_t n1) {
   return ks < ke && ks < n1 && n0 < ke;
 }
 
-/* What the stages take on one thread of an Ice Lake Xeon (x86-64-v4), measured; on slower machines calls take threads
- * somewhat later than they might. A second thread was worth its wake-up, about 10 us, from 80 us of work on. */
+/* Times of the stages on one thread of an Ice Lake Xeon (x86-64-v4), as measured. There, waking a second thread takes
+ * about 10 us, and pays from 80 us of work on. On slower machines it would pay for somewhat less work than this
+ * assumes. */
 enum { PICOSECONDS_A_PRODUCT = 10, PICOSECONDS_A_LOGIT = 1000, LEAST_NANOSECONDS = 40000 };
 
-/* Integers, and no overflow: this runs in the caller's floating-point mode, which may have traps. */
+/* Integers that do not overflow: the floating-point mode here is the caller's, which may have traps enabled. */
 static int64_t product(int64_t a, int64_t b) {
   int64_t c;
   return __builtin_mul_overflow(a, b, &c) ? INT64_MAX : c;
 }
 
-/* Of so many pairs of a query and a key. */
+/* The time for scoring this many pairs of a query and a key. */
 static int64_t scoring_time(const struct scoring *s, int64_t pairs) {
   int64_t products = product(pairs, s->q.shape[1] * s->q.shape[2]);
   return product(products, PICOSECONDS_A_PRODUCT) / 1000;
@@ -61,14 +62,14 @@ static void score_visible_task(void *arg, int64_t index) {
   }
   const struct visible *v = &s->visible[low];
   int64_t n0 = v->n0 + (index - v->first_task) * s->keys, n1 = minimum(n0 + s->keys, v->n1), m0 = v->m0, m1 = v->m1;
-  /* A query that sees none of these costs its packing, and its row of logits. */
+  /* Leave out queries that see none of these keys: packing them and writing their logits takes time. */
   while (m0 < m1 && !sees(s, m0, n0, n1)) m0++;
   while (m0 < m1 && !sees(s, m1 - 1, n0, n1)) m1--;
   if (m0 < m1) score(s, m0, m1, n0, n1);
 }
 
-/* What the queries see, in whole blocks of keys, and how many keys that is. Those of a cache that is larger than what is
- * in use, and those of other sequences, are left out. Queries of a task whose keys meet are scored together. */
+/* Finds the keys that the queries see, in whole blocks, and returns how many these are. Unused rows of a cache and the
+ * rows of other sequences are left out. Queries of a task are scored together if their keys overlap. */
 static int64_t find_visible(struct scoring *s, int64_t block) {
   const int32_t *ks = s->ks.data, *ke = s->ke.data;
   struct visible *v = NULL;
@@ -92,7 +93,7 @@ static int64_t find_visible(struct scoring *s, int64_t block) {
   return keys;
 }
 
-/* Numbers the tasks of `s->keys` keys each, and tells how many there are. */
+/* Numbers the tasks of `s->keys` keys each, and returns how many there are. */
 static int64_t number_tasks(struct scoring *s) {
   int64_t tasks = 0;
   for (int64_t i = 0; i < s->num_visible; i++) {
@@ -102,7 +103,7 @@ static int64_t number_tasks(struct scoring *s) {
   return tasks;
 }
 
-/* Pairs of a query and a key that are scored. */
+/* The number of pairs of a query and a key that are scored. */
 static int64_t pairs_of(const struct scoring *s) {
   if (!s->visible) return product(s->m1 - s->m0, s->s_kv);
   int64_t pairs = 0;
@@ -119,10 +120,10 @@ void dsa_score(struct scoring *s, const struct indexer_kernel *cut, const struct
   s->rows = minimum(cut->rows, queries);
   int64_t row_tasks = divide_up(queries, s->rows);
   int64_t keys = s->visible ? find_visible(s, block) : s->s_kv * row_tasks;
-  /* Several tasks for each thread, so that dynamic scheduling evens out those of different lengths. */
+  /* Several tasks for each thread, so that dynamic scheduling balances tasks of different lengths. */
   int threads = dsa_stage_threads(executor, scoring_time(s, pairs_of(s)));
   int64_t wanted = threads > 1 ? cut->tasks_per_thread * threads : 1;
-  /* Few queries: shorter runs of keys, so that every thread has work, but long enough to pay for packing q. */
+  /* For few queries, runs of keys are shorter, so that every thread has work, but long enough to pay for packing q. */
   s->keys = cut->task_keys;
   if ((s->visible ? number_tasks(s) : row_tasks * divide_up(s->s_kv, s->keys)) < wanted)
     s->keys = divide_up(divide_up(keys, wanted), block) * block;
@@ -173,7 +174,7 @@ void dsa_attend(struct attention *a, int64_t queries, const struct mla_kernel *c
   int threads = dsa_stage_threads(executor, attention_time(a, queries));
   int64_t tile = cut->heads;
   a->heads = cut->task_heads;
-  /* Few queries: fewer heads to a task, down to one register tile, until every thread has work. */
+  /* For few queries, a task takes fewer heads, down to one register tile, until every thread has work. */
   while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < threads)
     a->heads = divide_up(a->heads / 2, tile) * tile;
   a->head_tasks = divide_up(a->h_q, a->heads);

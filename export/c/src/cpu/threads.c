@@ -1,9 +1,10 @@
-/* The library's own threads. A loop is computed by the thread that asks for it, and by as many others as come in time.
+/* The library's own threads. The thread that asks for a loop computes it, with the help of all others that come in
+ * time.
  *
- * This is no OpenMP, for five things that callers need: no thread that is slow to wake is waited for, only those that
- * have begun a task; where the system gives no thread the caller computes alone, instead of the process ending; a child
- * made by fork has threads again, whatever libraries its parent used; callers share the threads, instead of having a
- * team each; and the threads can be stopped before the library's code is unloaded. */
+ * OpenMP lacks five things that callers need. A call waits only for threads that have begun a task, not for one that is
+ * slow to wake. If the system gives no thread, the caller computes alone, and the process does not end. A child made by
+ * fork has threads again, whatever libraries its parent used. All callers share one set of threads. And the threads can
+ * be stopped before the code of the library is unloaded. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <limits.h>
@@ -18,37 +19,37 @@
 #include "cpu/cpus.h"
 #include "common/internal.h"
 
-/* More threads are never of use: results do not depend on their number, and speed does not beyond that of the CPUs. */
+/* More threads are useless: results do not depend on their number, and no more threads than CPUs run at a time. */
 enum { MOST_THREADS = 1024, MOST_THREADS_PER_CPU = 4 };
 enum { STACK_BYTES = 2 << 20 };
-/* Waiting threads look for this long before they sleep: stages follow each other, and a sleeper takes longer to wake. */
+/* Threads spin for this long before they sleep: the next stage comes soon, and a sleeping thread takes long to wake. */
 enum { SPIN_NANOSECONDS = 20000 };
 enum { SECONDS_BETWEEN_ATTEMPTS = 1 };
 
-/* A loop, on the stack of its caller. */
+/* A loop. It lies on the stack of its caller. */
 struct job {
   struct job *next;
   dsa_task task;
   void *arg;
   int64_t count;
   _Atomic int64_t index; /* of the next task */
-  int places;            /* how many more threads may join; with the mutex held */
-  atomic_int inside;     /* how many have joined and are at it; changed with the mutex held */
+  int places;            /* how many more threads may join; needs the mutex */
+  atomic_int inside;     /* how many threads have joined and not left; changed only with the mutex */
   pthread_cond_t left;
 };
 
 struct pool {
   pthread_mutex_t mutex;
   pthread_cond_t posted;
-  struct job *jobs;  /* those with places, the oldest first */
+  struct job *jobs;  /* jobs that have places, the oldest first */
   atomic_int places; /* of all jobs */
-  int busy;          /* threads in jobs */
+  int busy;          /* threads that work on jobs */
   int spinning, idle;
   int threads;
   int stopping;
   int cpus; /* of the process; 0: not known yet */
   pid_t process;
-  time_t next_attempt; /* to make a thread, after one has failed */
+  time_t next_attempt; /* when to try to start a thread again, after a failure */
 };
 
 #define EMPTY_POOL {.mutex = PTHREAD_MUTEX_INITIALIZER, .posted = PTHREAD_COND_INITIALIZER}
@@ -59,7 +60,7 @@ static atomic_int process_threads; /* what dsa_tvm_set_num_threads set */
 static atomic_int usable_cpus;     /* 0: not known yet */
 static int threads_set, threads_limit = MOST_THREADS; /* by OMP_NUM_THREADS and OMP_THREAD_LIMIT */
 
-/* A child has none of its parent's threads, and perhaps a mutex that one of them holds. It begins again. */
+/* A child has no threads of its parent, and the mutex may be locked by one of them. So it starts afresh. */
 static void after_fork_in_child(void) {
   pool = (struct pool)EMPTY_POOL;
   pool.process = getpid();
@@ -72,7 +73,7 @@ int dsa_process_cpus(void) {
   return cpus;
 }
 
-/* The number at the start of an environment variable, such as 4 of "4,2"; `otherwise` where there is none. */
+/* The number at the start of an environment variable, such as 4 in "4,2"; `otherwise` if there is none. */
 static int from_environment(const char *name, int otherwise) {
   const char *text = getenv(name);
   char *end;
@@ -82,7 +83,7 @@ static int from_environment(const char *name, int otherwise) {
   return *end && *end != ',' ? otherwise : value < MOST_THREADS ? (int)value : MOST_THREADS;
 }
 
-/* The environment is read now, not in a call: another thread of the program may be changing it then. */
+/* Read the environment at load time: during a call, another thread of the program may be changing it. */
 __attribute__((constructor)) static void begin(void) {
   pool.process = getpid();
   pthread_atfork(NULL, NULL, after_fork_in_child);
@@ -117,7 +118,7 @@ static void pause_briefly(void) {
 #endif
 }
 
-/* Waits a while for a number to be zero, or not to be. */
+/* Spins while a number is zero (or is not zero), but not for long. */
 static void spin_while(atomic_int *number, int zero) {
   int64_t end = nanoseconds() + SPIN_NANOSECONDS;
   while ((atomic_load_explicit(number, memory_order_relaxed) == 0) == zero) {
@@ -173,7 +174,7 @@ static void *work(void *unused) {
   return NULL;
 }
 
-/* The first thread that calls may be bound to one CPU; what it starts must not be. */
+/* The calling thread may be bound to one CPU. The threads that it starts must not be. */
 static void use_all_cpus(pthread_attr_t *attr) {
   cpu_set_t mine, all;
   if (sched_getaffinity(0, sizeof mine, &mine) || sched_getaffinity(getpid(), sizeof all, &all)) return;
@@ -186,20 +187,20 @@ static int start_thread(pthread_t *handle) {
   sigset_t blocked, before;
   if (pthread_attr_init(&attr)) return ENOMEM;
   use_all_cpus(&attr);
-  /* The program's signals are for its own threads. */
+  /* Signals to the program are for its own threads. */
   sigfillset(&blocked);
   for (size_t i = 0; i < sizeof own / sizeof own[0]; i++) sigdelset(&blocked, own[i]);
   pthread_sigmask(SIG_SETMASK, &blocked, &before);
   pthread_attr_setstacksize(&attr, STACK_BYTES);
   int error = pthread_create(handle, &attr, work, NULL);
-  /* EINVAL: a stack is too small for the thread-local data of this program, or a CPU has gone. */
+  /* EINVAL: the stack is too small for the thread-local data of this program, or a CPU has gone offline. */
   if (error == EINVAL) error = pthread_create(handle, NULL, work, NULL);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   pthread_attr_destroy(&attr);
   return error;
 }
 
-/* Makes as many threads as the jobs have places for, as far as there are CPUs for them. */
+/* Starts threads for the free places of all jobs, but not more than there are CPUs. */
 static void grow(int wanted_by_this_job) {
   int most = pool.cpus - 1, asked = wanted_by_this_job;
   if (asked > MOST_THREADS_PER_CPU * pool.cpus) asked = MOST_THREADS_PER_CPU * pool.cpus;
@@ -212,7 +213,7 @@ static void grow(int wanted_by_this_job) {
   if (now < pool.next_attempt) return;
   while (pool.threads < wanted) {
     if (start_thread(&handles[pool.threads])) {
-      /* No memory, or a limit on processes. Those that there are do the work, in the worst case the caller alone. */
+      /* There is no memory, or a limit on processes. The threads that exist do the work, perhaps the caller alone. */
       pool.next_attempt = now + SECONDS_BETWEEN_ATTEMPTS;
       return;
     }
@@ -237,7 +238,7 @@ static void post(struct job *job) {
 
 static void pool_for(void *state, int threads, int64_t count, dsa_task task, void *arg) {
   (void)state;
-  /* pthread_atfork is not told of a child that a bare clone made. */
+  /* A child made by a bare clone does not run the handlers of pthread_atfork. */
   if (pool.process != getpid()) {
     for (int64_t i = 0; i < count; i++) task(arg, i);
     return;
@@ -248,7 +249,7 @@ static void pool_for(void *state, int threads, int64_t count, dsa_task task, voi
                     .places = (int)(count < threads ? count : threads) - 1,
                     .left = PTHREAD_COND_INITIALIZER};
   int cancelling;
-  /* Others work on what is on this thread's stack. */
+  /* Other threads use the job on the stack of this one, so it must not be cancelled. */
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancelling);
   pthread_mutex_lock(&pool.mutex);
   post(&job);

@@ -1,4 +1,4 @@
-/* The part of the CUDA driver's C interface that is used here, declared so that a build needs no CUDA header. */
+/* Declares the part of the CUDA driver's C interface that is used here, so that a build needs no CUDA header. */
 #ifndef DSA_TVM_CUDA_ABI_H_
 #define DSA_TVM_CUDA_ABI_H_
 
@@ -14,7 +14,7 @@ typedef struct CUfunc_st *cu_function;
 typedef struct CUstream_st *cu_stream;
 typedef struct CUmemPoolHandle_st *cu_memory_pool;
 
-/* CUtensorMap: what a bulk copy reads. */
+/* CUtensorMap, which bulk copies read. */
 struct cuda_tensor_map {
   _Alignas(64) uint64_t opaque[16];
 };
@@ -24,7 +24,7 @@ struct cuda_pool_properties {
   int allocation, handles;
   int location, ordinal;
   void *security;
-  size_t most_bytes; /* 0: as much as there is */
+  size_t most_bytes; /* 0: no limit */
   uint8_t reserved[56];
 };
 
@@ -60,7 +60,7 @@ enum {
   CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
 };
 
-/* Every entry point with its parameters; _v2 where the plain name is an older interface. */
+/* Every entry point with its parameters. The plain name of those with _v2 is an older interface. */
 #define DSA_CUDA_DRIVER(X)                                                                                          \
   X(cuInit, (unsigned flags))                                                                                       \
   X(cuDriverGetVersion, (int *version))                                                                             \

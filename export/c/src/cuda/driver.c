@@ -11,9 +11,9 @@ struct cuda_driver dsa_cu;
 
 static char unavailable[512];
 static int found_devices;
-/* Whether that is for good. A GPU that is out of memory, or a system that is still starting, may be ready later. */
+/* Whether this is final. A GPU that is out of memory, or a system that is still starting, may be ready later. */
 static int settled;
-static atomic_int found_in; /* the process that started it */
+static atomic_int found_in; /* the process that started the driver */
 static pthread_mutex_t finding = PTHREAD_MUTEX_INITIALIZER;
 
 const char *dsa_cuda_error(cu_result error) {
@@ -55,7 +55,7 @@ static void find_driver(void) {
 
 const char *dsa_cuda_find_driver(int *num_devices) {
   static _Thread_local char words[sizeof unavailable];
-  /* Of a fork the driver itself only says that it is not initialized. Nothing is locked: who held it is not here. */
+  /* After a fork the driver only says that it is not initialized. Take no lock: its holder may be missing here. */
   if (found_in && found_in != getpid())
     return unavailable[0] ? unavailable
                           : "the CUDA driver was first used before this process was forked and does not work here; "

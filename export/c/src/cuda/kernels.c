@@ -1,4 +1,4 @@
-/* The GPUs: what each is, its kernels in memory, and their launches. */
+/* GPUs: finds their properties, loads kernels, and launches them. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,19 +18,19 @@ const char *dsa_tvm_cuda_archs(void) {
   return text;
 }
 
-/* A device, and what it has of its set's kernels. */
+/* A device, and its kernels. */
 static struct device {
   struct cuda_device properties;
   cu_device handle;
   cu_context primary;
-  const cu_kernel *kernels; /* its set's; NULL until they are ready here */
-  int *resident;            /* blocks that a multiprocessor has threads and registers for, by kernel */
-  char refusal[256];        /* why this library has no kernels for it: it never will */
+  const cu_kernel *kernels; /* those of its set; NULL until they are ready on this device */
+  int *resident;            /* by kernel: blocks for which a multiprocessor has threads and registers */
+  char refusal[256];        /* why this library can never run on it; "" if it can */
 } devices[MAX_DEVICES];
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* A set's kernels in memory. Their handles are valid in every context, so that all devices of a set share them: with
- * CUDA_MODULE_LOADING=EAGER the driver copies each library to every context that there is. */
+/* The loaded kernels of a set. Their handles are valid in every context, so all devices of a set share them. With
+ * CUDA_MODULE_LOADING=EAGER the driver copies each library to every context, so it must be loaded only once. */
 struct loaded {
   int num_libraries;
   cu_library *libraries;
@@ -38,8 +38,8 @@ struct loaded {
 };
 static struct loaded *loaded; /* by set */
 
-/* By the driver's own rule: machine code runs on its architecture and on later ones of the same generation, unless it is
- * for that architecture alone. GPUs of Tegra run no other architecture's, and no others run theirs. */
+/* The driver's rule: machine code runs on its architecture and on later ones of the same generation, unless it is for
+ * that architecture alone. Tegra GPUs run only code for their own architecture, and no other GPU runs theirs. */
 static int is_tegra(int number) {
   for (const int *tegra = dsa_cuda_tegra; *tegra; tegra++)
     if (*tegra == number) return 1;
@@ -50,7 +50,7 @@ static int runs_on(const struct cuda_arch *arch, int capability) {
   return arch->number / 10 == capability / 10 && arch->number <= capability;
 }
 
-/* What is made for a GPU alone is preferred; where no machine code runs, what the driver compiles. */
+/* Code for exactly this GPU is preferred. If no machine code runs on it, a set with PTX is taken. */
 static const struct cuda_set *set_for(int capability) {
   const struct cuda_set *found = NULL;
   int best = 0;
@@ -80,7 +80,7 @@ static cu_result find_properties(struct device *d, int ordinal) {
   return error;
 }
 
-/* The caller's own context, if it is on that device. */
+/* Makes a context of the device current, unless the caller's context is one already. */
 static cu_result enter(const struct device *d, int *pushed) {
   cu_context context = NULL;
   cu_device current;
@@ -119,14 +119,14 @@ static cu_result load(struct loaded *l, const struct cuda_set *set) {
   return error;
 }
 
-/* In the current context, which is one of the device. */
+/* Prepares the kernels in the current context, which is on the device. */
 static cu_result ready_kernels(const struct device *d, const struct loaded *l, int *resident) {
   const struct cuda_device *p = &d->properties;
   cu_result error = 0;
   for (int k = 0; k < dsa_num_cuda_kernels && !error; k++) {
     cu_function function;
     if (!l->kernels[k]) continue;
-    /* Load eagerly: lazy loading at the first launch would break a capture. */
+    /* Load eagerly: lazy loading at the first launch would break stream capture. */
     error = dsa_cu.cuKernelGetFunction(&function, l->kernels[k]);
     if (!error)
       error = dsa_cu.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, p->shared_bytes,
@@ -143,7 +143,7 @@ static int is_in_use(const struct loaded *l) {
   return 0;
 }
 
-/* Everything or nothing: a call that fails here leaves no memory of the GPU taken, however often it is repeated. */
+/* All or nothing: a failure here leaves no GPU memory allocated, however often the call is repeated. */
 static cu_result load_kernels(struct device *d) {
   if (!loaded) loaded = calloc((size_t)dsa_num_cuda_sets, sizeof *loaded);
   int *resident = calloc((size_t)dsa_num_cuda_kernels, sizeof *resident);
@@ -164,15 +164,15 @@ static cu_result load_kernels(struct device *d) {
   return 0;
 }
 
-/* Whether an error says that this driver and these kernels do not fit, so that trying again is of no use. Others pass:
- * a GPU that is out of memory, or that another kernel has broken a context of. */
+/* Whether an error says that this driver can never load these kernels. Other errors may pass: a GPU that is out of
+ * memory, or a context that another kernel has broken. */
 static int is_lasting(cu_result error) {
   return error == CU_INVALID_IMAGE || error == CU_NO_BINARY_FOR_GPU || error == CU_INVALID_PTX ||
          error == CU_JIT_COMPILER_NOT_FOUND || error == CU_UNSUPPORTED_PTX_VERSION ||
          error == CU_JIT_COMPILATION_DISABLED || error == CU_NOT_FOUND || error == CU_NOT_SUPPORTED;
 }
 
-/* A driver runs what nvcc of its own major version made, and of earlier ones. */
+/* A driver runs the code of nvcc of its own major version and of earlier ones. */
 static void explain(char *words, size_t size, int ordinal, cu_result error) {
   int driver = 0;
   int used = snprintf(words, size, "the kernels do not load on CUDA device %d: %s", ordinal, dsa_cuda_error(error));
@@ -182,7 +182,7 @@ static void explain(char *words, size_t size, int ordinal, cu_result error) {
              driver % 1000 / 10, dsa_cuda_toolkit / 1000, dsa_cuda_toolkit % 1000 / 10);
 }
 
-/* What the first call for a device does. The caller may be capturing already: this is no part of its graph. */
+/* Prepares a device at its first call. The caller may be capturing a graph, which this must not become part of. */
 static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
   if (d->refusal[0]) return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, d->refusal);
   cu_result error = find_properties(d, ordinal);
@@ -202,7 +202,7 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
     if (!error) error = enter(d, &pushed);
     if (!error) error = load_kernels(d);
     if (pushed) dsa_cu.cuCtxPopCurrent_v2(&context);
-    /* A context that nobody else uses takes hundreds of megabytes. */
+    /* Release it: a context takes hundreds of megabytes. */
     if (error && d->primary) dsa_cu.cuDevicePrimaryCtxRelease_v2(d->handle);
     dsa_cu.cuThreadExchangeStreamCaptureMode(&mode);
   }
@@ -253,7 +253,7 @@ static int serves(const struct cuda_kernel *kernel, const struct cuda_call *call
   return 1;
 }
 
-/* The number of the kernel that serves the call; -1 where there is none. */
+/* The number of the kernel that serves the call; -1 if there is none. */
 static int find_kernel(const struct cuda_call *call, int first, int count) {
   for (int k = first; k < first + count; k++)
     if (call->device->set->shapes[k].threads && serves(&dsa_cuda_kernels[k], call)) return k;
@@ -289,7 +289,7 @@ dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int coun
     return dsa_fail(DSA_TVM_INTERNAL, "%s: %s: no launch of %lld x %lld blocks with %lld of %d bytes of shared memory",
                     op, name, (long long)grid_x, (long long)grid_y, (long long)dynamic_bytes,
                     call->device->shared_bytes);
-  /* A kernel's handle is accepted in a function's place: the driver finds its function in the current context. */
+  /* The driver accepts the handle of a kernel for a function, and finds the function in the current context. */
   cu_result error = dsa_cu.cuLaunchKernel((cu_function)devices[call->call->device_id].kernels[k], (unsigned)grid_x,
                                       (unsigned)grid_y, 1, (unsigned)shape->threads, 1, 1, (unsigned)dynamic_bytes,
                                       (cu_stream)call->stream, args, NULL);

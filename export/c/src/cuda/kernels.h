@@ -1,41 +1,41 @@
-/* CUDA kernels in the library, and how a call on a GPU launches them. */
+/* The CUDA kernels of the library, and the state of a call on a GPU. */
 #ifndef DSA_TVM_CUDA_H_
 #define DSA_TVM_CUDA_H_
 
 #include "cuda/abi.h"
 #include "common/internal.h"
 
-/* A kernel as every set has it. A stage of an operator has one for each choice of element types and of the lengths that
- * its code is made for; what a kernel leaves open is -1. */
+/* A kernel, which all sets have. A stage of an operator has one for each choice of element types and of the lengths
+ * that are constants in its code. -1 stands for what the kernel leaves open. */
 enum { MAX_SIZES = 3 };
 struct cuda_kernel {
   const char *name;
   int image;
-  int aligned; /* takes tensors at multiples of 16 bytes only */
+  int aligned; /* it needs tensors at multiples of 16 bytes */
   int8_t types[MAX_TYPE_VARS];
   struct {
     int dim;
     int64_t length;
-    int at_most; /* otherwise that length */
+    int at_most; /* whether smaller lengths are served too */
   } sizes[MAX_SIZES];
 };
 
-/* What the launching code must know of each operator's decisions. */
+/* The decisions of each operator that a launch depends on. */
 struct cuda_lightning_indexer {
   int block_keys, queries;
-  int key_bytes, group, group_bytes; /* shared memory: of the keys, and of each group of so many heads */
-  int heads, box_queries, span;      /* of tensor maps: heads and queries of a box, bytes of its rows */
+  int key_bytes, group, group_bytes; /* shared memory for keys, and for each group of `group` heads */
+  int heads, box_queries, span;      /* for tensor maps: heads and queries of a box, and bytes of its rows */
 };
 struct cuda_topk {
   int list_factor, list_min, list_max, selector_bytes;
 };
 struct cuda_sparse_mla {
   int heads, block_keys;
-  int split_keys, stats; /* the fewest keys of a part, and the numbers that it leaves for each head beside its sums */
+  int split_keys, stats; /* the fewest keys of a part; the numbers it leaves for each head besides its sums */
 };
 
 struct cuda_write_rows {
-  int copy_bytes, rows; /* of a block */
+  int copy_bytes, rows; /* for one block */
 };
 
 struct cuda_shape {
@@ -51,13 +51,13 @@ struct cuda_shape {
 
 struct cuda_arch {
   int number; /* 90 for sm_90 and sm_90a */
-  int exact;  /* sm_90a: its code runs on no later one */
+  int exact;  /* for sm_90a: its code runs on no later architecture */
 };
 
-/* The kernels for some architectures, made with the same decisions. An image is the fatbin of one operator. */
+/* Kernels for some architectures that have the same decisions. An image is the fatbin of one operator. */
 struct cuda_set {
-  const struct cuda_arch *archs; /* those that it has machine code for, and one with number 0 behind */
-  int ptx;          /* from which on the driver can compile it itself; 0: it cannot */
+  const struct cuda_arch *archs; /* those with machine code; ends with the number 0 */
+  int ptx; /* the first capability for which the driver can compile the PTX; 0: there is no PTX */
   const char *const *images;
   const struct cuda_shape *shapes; /* by kernel */
 };
@@ -73,12 +73,12 @@ extern const int dsa_cuda_system_shared; /* bytes that the system takes of a mul
 enum { MAX_DEVICES = 64 };
 struct cuda_device {
   int multiprocessors, capability; /* 90 for 9.0 */
-  int shared_bytes;                /* the most that a block may have; a multiprocessor has dsa_cuda_system_shared more */
+  int shared_bytes;                /* the most for a block; a multiprocessor has dsa_cuda_system_shared more */
   const struct cuda_set *set;
 };
 
-/* A contiguous array at a multiple of 16 bytes, innermost length first, as bulk copies take it: boxes of it are copied to
- * shared memory, rows of 32, 64 or 128 bytes swizzled. */
+/* A contiguous array at a multiple of 16 bytes for bulk copies, with its innermost length first. Boxes of it are copied
+ * to shared memory, where their rows of 32, 64 or 128 bytes are swizzled. */
 struct cuda_boxes {
   const void *data;
   int element_bytes, rank; /* 1 or 2; 2 or 3 */
@@ -90,17 +90,17 @@ struct cuda_encoded {
   struct cuda_tensor_map map;
 };
 
-/* A call while it is enqueued. */
+/* A call that is being enqueued. */
 struct cuda_call {
   const struct dsa_call *call;
   const struct cuda_device *device;
   void *stream;
   char *workspace;
-  uint64_t used, peak; /* bytes of the workspace: taken now, and at most */
-  int measuring;       /* only the peak is asked for */
-  int aligned;         /* all inputs of bytes, and of the types that a call may choose, are at multiples of 16 bytes */
+  uint64_t used, peak; /* bytes of the workspace: in use now, and the most so far */
+  int measuring;       /* only find the peak, and launch nothing */
+  int aligned;         /* all inputs of bytes or of a variable type are at multiples of 16 bytes */
   int pushed;
-  struct cuda_encoded queries, keys; /* the latest tensor maps: groups of queries share them */
+  struct cuda_encoded queries, keys; /* the latest tensor maps, which groups of queries share */
 };
 
 /* kernels.c: makes a context of the call's device current: the caller's, where it has one on that device, else the primary
@@ -115,7 +115,7 @@ void dsa_cuda_end(struct cuda_call *call);
  * dsa_launch_<op>_<stage>, call these. */
 enum { MOST_SHARED = -1 }; /* for dynamic_bytes: what the kernel's shape says */
 dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call); /* the error for that */
-/* How many blocks of a kernel with so much shared memory a multiprocessor has at a time. */
+/* How many blocks of a kernel, with this much shared memory each, a multiprocessor holds at a time. */
 int dsa_cuda_resident(const struct cuda_call *call, const struct cuda_shape *shape, int64_t shared_bytes);
 const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count);
 dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,

@@ -48,7 +48,7 @@ static dsa_tvm_status run_topk(struct cuda_call *c) {
   return dsa_cuda_select(c, &s);
 }
 
-/* Queries [m0, m1): both, for a group of them at a time. The first row's indices go to `indices`. */
+/* Scoring and selection of queries [m0, m1), for a group of them at a time. The first row goes to `indices`. */
 static dsa_tvm_status index_rows(struct cuda_call *c, struct cuda_scoring s, int64_t m0, int64_t m1, void *indices) {
   int64_t topk = c->call->dim[DIM_TOPK], group = group_of(m1 - m0, 4 * s.s_kv, LOGIT_BYTES);
   uint64_t before = c->used;
@@ -145,7 +145,7 @@ static dsa_tvm_status run_dsa_attention(struct cuda_call *c) {
   return status;
 }
 
-/* Each runs twice: first it tells what it takes of the workspace, and then it launches. */
+/* Each function runs twice: first it finds how much workspace it needs, then it launches. */
 static dsa_tvm_status (*const run[NUM_OPS])(struct cuda_call *) = {
     [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
     [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
@@ -169,7 +169,7 @@ static dsa_tvm_status measure(struct cuda_call *c) {
 
 dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) {
   *bytes = 0;
-  /* What it tells holds for tensors of these shapes wherever they are. */
+  /* The size must suffice for tensors of these shapes at any address. */
   for (int aligned = 0; aligned < 2; aligned++) {
     struct cuda_call c = {.call = call, .aligned = aligned};
     dsa_tvm_status status = measure(&c);

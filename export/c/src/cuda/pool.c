@@ -8,8 +8,8 @@
 static cu_memory_pool pools[MAX_DEVICES];
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* A pool of our own: it keeps what it has, where the device's default one, which is others' too, gives back what is free
- * whenever somebody waits for the GPU. */
+/* Makes a pool of our own, which keeps its memory. The default pool of the device is shared with others, and releases
+ * free memory whenever somebody waits for the GPU. */
 static cu_result make_pool(int ordinal, cu_memory_pool *made) {
   struct cuda_pool_properties properties = {
       .allocation = CU_MEM_ALLOCATION_TYPE_PINNED, .location = CU_MEM_LOCATION_TYPE_DEVICE, .ordinal = ordinal};

@@ -4,11 +4,11 @@
 #include "cuda/workspace.h"
 #include "cuda_launch.h"
 
-/* Blocks for each multiprocessor that a launch for many queries is cut for: those that see fewer keys leave room for
- * others. One for few queries is cut for as many as there is room for: each has its keys on their way all the time. */
+/* A launch for many queries is cut into this many blocks for each multiprocessor, because blocks that see fewer keys
+ * leave room for others. A launch for few queries is cut into as many blocks as fit, which all load keys at a time. */
 enum { BLOCKS_PER_MULTIPROCESSOR = 8, FEWEST_TILES = 4 };
 
-/* How rows of queries and tiles of keys are cut into blocks. */
+/* A cut of the rows of queries and the tiles of keys into blocks. */
 struct cut {
   int64_t blocks, runs, run_tiles;
 };
@@ -32,8 +32,8 @@ static struct cut cut_for_few(const struct cuda_call *c, const struct cuda_scori
   return cut_of(s, &shape->of.lightning_indexer, (resident ? resident : 1) * c->device->multiprocessors, 1);
 }
 
-/* Blocks with many queries read the keys fewer times, but there must be enough of them, and queries for half of one. A
- * library that is made for tuning launches the stage that is tuned, on whatever GPU. */
+/* Blocks with many queries read the keys fewer times. They are used if there are enough of them for the GPU, and enough
+ * queries to fill half a block. A library that is made for tuning launches the stage that is tuned, on any GPU. */
 static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_indexer *many, int64_t processors) {
 #ifdef DSA_TUNED_FOR_FEW
   return (void)s, (void)many, (void)processors, DSA_TUNED_FOR_FEW;
@@ -43,7 +43,7 @@ static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_ind
          divide_up(queries, many->queries) * divide_up(tiles, FEWEST_TILES) < 2 * processors;
 }
 
-/* A launch of a stage of the indexer, all of which take the same but for queries and keys. */
+/* Launches a stage of the indexer. All stages take the same arguments, except for queries and keys. */
 #define SCORE(stage, shared_bytes, queries, keys)                                                             \
   dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, shared_bytes, queries, keys, s->weights,      \
                                        s->ks, s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx,       \
@@ -55,8 +55,8 @@ static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_sco
                                       const struct cuda_shape *shape, int few) {
   const struct cuda_lightning_indexer *kernel = &shape->of.lightning_indexer;
   int width = c->call->in[0].dtype.bits / 8, d_idx = (int)c->call->dim[DIM_D_IDX], box = kernel->span / width;
-  /* All queries of the call, so that the map serves every group of them. What a block copies of the next group's, it
-   * does not store. */
+  /* The map has all queries of the call, so it serves every group of them. A block may copy queries of the next group,
+   * but it does not store their logits. */
   int64_t s_q = c->call->dim[DIM_S_Q];
   struct cuda_boxes q = {s->q, width, 3, {d_idx, s->h_idx, s_q}, {box, kernel->heads, kernel->box_queries}};
   struct cuda_boxes k = {s->k, width, 2, {d_idx, s->s_kv}, {box, kernel->block_keys}};
@@ -90,8 +90,8 @@ dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s)
 }
 #undef SCORE
 
-/* A block for each row leaves multiprocessors idle where the rows are few. The merge reads topk keys of every part, so
- * that parts pay until they are about as long as all that it reads. */
+/* With few rows, one block for each row leaves multiprocessors idle, so rows are cut into parts. The merge reads topk
+ * keys of every part. So more parts pay until a part is about as long as all that the merge reads. */
 enum { LONG_ROW = 16384, MOST_PARTS = 64 };
 static int64_t parts_of(const struct cuda_selection *s, const struct cuda_device *device) {
   int64_t parts = 1;
@@ -127,9 +127,9 @@ dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection 
                                parts * s->topk, s->topk, capacity, s->rows, 1);
 }
 
-/* The keys that a block takes. A block for each group of heads of each query may leave multiprocessors idle, all the time
- * or in the last round; cutting the keys into parts spreads the work. What a part costs beside its keys, for its sums are
- * written and read once more, counts as the fewest keys that a part is cut for. */
+/* How many keys a block takes. One block for each group of heads of each query may leave multiprocessors idle, always
+ * or in the last round. Cutting the keys into parts spreads the work. A part also costs time for writing and reading
+ * its sums once more, which is counted as `split_keys` keys, the fewest keys of a part. */
 static int64_t part_keys_of(int64_t topk, int64_t blocks, const struct cuda_sparse_mla *cut, int64_t processors) {
   int64_t chosen = divide_up(topk, cut->block_keys) * cut->block_keys;
   int64_t least = divide_up(blocks, processors) * chosen, most = blocks ? divide_up(2 * processors, blocks) : 1;
@@ -145,7 +145,7 @@ static int64_t part_keys_of(int64_t topk, int64_t blocks, const struct cuda_spar
   return chosen;
 }
 
-/* The launches of the attention, to rows as they are and to packed ones. */
+/* Launches the attention, over plain rows or packed rows. */
 #define ATTEND(op)                                                                                                   \
   dsa_launch_##op##_attend(c, blocks, parts, MOST_SHARED, a->q, a->kv, a->indices, a->sink, a->length, a->out,       \
                            a->max_logits, a->lse, sums, stats, a->rows, a->s_kv, a->h_q, a->topk, parts, keys,       \

@@ -1,11 +1,11 @@
-/* The stages that the operators on a GPU are made of. Each takes what it needs of the workspace, and then launches its
- * kernels unless the call is only being measured. */
+/* The stages that make up the operators on a GPU. Each takes what it needs from the workspace, and then launches its
+ * kernels, unless the call is only being measured. */
 #ifndef DSA_TVM_CUDA_STAGES_H_
 #define DSA_TVM_CUDA_STAGES_H_
 
 #include "cuda/kernels.h"
 
-/* Scoring: queries [m0, m1), whose logits are written from the pointer on. */
+/* Scoring: queries [m0, m1). The logits of query m0 go to the address `logits`. */
 struct cuda_scoring {
   const void *q, *k, *weights, *ks, *ke, *k_scale;
   void *logits;
@@ -15,7 +15,7 @@ struct cuda_scoring {
 };
 dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s);
 
-/* Selection: rows of logits, the first of them and of everything else at the pointers, and where their indices go. */
+/* Selection of rows. All pointers are to the first row. */
 struct cuda_selection {
   const void *logits, *ks, *ke;
   void *indices;
@@ -23,7 +23,7 @@ struct cuda_selection {
 };
 dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection *s);
 
-/* Attention: the first of the queries, and of everything that belongs to them, at the pointers. */
+/* Attention of queries. All pointers are to the first query and what belongs to it. */
 struct cuda_attention {
   const void *q, *kv, *indices, *sink, *length;
   void *out, *max_logits, *lse;
@@ -33,7 +33,7 @@ struct cuda_attention {
 };
 dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a);
 
-/* New rows of a cache, which is copied first where `out` is not the cache itself. */
+/* Writes new rows into a cache, which is copied first unless `out` is the cache itself. */
 struct cuda_writing {
   const void *cache, *rows, *positions;
   void *out;

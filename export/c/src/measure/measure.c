@@ -1,5 +1,5 @@
-/* The door of a library made for measuring: one operator, with the default kernels and a candidate's, for TVM's runtime
- * to call on this machine or through its RPC on another. */
+/* The entry points of a library that is made for measuring. It has one operator, with the default kernels and those of
+ * a candidate. TVM's runtime calls it, on this machine or through RPC on another. */
 #include <time.h>
 
 #include "common/internal.h"
@@ -10,18 +10,18 @@
 enum { TVM_OBJECT_HEADER = 24 }; /* bytes before the DLTensor of a tensor object */
 enum { MOST_MILLISECONDS = 60000 };
 
-/* TVM's own: the process that calls us has it. Weak, so that the linker can find whatever else is missing. */
+/* A function of TVM, which the calling process has. Weak, so that the linker still reports other missing symbols. */
 void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) __attribute__((weak));
 
 static const struct op_spec *const op = &dsa_ops[MEASURED_OP];
 
-/* Which kernel set the calling thread asked for. */
+/* The kernel set that the calling thread asked for. */
 static _Thread_local int64_t chosen;
 
 const struct kernel_set *dsa_kernels(void) { return &dsa_kernel_sets[chosen]; }
 
-/* TVM unloads a library with the last reference to it: idle threads would be without code. At the end of a process, where
- * this runs too, a kernel that hangs must not be waited for. */
+/* TVM unloads a library with the last reference to it, and then idle threads would have no code to run. This runs at
+ * the end of a process too, so it must not wait for ever for a kernel that hangs. */
 __attribute__((destructor)) static void stop_threads(void) { dsa_stop_threads(1); }
 
 static double seconds_now(void) {
@@ -56,7 +56,7 @@ static dsa_tvm_status read_attr(const struct tvm_any *any, const struct attr_spe
   return DSA_TVM_OK;
 }
 
-/* None is a null pointer, which the checks take for an optional input that was left out. */
+/* None becomes a null pointer, which stands for an optional input that is left out. */
 static dsa_tvm_status read_tensor(const struct tvm_any *any, const char *name, dsa_tvm_tensor **tensor) {
   *tensor = NULL;
   if (any->type_index == TVM_TENSOR_POINTER)
@@ -68,7 +68,7 @@ static dsa_tvm_status read_tensor(const struct tvm_any *any, const char *name, d
   return DSA_TVM_OK;
 }
 
-/* The operator as any caller gets it: its arguments are read, checked and computed on. */
+/* Runs the operator as for any other caller: reads the arguments, checks them, and computes. */
 static dsa_tvm_status run(const struct tvm_any *args, int32_t threads) {
   dsa_tvm_tensor *inputs[MAX_INPUTS], *outputs[MAX_OUTPUTS];
   dsa_tvm_attr attrs[MAX_ATTRS];
@@ -87,7 +87,7 @@ static dsa_tvm_status run(const struct tvm_any *args, int32_t threads) {
   return dsa_run(&call, &executor);
 }
 
-/* (which set, number of threads, ...): what both ways to call begin with; `given` is how many are left. */
+/* Reads the first arguments of `call` and `time`: which set, and how many threads. `given` counts all arguments. */
 static dsa_tvm_status read_head(const struct tvm_any *args, int32_t given, int32_t head, int64_t *threads) {
   int32_t expected = head + op->num_inputs + op->num_attrs + op->num_outputs;
   if (given != expected)

@@ -1,5 +1,5 @@
-/* The arithmetic limit of the machine: multiply-adds in registers, as wide as the target's vectors. Compiled for the
- * target, unlike the other C files. */
+/* Measures the arithmetic limit of the machine with multiply-adds in registers. Unlike the other C files, this one is
+ * compiled for the target, so its vectors are as wide as the target's. */
 #include <stdint.h>
 #include <time.h>
 
@@ -18,7 +18,7 @@ enum { VECTOR_BYTES = 16, CHAINS = 12 };
 typedef float vector __attribute__((vector_size(VECTOR_BYTES)));
 enum { LANES = VECTOR_BYTES / sizeof(float) };
 
-/* Enough independent chains to hide the latency of one, and few enough to stay in registers. */
+/* Enough independent chains to hide the latency of a multiply-add, and few enough to stay in registers. */
 static float chains(int64_t steps) {
   const vector factor = (vector){0} + 0.999f, term = (vector){0} + 0.001f;
   vector sum[CHAINS];
@@ -40,11 +40,11 @@ static double seconds_now(void) {
 }
 
 static void task(void *arg, int64_t index) {
-  volatile float sum = chains(*(int64_t *)arg); /* never looked at, and computed all the same */
+  volatile float sum = chains(*(int64_t *)arg); /* volatile: computed although nobody reads it */
   (void)sum, (void)index;
 }
 
-/* GFLOP/s of one round. */
+/* The GFLOP/s of one round. */
 static double rate(int threads, int64_t steps) {
   const struct dsa_executor executor = dsa_pool_executor(threads);
   double start = seconds_now();
@@ -54,7 +54,7 @@ static double rate(int threads, int64_t steps) {
 
 double dsa_peak(int threads, double seconds) {
   double start = seconds_now(), best = rate(1, 1 << 16);
-  /* A twentieth of the time: starting the threads does not count then, and some round is undisturbed. */
+  /* A round takes a twentieth of the time: long enough to start the threads, and some round is undisturbed. */
   int64_t steps = (int64_t)(best * seconds / (40e-9 * CHAINS * LANES)) + 1;
   while (seconds_now() - start < seconds) {
     double reached = rate(threads, steps);

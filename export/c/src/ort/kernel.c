@@ -1,4 +1,4 @@
-/* A node of ONNX Runtime: its attributes, its inputs and outputs as our tensors, the session's pool as an executor. */
+/* Runs a node of ONNX Runtime: reads its attributes, views its values as tensors, uses the session's threads. */
 #include <stdlib.h>
 
 #include "ort/ort.h"
@@ -11,7 +11,7 @@ OrtStatus *dsa_ort_status(const OrtApi *api, dsa_tvm_status status) {
   return status == DSA_TVM_OK ? NULL : api->CreateStatus(codes[status], dsa_tvm_last_error());
 }
 
-/* A node's kernel. */
+/* The kernel of a node. */
 struct kernel {
   const struct ort_runtime *runtime;
   const struct op_spec *spec;
@@ -37,7 +37,7 @@ static OrtStatus *read_attr(const OrtApi *api, const OrtKernelInfo *info, const 
 }
 
 OrtStatus *dsa_ort_create_kernel(const OrtCustomOp *self, const OrtApi *passed, const OrtKernelInfo *info, void **out) {
-  (void)passed; /* that of the operator's version, which lacks the newer slots */
+  (void)passed; /* the interface of the operator's version, which lacks newer functions */
   const struct ort_op *op = (const struct ort_op *)self;
   const OrtApi *api = op->runtime->api;
   *out = NULL;
@@ -68,7 +68,7 @@ static OrtStatus *read_shape(const struct ort_runtime *runtime, const OrtValue *
   if (status) return status;
   status = api->GetTensorElementType(info, type);
   if (!status) status = api->GetDimensionsCount(info, rank);
-  /* The check refuses a higher rank without looking at the shape. */
+  /* A higher rank is refused later, without a look at the shape. */
   if (!status && *rank <= MAX_NDIM) status = api->GetDimensions(info, buffer, *rank);
   api->ReleaseTensorTypeAndShapeInfo(info);
   *shape = buffer;
@@ -89,7 +89,7 @@ static dsa_tvm_tensor tensor_of(int onnx_type, const int64_t *shape, size_t rank
   return x;
 }
 
-/* Parallel loops on the session's pool. */
+/* Runs parallel loops on the threads of the session. */
 struct session_pool {
   const OrtApi *api;
   const OrtKernelContext *context;
@@ -109,17 +109,17 @@ static void session_for(void *state, int threads, int64_t count, dsa_task task, 
   (void)threads; /* the session decides */
   const struct session_pool *pool = state;
   struct loop loop = {task, arg};
-  /* 0 batches: threads take one task after the other, so that tasks of different lengths even out. */
+  /* With 0 batches, threads take one task after the other, which balances tasks of different lengths. */
   OrtStatus *status = pool->api->KernelContext_ParallelFor(pool->context, run_task, (size_t)count, 0, &loop);
   if (!status) return;
-  /* A pool that refuses work must not cost the result; a task that ran already may run again. */
+  /* If the pool refuses the work, do it here. Some tasks may run twice, which does no harm. */
   pool->api->ReleaseStatus(status);
   for (int64_t i = 0; i < count; i++) task(arg, i);
 }
 
 static struct dsa_executor session_executor(struct session_pool *pool) {
-  /* How work is cut must suit a pool whose size cannot be asked. No pool gains from more threads than this process has
-   * CPUs, and too many tasks cost little; OMP_NUM_THREADS, often 1 beside another pool, would give too few. */
+  /* The size of the pool is unknown, so cut the work for all CPUs of the process: too many tasks cost little.
+   * OMP_NUM_THREADS is often 1 beside another pool, which would give too few tasks. */
   struct dsa_executor executor = {dsa_process_cpus(), session_for, pool};
   return executor;
 }
@@ -173,7 +173,7 @@ OrtStatus *dsa_ort_compute(void *state, OrtKernelContext *context) {
     if ((status = api->GetTensorMutableData((OrtValue *)value, &tensors[i].data))) return status;
     inputs[i] = &tensors[i];
   }
-  /* Before there are outputs: a wrong shape must neither size one nor be hidden behind its allocation. */
+  /* Check the inputs before outputs are allocated: a wrong shape must be reported, and not size an output. */
   if ((status = dsa_ort_status(api, dsa_check_inputs(&call, inputs, kernel->attrs)))) return status;
   for (int i = 0; i < op->num_outputs; i++) {
     const struct tensor_spec *spec = &op->outputs[i];

@@ -1,4 +1,4 @@
-/* What the files of the ONNX Runtime door share. */
+/* Declarations that the files for ONNX Runtime share. */
 #ifndef DSA_TVM_ORT_H_
 #define DSA_TVM_ORT_H_
 
@@ -7,7 +7,7 @@
 
 enum { MINOR_WITH_BORROWED_SHAPES = 24 }; /* the newest interface asked for */
 
-/* One ONNX Runtime in the process, and what was registered with it. There may be several, of different versions. */
+/* One ONNX Runtime in the process, and what was registered with it. There may be several of different versions. */
 struct ort_runtime {
   const OrtApi *api;
   int minor; /* of its version 1.minor */

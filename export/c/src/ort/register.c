@@ -1,4 +1,4 @@
-/* The ONNX Runtime door: every operator in every choice of element types, registered in the domain ai.dsa. */
+/* The entry point for ONNX Runtime: registers every operator, for all its element types, in the domain ai.dsa. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,7 +29,7 @@ static OrtStatus *add_operators(struct ort_runtime *runtime) {
   return status;
 }
 
-/* One domain for each ONNX Runtime, whatever the number of sessions: sessions keep pointers into it. */
+/* One domain for each ONNX Runtime in the process. It is never freed, because sessions keep pointers into it. */
 static OrtStatus *domain_of(const OrtApi *api, int minor, OrtCustomOpDomain **domain) {
   static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
   static struct ort_runtime *runtimes;
@@ -58,15 +58,15 @@ static OrtStatus *domain_of(const OrtApi *api, int minor, OrtCustomOpDomain **do
   return status;
 }
 
-/* What SessionOptions.register_custom_ops_library calls. */
+/* SessionOptions.register_custom_ops_library calls this function. */
 DSA_TVM_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base);
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   int major = 0, minor = 0;
   const char *version = base->GetVersionString();
   sscanf(version, "%d.%d", &major, &minor);
-  /* The version is read first because asking for an interface that is too new prints a complaint. */
+  /* Read the version first: asking for an interface that is too new prints a warning. */
   const OrtApi *api = base->GetApi(1);
-  if (!api) return NULL; /* the interface is one of another major version: there is no way to say so */
+  if (!api) return NULL; /* another major version: there is no interface to report an error with */
   if (major != 1 || minor < OLDEST_MINOR) {
     dsa_fail(DSA_TVM_UNSUPPORTED, "dsa_tvm: expected ONNX Runtime 1.%d or a newer 1.x, got %s", OLDEST_MINOR, version);
     return dsa_ort_status(api, DSA_TVM_UNSUPPORTED);

@@ -1,7 +1,7 @@
 /* What ONNX Runtime knows of an operator before it runs: name, types, and shapes as far as a model fixes them. */
 #include "ort/ort.h"
 
-/* Up to 1.23, ONNX Runtime dereferences the missing type of an input left out before it calls a shape inference: it
+/* Before it calls a shape inference, ONNX Runtime up to 1.23 dereferences the type of an input that is left out. It
  * would crash while it loads such a model. */
 enum { MINOR_WITH_SAFE_INFERENCE = 24 };
 
@@ -46,14 +46,14 @@ static int one(const OrtCustomOp *op) {
   return 1;
 }
 
-/* A failed question costs a model the shapes that would have followed from its answer, not the model. */
+/* After a failed query the model lacks some inferred shapes, but it still runs. */
 static int ok(const OrtApi *api, OrtStatus *status) {
   if (status) api->ReleaseStatus(status);
   return !status;
 }
 
-/* What a model's inputs and attributes say. ONNX Runtime asks one of the variants for all of them, so that the element
- * types are to be found here as well. */
+/* What the inputs and attributes of a node tell. ONNX Runtime calls the inference of one variant for all variants, so
+ * the element types have to be found here too. */
 struct knowledge {
   struct length {
     int64_t value;      /* or -1, */
@@ -71,7 +71,7 @@ static void learn_from_input(const OrtApi *api, const OrtShapeInferContext *cont
   const char *symbols[MAX_NDIM];
   if (!ok(api, api->ShapeInferContext_GetInputTypeShape(context, i, &info)) || !info) return;
   if (spec->dtype < 0 && ok(api, api->GetTensorElementType(info, &type))) known->types[-1 - spec->dtype] = type;
-  /* Rank 0 also stands for an absent input and an unknown rank. A wrong rank is reported when the kernel runs. */
+  /* Rank 0 also means an absent input or an unknown rank. A wrong rank is reported when the kernel runs. */
   if (!ok(api, api->GetDimensionsCount(info, &rank)) || rank != (size_t)spec->ndim) return;
   if (!ok(api, api->GetDimensions(info, values, rank))) return;
   if (!ok(api, api->GetSymbolicDimensions(info, symbols, rank))) return;
@@ -105,7 +105,7 @@ static void set_output(const OrtApi *api, const OrtShapeInferContext *context, c
   if (!type) return;
   for (size_t j = 0; j < rank; j++) {
     const struct length *length = &known->lengths[spec->dims[j]];
-    /* There is no way to say "unknown", and a symbol of ours might be one of the model's with another meaning. */
+    /* The interface cannot express "unknown", and a new symbol might already have another meaning in the model. */
     if (length->value < 0 && !length->symbol) return;
     values[j] = length->value;
     symbols[j] = length->symbol;
@@ -132,7 +132,7 @@ static OrtStatus *infer_shapes(const OrtCustomOp *op, OrtShapeInferContext *cont
   return NULL;
 }
 
-/* ONNX Runtime asks for the pairs without saying of which operator. */
+/* ONNX Runtime does not tell for which operator it asks for the pairs. */
 static size_t first_in_first(int **inputs, int **outputs) {
   static int first;
   *inputs = *outputs = &first;
@@ -141,8 +141,8 @@ static size_t first_in_first(int **inputs, int **outputs) {
 
 static void release_nothing(int *inputs, int *outputs) { (void)inputs, (void)outputs; }
 
-/* Where the output may be an input, ONNX Runtime gives a node the same memory for both if nobody else needs that input and
- * the inferred shapes tell that both have one size. */
+/* If the output may be an input, ONNX Runtime gives a node the same memory for both, provided that nobody else needs
+ * the input and that the inferred shapes have one size. */
 static void offer_in_place(OrtCustomOp *op, const struct op_spec *spec) {
   if (spec->outputs[0].may_be != 0) return;
   op->GetMayInplace = first_in_first;

@@ -1,4 +1,4 @@
-"""What a search may choose of the CUDA indexer, and what that takes of shared memory."""
+"""The decisions of the portable CUDA indexer, and the shared memory that they need."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, replace
 from .....gpu.architectures import shared_bytes, shared_bytes_of_each
 from .....spec import ELEMENT_BYTES
 
-#: Heads of the widest query, for which memory is planned.
+#: The most heads of a query, for which memory is planned.
 MAX_HEADS = 64
 
 
-#: Architectures with instructions for products of e4m3 by a warp. On others that is made of what converts to f16 and
-#: multiplies that, again for every query: keys are better converted once.
+#: Architectures whose warps can multiply e4m3. On others the compiler would convert to f16 and multiply that, again for
+#: every query, so keys are converted once instead.
 _MULTIPLY_E4M3 = ("sm_89", "sm_120", "sm_120a", "sm_121", "sm_121a")
 
 
 def product_of(variant: dict[str, str], arch: str = "cuda") -> str:
-    """The type whose products the scores are sums of: it holds all keys, and queries whole or in `planes`."""
+    """The type that is multiplied. Keys fit into it, and so do queries, or the addends that they are split into."""
     if variant["K"] != "float8_e4m3fn" or (variant["T"] == variant["K"] and arch in _MULTIPLY_E4M3):
         return variant["K"]
     return "float16" if ELEMENT_BYTES[variant["T"]] == 1 else {"float32": "bfloat16"}.get(variant["T"], variant["T"])
 
 
 def planes(variant: dict[str, str]) -> int:
-    """How many numbers of the product's type a query's element is the exact sum of."""
+    """How many addends of the product's type an element of a query is split into. Their sum is exact."""
     return 3 if variant["T"] == "float32" and variant["K"] == "float8_e4m3fn" else 1
 
 
@@ -35,26 +35,26 @@ def row_stride(row_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
     warps : int
         Warps of a block: 1, 2, 4, 8 or 16.
     key_tiles : int
-        A warp takes 16 times as many keys: 1, 2 or 4. They fill ``key_tiles * d_idx / 4`` registers with tensor cores
-        that multiply 16 bits, half of these with those that multiply 8.
+        A warp takes 16 times as many keys: 1, 2 or 4. They fill ``key_tiles * d_idx / 4`` registers if the tensor cores
+        multiply 16 bits, or half of that for 8 bits.
     head_tiles : int
-        8 times as many heads are multiplied at a time: 2 or 4.
+        A warp multiplies 8 times as many heads at a time: 2 or 4.
     queries : int
-        Queries of a block, 1 to 16: each tile of keys is copied once for all of them.
+        Queries of a block, 1 to 16. Each tile of keys is copied once for all of them.
     stages : int
-        Key tiles in shared memory, 1 to 8. With tensor cores one more is in registers.
+        Key tiles in shared memory, 1 to 8. With tensor cores, registers hold one more.
 
     Raises
     ------
     ValueError
-        Decisions out of bounds.
+        A decision is out of bounds.
     """
 
     warps: int
@@ -95,7 +95,7 @@ DEFAULT = {
 
 
 def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = "cuda") -> Decisions:
-    """Decisions without a search: for a handful of queries a long pipeline, for more as many as fit a block.
+    """Decisions without a search: a long pipeline for few queries; otherwise as many queries as fit into a block.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = 
     d_idx : int
     few_queries : bool
     arch : str
-        A key of `DEFAULT`, or any other architecture, for which "cuda" holds.
+        A key of `DEFAULT`, or any other architecture, which gets the decisions for "cuda".
 
     Returns
     -------
@@ -113,7 +113,7 @@ def default(variant: dict[str, str], d_idx: int, few_queries: bool, arch: str = 
     Raises
     ------
     ValueError
-        Keys so wide that nothing fits.
+        The keys are so wide that nothing fits.
     """
     product = product_of(variant, arch)
     arch = arch if arch in DEFAULT else "cuda"

@@ -1,4 +1,4 @@
-"""The sum over the heads of a tile of keys, from the scores of `indexer_tiles` in registers."""
+"""Sum the scores of a tile of keys over the heads, in registers. `tiles` makes the scores."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class HeadSum:
     ----------
     c : Decisions
     weights : Buffer [queries, rows], float32
-        In shared memory, 0 behind the last head.
+        In shared memory. Rows after the last head are 0.
     h_idx : expression
     guarded : bool
-        Whether keys can be infinite. Then the products of the rows behind the last head, which are 0, are NaN.
+        Whether keys can be infinite. Their products with the rows after the last head, which are 0, are NaN.
     tx : expression
     """
 

@@ -1,8 +1,8 @@
-"""The CUDA indexer: a matrix product of keys and heads, reduced over the heads before it leaves the registers.
+"""The CUDA indexer: a matrix product of keys and heads that is reduced over the heads in registers.
 
-A block takes some queries, whose heads it holds in shared memory, and a run of key tiles, which come in a pipeline of
-asynchronous copies. Each warp takes its keys of a tile to registers once and multiplies them with all heads of all
-queries. Tiles that no query of the block can see are filled, not computed.
+A block takes some queries, whose heads it holds in shared memory, and a run of key tiles, which a pipeline of
+asynchronous copies brings. Each warp loads its keys of a tile into registers once, and multiplies them with all heads
+of all queries. Tiles that no query of the block can see are filled, not computed.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["DEFAULT", "Decisions", "choices", "default", "product_of", "tensor_i
 
 
 def clamp(x, low, high):
-    """`x`, or the nearer bound. TVM would move what is added to it into it, where that overflows."""
+    """`x`, or the nearer bound. TVM would move later additions into a min or max, where they overflow."""
     return call("clamp", x, low, high)
 
 
 def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 128) -> tirx.PrimFunc:
-    """The kernel for the queries [m0, m1) and all keys. The grid is (blocks of queries, runs of key tiles).
+    """Make the kernel for the queries [m0, m1) and all keys. The grid is (blocks of queries, runs of key tiles).
 
     Parameters
     ----------
     variant : dict
         Element types T of q and K of k.
     product : str
-        What is multiplied: `product_of` the architecture.
+        The type that is multiplied: `product_of` the architecture.
     c : Decisions
     d_idx : int
         A multiple of 32, 256 at most.
@@ -49,7 +49,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
     Raises
     ------
     ValueError
-        A width that is no multiple of 32, or keys that do not fit the registers.
+        The width is not a multiple of 32, or the keys do not fit into the registers.
     """
     if d_idx % 32 or not 32 <= d_idx <= 256:
         raise ValueError(f"lightning_indexer: d_idx: expected a multiple of 32 in 32..256, got {d_idx}")
@@ -59,7 +59,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
     q_type, k_type = variant["T"], variant["K"]
     THREADS, KEYS, QUERIES, STAGES, KEY_TILES = c.warps * WARP, c.block_keys, c.queries, c.stages, c.key_tiles
     GROUP = 8 * c.head_tiles
-    # Keys of a lane after the sum over heads.
+    # Keys of a lane after the sum over the heads.
     OWN = max(KEY_TILES // 2, 1)
     PLANES, K_WIDTH = planes(variant), ELEMENT_BYTES[k_type]
     K_CHUNKS, K_CHUNK = d_idx * K_WIDTH // 16, 16 // K_WIDTH
@@ -94,7 +94,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
         blocks: T.int64,
         runs: T.int32,
     ):
-        # Else the compiler spills for the sake of more blocks than shared memory has room for.
+        # Otherwise the compiler spills registers, for more blocks than shared memory has room for.
         T.func_attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
         block = T.launch_thread("blockIdx.x", blocks)
         run = T.launch_thread("blockIdx.y", runs)
@@ -130,11 +130,11 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
         # All rows are, or none.
         aligned: T.let = call("aligned_16", T.address_of(K[0, 0]))
 
-        # The keys of the run, from `base` on, that any query of the block can see, and their tiles.
+        # The keys of the run (from `base` on) that any query of the block can see, and their tiles.
         low = length
         high = 0
         for i in T.unroll(QUERIES):
-            # The last one again where there are fewer: the loads need not wait for each other.
+            # If there are fewer, load the last one again. Then the loads need not wait for each other.
             query: T.let = first + T.min(i, count - 1)
             begin: T.let = clamp(KS[query], base, base + length) - base
             end: T.let = clamp(KE[query], base, base + length) - base
@@ -190,7 +190,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
                         T.evaluate(call("copy_16", to, at, K_WIDTH, head < h_idx, dtype="void"))
 
         if from_tile < to_tile:
-            # Copies of queries are waited for with the first tile; conversions can go on beside those of keys.
+            # The wait for the first tile includes the copies of queries. Conversions overlap with the copies of keys.
             if not CONVERTED:
                 for i in T.serial(count):
                     fetch_query(i)
@@ -218,7 +218,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
             if Scores.HELD:
                 T.tvm_storage_sync("shared")
             if Scores.HELD or STAGES > 1:
-                # Into a place that all threads have left.
+                # Copy to a place that all threads have left.
                 fetch(tile + AHEAD)
             # Of four neighbouring groups of 8 keys, lane l has the keys l / 4 of group l % 4.
             own: T.let = tile * KEYS + (scores.warp * (KEY_TILES * 2) + scores.lane % 4) * 8 + scores.lane // 4
@@ -230,7 +230,7 @@ def tensor_ir(variant: dict[str, str], product: str, c: Decisions, d_idx: int = 
                 begin: T.let = clamp(KS[first + i], base, base + length) - base
                 end: T.let = clamp(KE[first + i], base, base + length) - base
                 sums.clear()
-                # A tile that other queries of the block see alone is not computed for this one.
+                # Skip a tile that only other queries of the block see.
                 if begin - tile * KEYS < KEYS and tile * KEYS < end:
                     for g in T.serial(groups):
                         scores.score(i * PLANES * rows + g * GROUP, rows)

@@ -1,8 +1,8 @@
-"""The scores of a tile of keys for some heads: with tensor cores, and in f32.
+"""Compute the scores of a tile of keys for some heads, with tensor cores or in f32.
 
-Both classes have the same interface. Each warp takes 16 * `key_tiles` keys of a block's tile: ``take_keys`` readies
-them, ``score`` makes the scores of 8 * `head_tiles` heads, which ``value(i, n, e)`` are. With g = lane / 4 and
-t = lane % 4 that is key ``16 i + 8 (e / 2) + g`` of the warp and head ``8 n + 2 t + e % 2``, as ``mma.m16n8`` has it: a
+Both classes have the same interface. Each warp takes 16 * `key_tiles` keys of the tile of a block. ``take_keys`` loads
+them, ``score`` computes the scores of 8 * `head_tiles` heads, and ``value(i, n, e)`` returns them. With g = lane / 4
+and t = lane % 4 that is key ``16 i + 8 (e / 2) + g`` of the warp and head ``8 n + 2 t + e % 2``, as in ``mma.m16n8``. A
 lane has a few keys and every fourth pair of heads, so the sum over the heads ends in two shuffles.
 """
 
@@ -23,10 +23,10 @@ _BIAS, _BIAS_BITS = 12582912.0, 0x4B400000
 
 @T.meta_class
 class Rows:
-    """Rows in shared memory, so laid out that the same 16 bytes of 8 rows lie in different banks.
+    """Rows in shared memory. The same 16 bytes of 8 consecutive rows lie in different banks.
 
-    Where rows fill whole lines of 128 bytes, the low bits of the row are added to the chunk's number, else rows are
-    padded.
+    If rows fill whole lines of 128 bytes, the chunks of a row are permuted by the low bits of its number. Otherwise
+    rows are padded.
 
     Parameters
     ----------
@@ -48,14 +48,14 @@ class Rows:
 
 @T.meta_class
 class MmaScores:
-    """Products of 16 keys and 8 heads, 32 bytes of each. The keys are kept in registers, for all heads of all queries.
+    """Products of 16 keys and 8 heads, 32 bytes of each. Registers hold the keys for all heads of all queries.
 
-    Keys of e4m3 that are multiplied in 16 bits are widened on their way there. Of 16 neighbours, thread t then has 4 t
-    to 4 t + 3 where the instruction wants 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; the queries lie in shared memory in that
-    order, too.
+    Keys of e4m3 that are multiplied in 16 bits are widened when they are loaded. Of 16 neighbours, thread t then has
+    4 t to 4 t + 3, where the instruction expects 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. So the queries are stored in shared
+    memory in the same order.
 
-    Sums are f32, those of int8 integers. These begin at the bits of 1.5 * 2**23, with which a sum of up to 256 products
-    makes an f32 number: one subtraction then does what a conversion does at a lower rate.
+    Sums are f32, or integers for int8. Integer sums begin at the bits of 1.5 * 2**23. With a sum of up to 256 products
+    added, these are the bits of an f32, and one subtraction replaces a conversion, which would be slower.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class MmaScores:
 
     @T.inline
     def take_keys(self, first):
-        """The keys are the rows from `first` on."""
+        """Load the keys: the rows from `first` on."""
         for i in T.unroll(self.key_tiles):
             row: T.let = first + (self.warp * self.key_tiles + i) * 16 + self.lane % 16
             if self.narrow:

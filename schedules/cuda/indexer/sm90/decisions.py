@@ -1,4 +1,4 @@
-"""What a search may choose of the sm_90a indexer, and what that takes of registers and shared memory."""
+"""The decisions of the sm_90a indexer, and the registers and shared memory that they need."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .....spec import ELEMENT_BYTES
 #: Element types that wgmma multiplies.
 _MULTIPLIED = ("bfloat16", "float16", "float8_e4m3fn")
 
-#: By consumer warpgroups: registers of a thread of the producer, and of the consumers. Together no more than a block of
-#: so many threads is given at its launch.
+#: By number of consumer warpgroups: registers of a producer thread and of a consumer thread. All together take no more
+#: registers than the block is given at its launch.
 _REGISTERS = {1: (24, 232), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
-#: The most heads that each of the kernels takes.
+#: The most heads that each kernel serves.
 HEADS = (32, 64)
 
 
@@ -24,7 +24,7 @@ def serves(variant: dict[str, str]) -> bool:
 
 
 def padded_heads(h_idx: int) -> int:
-    """The `heads` of the kernel that serves so many."""
+    """The `heads` of the kernel that serves this many heads."""
     return next(heads for heads in HEADS if h_idx <= heads)
 
 
@@ -36,24 +36,24 @@ def span(variant: dict[str, str], d_idx: int) -> int:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
     warpgroups : int
-        Consumers, 1 to 4: each takes 64 keys of a tile. With one, a multiprocessor has two blocks at a time, so that
-        one computes while the other begins.
+        Consumers, 1 to 4. Each takes 64 keys of a tile. With one consumer, a multiprocessor holds two blocks at a
+        time, so that one computes while the other begins.
     columns : int
-        Heads, of one or more queries, that a product has at once: 64, 128 or 256.
+        Heads, of one or more queries, in one product: 64, 128 or 256.
     parts : int
-        Such products in a block, 1 or 2; with 2, one is made while the other is summed up.
+        Products in a block, 1 or 2. With 2, one is computed while the other is summed.
     stages : int
         Key tiles in shared memory, 2 to 16.
 
     Raises
     ------
     ValueError
-        Decisions out of bounds.
+        A decision is out of bounds.
     """
 
     warpgroups: int
@@ -67,7 +67,7 @@ class Decisions:
         # Sums and weights.
         if self.parts * self.columns * 3 // 4 + 16 > self.registers[1]:
             raise ValueError(f"lightning_indexer: more sums and weights than registers: {self}")
-        # The assembler refuses an instruction of more registers than threads have at the launch.
+        # The assembler refuses an instruction that uses more registers than a thread has at the launch.
         if self.warpgroups == 1 and self.columns > 128:
             raise ValueError(f"lightning_indexer: warpgroups: expected at least 2 for so many columns: {self}")
         if not 2 <= self.stages <= 16:
@@ -80,7 +80,7 @@ class Decisions:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor has at a time."""
+        """Blocks that a multiprocessor holds at a time."""
         return 2 if self.warpgroups == 1 else 1
 
     @property
@@ -113,7 +113,7 @@ class Decisions:
 
 DEFAULT = {"sm_90a": Decisions(warpgroups=1, columns=128, parts=2, stages=8)}
 
-#: For a handful of queries: no more columns than theirs and many keys on their way.
+#: For few queries: only as many columns as they need, and many keys in flight.
 FEW_QUERIES = Decisions(warpgroups=4, columns=64, parts=1, stages=5)
 
 

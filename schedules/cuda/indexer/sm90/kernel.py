@@ -1,9 +1,9 @@
-"""The sm_90a indexer: warpgroups' products of keys and heads, reduced over the heads in registers.
+"""The sm_90a indexer: products of keys and heads by warpgroups, reduced over the heads in registers.
 
-A block takes some queries, whose heads it holds in shared memory, and a run of key tiles. One thread brings the tiles
-through a ring of stages with bulk copies of tensor maps. Each consumer warpgroup multiplies its 64 keys of a tile with
-the heads of all queries, in parts: while a part is multiplied, the part before is summed up over its heads and stored.
-Tiles that no query of the block can see are filled, not computed.
+A block takes some queries, whose heads it holds in shared memory, and a run of key tiles. One thread copies the tiles
+into a ring of stages, with bulk copies that use tensor maps. Each consumer warpgroup multiplies its 64 keys of a tile
+with the heads of all queries, in parts. While a part is multiplied, the part before is summed over its heads and
+stored. Tiles that no query of the block can see are filled, not computed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUP = 128
 
 
 def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128, heads: int = 64) -> tirx.PrimFunc:
-    """The kernel for the queries [m0, m1) and all keys. The grid is (blocks of queries, runs of key tiles).
+    """Make the kernel for the queries [m0, m1) and all keys. The grid is (blocks of queries, runs of key tiles).
 
     Parameters
     ----------
@@ -55,7 +55,8 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128, heads: in
     Raises
     ------
     ValueError
-        Types, a width or a number of heads that there is no kernel for, or shared memory that no block can have.
+        There is no kernel for these types, width or number of heads, or it would need more shared memory than a block
+        can have.
     """
     if not serves(variant):
         raise ValueError(f"lightning_indexer: no sm_90a kernel for {variant}")
@@ -110,7 +111,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128, heads: in
         pool = T.alloc_buffer((0,), "uint8", scope="shared.dyn")
         places = T.meta_var(SharedPool())
         ring = Ring(pool, places, c, variant, d_idx)
-        # The compiler sees that a warp's threads are in one group.
+        # Shows the compiler that all threads of a warp are in one group.
         group: T.let = call("shuffle", tx // GROUP, 0)
         low = T.local_scalar("int32")
         high = T.local_scalar("int32")
@@ -122,7 +123,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_idx: int = 128, heads: in
         low = base + length
         high = base
         for i in T.unroll(QUERIES):
-            # The last one again where there are fewer: the loads need not wait for each other.
+            # If there are fewer, load the last one again. Then the loads need not wait for each other.
             query: T.let = first + T.min(i, count - 1)
             if KS[query] < KE[query]:
                 low = T.min(low, KS[query])

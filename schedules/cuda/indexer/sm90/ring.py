@@ -1,4 +1,4 @@
-"""How keys and queries of the sm_90a indexer come to shared memory."""
+"""Copies keys and queries of the sm_90a indexer to shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a consumer warpgroup of the sm_90a indexer makes of a tile of keys."""
+"""The work of a consumer warpgroup of the sm_90a indexer on a tile of keys."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Scores:
     def weigh(self, p, h_idx, guarded):
         for j in T.unroll(self.columns // 8):
             for e in T.unroll(4):
-                # max(x, 0) that lets a NaN through.
+                # max(x, 0), but NaN stays NaN.
                 x: T.let = call("max_nan", self.c[p, j * 4 + e], T.float32(0), dtype="float32")
                 to: T.let = j * 8 // self.heads * 2 + e // 2
                 head: T.let = j * 8 % self.heads + self.lane % 4 * 2 + e % 2

@@ -24,7 +24,7 @@ def tiles_of(dtype: str):
     return FmaTiles if dtype == "float32" else MmaTiles
 
 
-#: Stages of the operator: `combine` follows where the keys were cut into parts.
+#: Stages of the operator. `combine` follows if the keys were cut into parts.
 STAGES = ("attend", "combine")
 
 #: Registers of a thread that hold neither queries nor sums.
@@ -38,7 +38,7 @@ def work_place(places: SharedPool) -> Place:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Decisions:
     block_keys : int
         Keys of a step: a multiple of 16, of 8 for f32, and of `warps`.
     stages : int
-        Slots of `block_keys` keys: two are worked on, the others are on their way. Of packed rows one more is.
+        Slots of `block_keys` keys. Two are in use, and the others are being filled. Packed rows have one more.
     warps : int
         4, 8 or 16; for f32 4 or 8.
     score_split : int
@@ -58,7 +58,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions that do not divide what they must.
+        A decision does not divide what it has to divide.
     """
 
     heads: int
@@ -95,7 +95,7 @@ class Decisions:
         return within // max(across_heads, 1), across_heads
 
     def check(self, variant: dict[str, str], d_qk: int, d_v: int) -> None:
-        """Raise ValueError where these decisions cannot be had for that element type and those lengths."""
+        """Raise ValueError if there is no kernel with these decisions for that element type and these lengths."""
         if variant["T"] == "float32":
             if self.warps > 8:
                 raise ValueError(f"sparse_mla: more warps than parts of d_qk: {self}")
@@ -135,14 +135,14 @@ DEFAULT = {
     "sm_90a": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),
     "sm_100": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),
 }
-#: Two blocks to a multiprocessor where shared memory allows it.
+#: Two blocks on a multiprocessor, if shared memory allows it.
 DEFAULT_F32 = {
     "cuda": Decisions(heads=16, block_keys=8, stages=3, warps=8, score_split=1, split_keys=64),
     "sm_80": Decisions(heads=16, block_keys=16, stages=3, warps=8, score_split=1, split_keys=64),
 }
 DEFAULT_FEW_HEADS = Decisions(heads=FEW_HEADS, block_keys=16, stages=3, warps=8, score_split=8, split_keys=64)
 
-#: Packed rows have a ring of their own, for which sm_80 has no room beside 32 keys.
+#: Packed rows need a ring of their own, and sm_80 has no room for it beside 32 keys.
 DEFAULT_PACKED = {
     "sm_80": Decisions(heads=64, block_keys=16, stages=5, warps=8, score_split=4, split_keys=64),
     "sm_90a": Decisions(heads=64, block_keys=32, stages=4, warps=8, score_split=4, split_keys=64),

@@ -1,4 +1,4 @@
-"""The two products of the attention in f32; what the methods do is told in `attention_mma`."""
+"""The two products of the attention in f32. The module `mma` describes the methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...emit import WARP, Place, SharedPool, call, shared
 
 @T.meta_class
 class FmaTiles:
-    """f32 without tensor cores: the parts that tf32 would need three products of make NaN of an infinity.
+    """f32 without tensor cores. With tf32, a factor would be split into parts, and an infinity would become NaN.
 
     Scores: each warp has a part of d_qk. Output: 8 heads x 4 values are an item; the threads divide the items.
     """

@@ -1,12 +1,13 @@
 """The CUDA sparse attention: online softmax over blocks of gathered keys.
 
-A block of threads takes one query, some of its heads and a part of the selected keys, a number of keys at a time. Rows
-of the latent cache are copied asynchronously into a ring of slots in shared memory and serve as keys and as values.
-The output stays in registers. Two barriers divide a step: between them the weights of a block are made of its scores;
-behind them its values are added up and the scores of the next block are made, so that tensor cores have one long phase.
+A block of threads takes one query, some of its heads, and a part of the selected keys. It works on some keys at a time.
+Rows of the latent cache are copied asynchronously into a ring of slots in shared memory, where they serve as keys and
+as values. The output stays in registers. Two barriers divide a step. Between them, the scores of some keys become
+weights. After them, the values of these keys are added up and the scores of the next keys are computed, so that the
+tensor cores have one long phase.
 
-Where there are few queries, the keys are cut into parts with a block for each, which writes its sums and what they are
-relative to; `combine` adds the parts up in their order. What lies behind a row's last valid index costs nothing.
+If there are few queries, the keys are cut into parts with a block for each. A block writes its sums and the shift that
+they are relative to, and `combine` adds the parts up in order. Indices after the last valid one of a row cost nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
 #: f32 that a part leaves for each head: the largest score, the shift, the sum of weights, all for powers of two.
 STATS = 3
 
-#: Sum of weights of a part without any valid key.
+#: The sum of weights of a part without a valid key.
 EMPTY = -1.0
 
 

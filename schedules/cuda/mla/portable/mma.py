@@ -1,9 +1,10 @@
 """The two products of the attention with tensor cores, over keys in shared memory.
 
-`MmaTiles` and `attention_fma.FmaTiles` do the same: they hold a query's heads, the slots that rows of keys are copied
-to, and the output in registers. ``score`` leaves scores in shared memory as `splits` addends, each over a part of
-d_qk; ``put`` takes the weights made of them; ``accumulate`` adds the weighted values to the output; ``scale``
-multiplies each head's with a factor. All warps take part in each, and barriers lie between them.
+`MmaTiles` and `fma.FmaTiles` have the same interface. They hold the heads of a query, the slots to which rows of keys
+are copied, and the output in registers. ``score`` writes scores to shared memory as `splits` addends, each over a part
+of d_qk. ``put`` takes the weights that are made of them. ``accumulate`` adds the weighted values to the output.
+``scale`` multiplies the output of each head by a factor. All warps take part in each method, and barriers lie between
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class MmaTiles:
     from shared memory is keys, once by each warp that divides the heads. Output: each warp has all heads and some
     units of 16 values.
 
-    Weights have 8 or 11 bits here. Where that shows, a second pass of ``accumulate`` adds what rounding cut off.
+    Weights have 8 or 11 bits here. If that is too few, a second pass of ``accumulate`` adds what rounding cut off.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The decisions of the sparse attention for sm_90a, and where it has what in shared memory."""
+"""The decisions of the sparse attention for sm_90a, and its layout of shared memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .....ops.packed_rows import SCALED
 from ...emit import Place, SharedPool
 
-#: Heads of a block: the rows of a warpgroup's product.
+#: Heads of a block, which are the rows of a product of a warpgroup.
 HEADS = 64
 
 #: Keys of a tile.
@@ -16,13 +16,13 @@ KEYS = 64
 #: Elements of a row of the 128 byte swizzle. A tile of shared memory is [64 rows, ATOM] of them.
 ATOM = 64
 
-#: The width of values: two warpgroups have a product of the largest width, 256, each.
+#: The width of values. Each of two warpgroups has a product of the largest width, 256.
 D_V = 512
 
-#: Registers of a thread that multiplies, with packed keys: more would be missing where these are unpacked.
+#: Registers of a thread that multiplies, with packed keys. The threads that unpack them need the others.
 PACKED_REGISTERS = 208
 
-#: Two warpgroups that multiply and one that copies.
+#: Two warpgroups multiply, and one copies.
 WARPGROUP = 128
 THREADS = 3 * WARPGROUP
 
@@ -32,7 +32,7 @@ _REGISTERS = 504
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a search may choose.
+    """The decisions of a search.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Decisions:
     Raises
     ------
     ValueError
-        Decisions out of bounds.
+        A decision is out of bounds.
     """
 
     consumer_registers: int
@@ -64,7 +64,7 @@ class Decisions:
 
     @property
     def block_keys(self) -> int:
-        """What the keys of a part are a multiple of."""
+        """The number of keys in a part is a multiple of this."""
         return KEYS
 
     @property
@@ -78,7 +78,7 @@ class Decisions:
         return _REGISTERS - 2 * self.consumer_registers
 
     def check(self, variant: dict[str, str], d_qk: int, d_v: int) -> None:
-        """Raise ValueError where there is no such kernel."""
+        """Raise ValueError if there is no such kernel."""
         dtype = variant["T"]
         keys = variant.get("K", dtype)
         if dtype not in ("bfloat16", "float16") or keys not in (dtype, SCALED):
@@ -111,7 +111,7 @@ def tiles(places: SharedPool, d_qk: int) -> tuple[Place, Place, Place]:
     keys = places.place((2, atoms, KEYS, ATOM), "uint16", 1024)
     if d_qk == D_V:
         return queries, keys, places.place((2, 1, HEADS, ATOM), "uint16", 1024)
-    # What is key only is free once there are scores, and is as large as the weights.
+    # The key-only part is free once the scores are computed, and is as large as the weights.
     free = keys.elem_offset + D_V // ATOM * KEYS * ATOM
     return queries, keys, Place((2, atoms, HEADS, ATOM), "uint16", free)
 

@@ -1,6 +1,6 @@
-"""The warpgroup that brings the rows that indices name into swizzled tiles of shared memory.
+"""The warpgroup that copies the rows that indices name into swizzled tiles of shared memory.
 
-`RowGather` and `hopper_mla_packed.PackedGather` do the same for two kinds of rows.
+`RowGather` and `packed.PackedGather` have the same interface, for two kinds of rows.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class RowGather(Gather):
 
     @T.inline
     def expect(self):
-        """Nothing need be asked for: copies run ahead by themselves."""
+        """Do nothing: asynchronous copies run ahead by themselves."""
         pass
 
     @staticmethod

@@ -1,14 +1,15 @@
 """The CUDA sparse attention for sm_90a: gathered keys, products of warpgroups.
 
-A block takes one query, 64 of its heads and a part of the selected keys, a pair of tiles of 64 keys at a time. One
-warpgroup copies: the rows of tile s of a pair go to slot s, in halves that are filled as they become free. The two
-others multiply. Warpgroup w makes the scores and the weights of tile w, adds the values of half w of the output up with
-them in registers, and gives them to the other warpgroup, which does so for its half. The weights of both are relative
-to one shift, which goes to and fro: warpgroup 0 makes it from the last pair's and its scores, warpgroup 1 from that and
-its own. So one warpgroup multiplies while the other one makes weights. Where some weight of a tile is large, what
-rounding cuts off of the tile's weights is multiplied as well.
+A block takes one query, 64 of its heads, and a part of the selected keys. It works on a pair of tiles of 64 keys at a
+time. One warpgroup copies: the rows of tile s of a pair go to slot s, in halves that are filled as they become free.
+The two other warpgroups multiply. Warpgroup w computes the scores and the weights of tile w. With the weights in
+registers it adds up the values of half w of the output, and it passes them to the other warpgroup, which uses them for
+its half. The weights of both are relative to one shift, which goes back and forth: warpgroup 0 computes it from the
+shift of the last pair and its own scores, warpgroup 1 from that and its own scores. So one warpgroup multiplies while
+the other makes weights. If some weight of a tile is large, the remainders that rounding cut off its weights are
+multiplied as well.
 
-Parameters, parts and what is left of them are as in `sparse_mla`, and `combine` adds up alike.
+Parameters, parts and their results are those of the portable kernel, and `combine` adds the parts up in the same way.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def tensor_ir(variant: dict[str, str], c: Decisions, d_qk: int, d_v: int) -> tir
     ----------
     variant : dict
         Element type T of q, kv and out: bfloat16 or float16. With K of float8_e4m3fn, rows of kv are packed as
-        `hopper_mla_packed` says; T is bfloat16.
+        `packed` describes; T is then bfloat16.
     c : Decisions
     d_qk, d_v : int
         576 or 512, and 512.

@@ -1,4 +1,4 @@
-"""What the multiplying warpgroups leave: the output, or a part's sums and what they are relative to."""
+"""The results of the multiplying warpgroups: the output, or the sums of a part and their shift."""
 
 from __future__ import annotations
 

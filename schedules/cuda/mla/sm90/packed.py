@@ -1,6 +1,7 @@
-"""Rows of e4m3 on their way into tiles of bf16.
+"""Copies packed rows into tiles of bf16.
 
-A packed row has 512 e4m3, four f32 that each scale 128 of them, and, where d_qk is 576, 64 bf16 that are key only.
+A packed row has 512 e4m3, four f32 that each scale 128 of them, and for d_qk 576 also 64 bf16 that are part of the key
+only.
 """
 
 from __future__ import annotations

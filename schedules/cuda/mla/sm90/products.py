@@ -1,8 +1,8 @@
 """The two products of the attention by a warpgroup, over swizzled tiles in shared memory.
 
-Of a pair of tiles of keys warpgroup w makes the scores of tile w, and of the output it has half w of the values. The
-tile's first half is thus the warpgroup's own: it holds the values that the warpgroup adds up, weighted in registers.
-The other half's values are added up by the other warpgroup, which takes the weights from shared memory.
+For a pair of tiles of keys, warpgroup w computes the scores of tile w, and it holds half w of the values of the output.
+The first half of a slot has the values that its own warpgroup adds up, with weights in registers. The other warpgroup
+adds up the values of the second half, with weights from shared memory.
 """
 
 from __future__ import annotations

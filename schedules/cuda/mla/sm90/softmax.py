@@ -11,7 +11,7 @@ from .products import SCORES, SUMS
 
 
 def zero_if_none(shift):
-    """While all scores are -inf there is no shift, and the weights are to be 0, not NaN."""
+    """The shift to subtract. While all scores are -inf that is 0, so that the weights are 0, not NaN."""
     return T.Select(shift == -T.infinity("float32"), T.float32(0), shift)
 
 

@@ -1,11 +1,13 @@
-"""How the two multiplying warpgroups take turns, and the barriers that order them.
+"""The turns of the two multiplying warpgroups, and the barriers that order them.
 
-Of each pair of tiles warpgroup 0 goes first: it makes the shift of the pair from the last one and its scores, and
-warpgroup 1 that of both from it and its own. Then each adds up its own weighted values, and the other's when it has
-their weights. A half of a slot is free once its values are added, and what is next is copied there.
+For each pair of tiles warpgroup 0 goes first. It computes a shift from the last one and its scores, and warpgroup 1
+computes the shift of the pair from that and its own scores. Then each adds up its own weighted values, and those of the
+other once it has their weights. A half of a slot is free as soon as its values are added, and the next rows are copied
+there.
 
-Where the weights of a tile include large ones, both warpgroups multiply what rounding cut off of them too: the own
-values before their half is free, and the others' when all weights have been used, so that the rests take their place.
+If a tile has large weights, both warpgroups also multiply the remainders that rounding cut off. Each does so for its
+own values before their half is free, and for those of the other when all weights have been used, because the remainders
+take their place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a tile has weights that are too large to be rounded, which both multiplying warpgroups have to know."""
+"""Tell both multiplying warpgroups whether a tile has weights that are too large to be rounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .decisions import WARPGROUP
 
 @T.meta_class
 class Votes:
-    """What the warps of a warpgroup say of its tile, and what they need to know for it.
+    """The votes of the warps of each warpgroup about its tile, and the totals that they need for them.
 
     Parameters
     ----------
