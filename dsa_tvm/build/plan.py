@@ -55,6 +55,8 @@ def make(
         plan[target] = {}
         for op, module in CPU.items():
             variants = [tuple(variant.values()) for variant in cpu_variants(op, target)]
+            if not variants:
+                continue
             finals = [r for r in records if (r.op, r.target, r.kind) == (op, target, "final")]
             default = asdict(module.DEFAULT[target])
             rows: dict[Types, list[Row]] = {}
@@ -73,8 +75,7 @@ def make(
             for like, unmeasured in followed.items():
                 serves = ", ".join(map(_in_words, unmeasured))
                 progress(f"{op} on {target}: what was tuned for {_in_words(like)} serves {serves}, not measured there")
-            if variants:
-                plan[target][op] = {types: rows[types] for types in variants}
+            plan[target][op] = {types: rows[types] for types in variants}
     return plan
 
 
