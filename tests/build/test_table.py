@@ -109,7 +109,7 @@ def test_a_cache_takes_the_rows_of_what_is_in_use(num_threads):
         assert (indices == 10 * indexer + topk).all(), case
         # The rows of the attention are chosen as those of sparse_mla, whose indices say nothing of a length.
         mla = expected("sparse_mla", s_q, s_kv)
-        _, lse = dsa_tvm.dsa_attention(*index, ks, ke, *attention, topk=1, num_threads=num_threads)
+        _, lse = dsa_tvm.dsa_attention(*index, ks, ke, *attention, topk=1, sm_scale=0.1, num_threads=num_threads)
         assert (lse == 100 * indexer + 10 * topk + mla).all(), case
 
 

@@ -49,7 +49,7 @@ def decode_model():
     inputs += [helper.make_tensor_value_info(n, TensorProto.INT32, s) for n, s in integers.items()]
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in results.items()]
     graph = helper.make_graph(nodes, "decode", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", export.onnx.OPSET)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
     export.attach_bodies(model)
     onnx.checker.check_model(model)
     return model

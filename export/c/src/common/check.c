@@ -240,7 +240,7 @@ static dsa_tvm_status check_attr(struct dsa_call *call, const struct attr_spec *
   if (spec->is_float) {
     call->attr[i].f = rounded(attr.f);
     if (!isfinite(call->attr[i].f))
-      return INVALID("%s: %s: expected a finite number in float32, got %g", call->op->name, spec->name, attr.f);
+      return INVALID("%s: %s: expected a finite float32, got %g", call->op->name, spec->name, attr.f);
   }
   if (spec->dim < 0) return DSA_TVM_OK;
   return bind(call, spec->name, spec->dim, attr.i);
