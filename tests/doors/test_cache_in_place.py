@@ -14,10 +14,10 @@ import dsa_tvm
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
+from dsa_tvm.export.onnx.nodes import OPSET  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
 from dsa_tvm import export  # noqa: E402  # imports onnx
-from dsa_tvm.export.onnx.nodes import OPSET  # noqa: E402
 
 H_IDX, D_IDX, H_Q, D_QK, D_V, TOPK, CAPACITY = 4, 32, 3, 512, 512, 16, 96
 ATTRS = {"sm_scale": D_QK**-0.5, "d_v": D_V}
