@@ -126,7 +126,7 @@ def test_nonsense_is_no_limit(kernel, text):
 
 
 def left(**options):
-    code = "from dsa_tvm import machine; print(machine.memory())"
+    code = "from dsa_tvm.runtime import machine; print(machine.memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options)
     return done.stdout
 
