@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,14 @@ def run_export(args: argparse.Namespace) -> None:
     from .checkpoint import DTYPES
     from .onnx import export_checkpoint
 
-    export_checkpoint(
-        args.checkpoint, args.out, layers=args.layers, dtype=DTYPES[args.dtype], bodies=not args.no_bodies
-    )
+    # A process that is told to end cleans up as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        export_checkpoint(
+            args.checkpoint, args.out, layers=args.layers, dtype=DTYPES[args.dtype], bodies=not args.no_bodies
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {size / 2**20:.1f} MiB")
 

@@ -86,7 +86,8 @@ class Generator:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         if library is not False:
-            options.register_custom_ops_library(get_library_path(None if library is True else library))
+            kernels = get_library_path() if library is True else get_library_path(library)
+            options.register_custom_ops_library(kernels)
         path = self.directory / _MODEL
         if not path.is_file():
             raise ModelError(f"{self.directory}: expected a directory with {_MODEL}, got none")
