@@ -17,8 +17,7 @@ from typing import Any
 
 from ..schedules import CPU
 from ..spec import DIMS, INT32_MAX, Dim
-from . import kernel_table, objects, spec_table
-from . import link as linking
+from . import kernel_table, link, objects, spec_table
 from .kernel_table import Kernels
 
 #: The kernel sets of a library by number, and the suffixes of their symbols.
@@ -94,19 +93,19 @@ class Linker:
         *,
         directory: Path | None = None,
     ) -> None:
-        linking.expect_compiler(cc)
+        link.expect_compiler(cc)
         self._op, self._types, self._target, self._cc = op, tuple(types), target, cc
         if directory is None:
             directory = Path(tempfile.mkdtemp(prefix="dsa-tvm-"))
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self._directory = directory
         spec_table.write(self._directory, dims, "0")
-        source = linking.export_directory() / "src"
-        files = [*(source / name for name in (*linking.CORE, "measure/measure.c")), directory / "specs.c"]
+        source = link.export_directory() / "src"
+        files = [*(source / name for name in (*link.CORE, "measure/measure.c")), directory / "specs.c"]
         core, peak = directory / "core.o", directory / "peak.o"
-        linking.compile_object(files, core, directory, cc, f"-DMEASURED_OP=OP_{op.upper()}")
+        link.compile_object(files, core, directory, cc, f"-DMEASURED_OP=OP_{op.upper()}")
         march = f"-march={_MARCH.get(target, target)}"
-        linking.compile_object([source / "measure" / "peak.c"], peak, directory, cc, "-O3", march)
+        link.compile_object([source / "measure" / "peak.c"], peak, directory, cc, "-O3", march)
         self._objects = [str(core), str(peak)]
 
     def link(
@@ -133,15 +132,15 @@ class Linker:
             for decisions, suffix in zip((default_decisions, candidate_decisions), SUFFIXES, strict=True)
         ]
         command = [
-            *(self._cc, "-O2", *linking.flags(self._directory), "-shared"),
+            *(self._cc, "-O2", *link.flags(self._directory), "-shared"),
             # The table comes from standard input, so that nothing is left behind.
             *("-x", "c", "-", "-x", "none"),
             *(*self._objects, str(default_object), str(candidate_object)),
             # Not nodelete: a search loads thousands.
-            *("-Wl,-z,defs", "-Wl,-z,noexecstack", *linking.version_script("measure.map")),
+            *("-Wl,-z,defs", "-Wl,-z,noexecstack", *link.version_script("measure.map")),
             *("-lm", "-lpthread", "-ldl", "-o", str(out)),
         ]
-        linking.run(command, kernel_table.source(sets))
+        link.run(command, kernel_table.source(sets))
 
     def _kernels(self, decisions: Any, suffix: str) -> Kernels:
         symbol = objects.symbol(self._op, self._types, self._target, suffix)

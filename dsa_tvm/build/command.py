@@ -25,7 +25,7 @@ from ..runtime.machine import in_units
 from ..spec import DIMS, with_values
 from ..terminal.extras import expect_installed
 from . import kernel_table, link, spec_table
-from .cuda import report as resources
+from .cuda import report
 
 if TYPE_CHECKING:
     from .objects import Compiled
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace, version: str) -> Path:
         progress=lambda line: print(f"dsa-tvm build: {line}", file=sys.stderr, flush=True),
     )
     if args.report:
-        print("\n".join(resources.lines(json.loads((args.out / MANIFEST_NAME).read_bytes()))))
+        print("\n".join(report.lines(json.loads((args.out / MANIFEST_NAME).read_bytes()))))
     return library
 
 

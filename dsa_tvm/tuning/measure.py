@@ -17,7 +17,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from ..benchmark import check as gate
+from ..benchmark.check import CheckError
 from ..errors import DsaError
 from ..ops.element_types import STORAGE
 from .fleet import Remote
@@ -47,7 +47,7 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
 
     Raises
     ------
-    gate.CheckError
+    CheckError
         The candidate's result is wrong.
     RemoteError
     """
@@ -81,7 +81,7 @@ def check(module: Any, device: Any, problem: Problem, which: int, threads: int) 
 
     Raises
     ------
-    gate.CheckError
+    CheckError
     """
     _checked(module, device, problem, _arguments(problem, device), which, threads)
 
@@ -157,7 +157,7 @@ def _opened(library: str, remote: Remote | None) -> Iterator[tuple[Any, Any]]:
     try:
         yield module, session.cpu()
         session.remove(name)
-    except gate.CheckError:
+    except CheckError:
         raise
     except Exception as error:
         # Whether the candidate or the machine ended the session, nobody can tell from here.

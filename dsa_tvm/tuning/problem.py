@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark import check as gate
+from ..benchmark.check import OF_KEYS, check
 from ..benchmark.workload import Workload
 from ..ops.element_types import decode, encode
 
@@ -41,7 +41,7 @@ class Problem:
         for tensor in work.spec.inputs:
             if tensor.name in work.inputs:
                 x = work.inputs[tensor.name]
-                cut = x if tensor.name in gate.OF_KEYS else x[list(rows)]
+                cut = x if tensor.name in OF_KEYS else x[list(rows)]
                 dtype = work.spec.dtype_of(tensor, variant)
                 exact[tensor.name] = decode(encode(cut, dtype), dtype)
         return cls(work, variant, rows, work.spec.reference(**exact, **work.attrs))
@@ -72,4 +72,4 @@ class Problem:
         CheckError
         """
         dtype = dtype or next(iter(self.variant.values()), "float32")
-        gate.check(self.work, outputs, range(len(self.rows)), known=self.references, dtype=dtype)
+        check(self.work, outputs, range(len(self.rows)), known=self.references, dtype=dtype)

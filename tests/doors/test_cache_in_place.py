@@ -135,7 +135,8 @@ def test_decoding_in_place_gives_what_concatenated_caches_give(batch, library):
             expected = of_concatenated(past[b], mine, positions[b, own] + np.int32(1))
             if library:
                 assert (out[rows][own] == expected).all()
-            np.testing.assert_allclose(out[rows][own], expected, atol=2e-6, rtol=2e-5)
+            # Two results in f32, each within the tolerance of the operator.
+            np.testing.assert_allclose(out[rows][own], expected, atol=1e-5, rtol=2e-5)
 
 
 def middle_session():

@@ -147,4 +147,5 @@ def test_the_level_of_this_cpu_is_glibcs():
     found = [line.split()[0] for line in done.stdout.splitlines() if "x86-64-v" in line and "supported" in line]
     if not found:
         pytest.skip("it does not")
-    assert library.active_target() == max(found)
+    level = library.active_target().removesuffix("-bf16")  # which is beside the levels
+    assert level == max(found)

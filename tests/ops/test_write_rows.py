@@ -78,14 +78,18 @@ def test_overlap_that_is_not_the_whole_cache_is_refused(shift):
     memory = np.zeros(3 * cache.size, np.int8)
     inside = memory[cache.size : 2 * cache.size].reshape(cache.shape)
     out = memory[cache.size + shift : 2 * cache.size + shift].reshape(cache.shape)
-    with pytest.raises(dsa_tvm.ArgumentError, match=r"out: expected memory of its own or all of cache, got .* cache"):
+    with pytest.raises(
+        dsa_tvm.ArgumentError, match=r"out: expected `cache` itself, or memory that does not overlap `cache`"
+    ):
         dsa_tvm.write_rows(inside, rows, positions, out=out)
     assert not memory.any()
 
 
 def test_new_rows_out_of_the_cache_itself_are_refused_in_place():
     cache, _, positions = arguments("int8", 1, 50, 20)
-    with pytest.raises(dsa_tvm.ArgumentError, match=r"out: expected memory of its own or all of cache, got .* rows"):
+    with pytest.raises(
+        dsa_tvm.ArgumentError, match=r"out: expected `cache` itself, or memory that does not overlap `rows`"
+    ):
         dsa_tvm.write_rows(cache, cache[:, 30:50], positions, out=cache)
     dsa_tvm.write_rows(cache, cache[:, 30:50], positions)  # two inputs may share what they like
 
@@ -149,7 +153,7 @@ class TestTorch:
 
         cache, rows, positions = self.tensors(dtype="float32")
         cache = cache.nan_to_num().requires_grad_()
-        with pytest.raises(dsa_tvm.ArgumentError, match=r"write_rows: cache: .*requires_grad"):
+        with pytest.raises(NotImplementedError, match="write_rows_ has no backward"):
             torch.ops.dsa_tvm.write_rows_(cache, rows, positions)
         with torch.no_grad():
             torch.ops.dsa_tvm.write_rows_(cache, rows, positions)

@@ -17,7 +17,7 @@ from ...schedules import CUDA_ARCHS
 from ...schedules.cuda.source import DEVICE_HEADERS, device_code, translation_unit
 from ...spec import DIMS, Dim
 from .. import link
-from . import report as resources
+from . import report
 from . import text as cuda_text
 from .kernels import ANY, OPERATORS, Kernel
 
@@ -261,5 +261,5 @@ def compile_unit(unit: Unit, targets: Iterable[str], fatbin: Path, nvcc: str = "
     source.write_text(unit.text)
     code = [word for t in targets for word in ("-gencode", f"arch=compute_{t.partition('_')[2]},code={t}")]
     said = link.run([nvcc, *_FLAGS, *code, "-fatbin", "-o", str(fatbin), str(source)], directory=fatbin.parent)
-    resources.expect_registers(said, unit)
+    report.expect_registers(said, unit)
     return fatbin, said

@@ -10,7 +10,7 @@ from typing import Any
 from ...spec import Dim
 from .. import link
 from . import fatbins as cuda
-from . import report as resources
+from . import report
 from . import table as cuda_table
 from .kernels import Kernel
 from .plan import Plan
@@ -24,7 +24,7 @@ def add(
     nvcc: str,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Put what `linking.link_library` takes for CUDA kernels into `work`; the manifest's entry.
+    """Put what `link.link_library` takes for CUDA kernels into `work`; the manifest's entry.
 
     Raises
     ------
@@ -48,8 +48,8 @@ def add(
             }
             for kernels in sets
         ],
-        "resources": resources.parse(said, sets),
-        "remarks": resources.remarks(said),
+        "resources": report.parse(said, sets),
+        "remarks": report.remarks(said),
     }
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ...benchmark import check as gate
 from ...benchmark import workload
+from ...benchmark.check import CheckError
 from ...gpu.architectures import tensor_flops
 from ...gpu.driver import Event, Gpu, Memory, Stream
 from ...runtime.loading import CheckedFile
@@ -63,7 +63,7 @@ def measure(
 
     Raises
     ------
-    gate.CheckError
+    CheckError
         The candidate's result is wrong.
     LibraryError
         A library is not the one that was built.
@@ -94,7 +94,7 @@ def check(library: Library, problem: Problem, operands: Operands, stream: Stream
 
     Raises
     ------
-    gate.CheckError
+    CheckError
     """
     call = library.prepare(operands, stream)
     operands.poison(stream)
@@ -104,7 +104,7 @@ def check(library: Library, problem: Problem, operands: Operands, stream: Stream
     problem.check(operands.outputs(problem.rows))
     for name, memory in (*operands.written.items(), ("workspace", call.workspace)):
         if memory is not None and memory.is_overrun():
-            raise gate.CheckError(f"{problem.work.op}: {name}: something was written behind its end")
+            raise CheckError(f"{problem.work.op}: {name}: something was written behind its end")
 
 
 @dataclass(frozen=True)

@@ -286,10 +286,11 @@ dsa_tvm_status dsa_check_outputs(struct dsa_call *call, dsa_tvm_tensor *const *o
     }
     for (int j = 0; j < i; j++)
       if (dsa_overlap(&call->out[i], &call->out[j])) shared = op->outputs[j].name;
+    if (shared && may_be < 0)
+      return INVALID("%s: %s: expected memory that does not overlap `%s`, got an overlap", op->name, name, shared);
     if (shared)
-      return INVALID("%s: %s: expected memory that does not overlap `%s`%s%s%s, got an overlap", op->name, name, shared,
-                     may_be < 0 ? "" : " or is all of `", may_be < 0 ? "" : op->inputs[may_be].name,
-                     may_be < 0 ? "" : "`");
+      return INVALID("%s: %s: expected `%s` itself, or memory that does not overlap `%s`, got an overlap", op->name, name,
+                     op->inputs[may_be].name, shared);
   }
   return DSA_TVM_OK;
 }
