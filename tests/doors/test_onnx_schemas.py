@@ -54,11 +54,12 @@ def inferred(model):
 @pytest.mark.parametrize("with_optional", [False, True])
 def test_types_and_shapes_are_inferred(op, variant, bodies, with_optional):
     optional = [t.name for t in OPS[op].inputs if t.optional] if with_optional else []
-    kinds, shapes = inferred(make_model(op, variant, optional=optional, dims={"s_q": 4}, bodies=bodies))
-    spec, fixed = OPS[op], {**ATTRS, "s_q": 4}
+    length = {OPS[op].inputs[0].shape[0]: 4}
+    kinds, shapes = inferred(make_model(op, variant, optional=optional, dims=length, bodies=bodies))
+    spec, fixed = OPS[op], {**ATTRS, **length}
     # A length that nothing fixes keeps the model's own name.
     assert shapes == [[fixed.get(d, d) for d in t.shape] for t in spec.outputs]
-    numbers = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}
+    numbers = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "float16": 10, "bfloat16": 16, "float8_e4m3fn": 17}
     assert kinds == [numbers[spec.dtype_of(t, variant)] for t in spec.outputs]
 
 
