@@ -175,16 +175,17 @@ def test_instructions(arch, kernel, sets, tmp_path):
         pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
     kernels = next(s for s in sets if arch in s.archs)
     (function,) = [f for unit in kernels.units for f in unit.functions if f.symbol == f"dsa_{kernel}"]
-    source, cubin = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
-    source.write_text(translation_unit([function.definition]))
-    flags = ["-std=c++17", "-O3", "-I", str(DEVICE_HEADERS), "-diag-suppress", "177"]
+    (tmp_path / "kernel.cu").write_text(translation_unit([function.definition]))
+    (tmp_path / "headers").symlink_to(DEVICE_HEADERS)  # nvcc does not quote paths for its shell
+    flags = ["-std=c++17", "-O3", "-I", "headers", "-diag-suppress", "177"]
     code = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
-    command = [NVCC, *flags, "-Xptxas", "-v", "-gencode", code, "-cubin", "-o", str(cubin), str(source)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    command = [NVCC, *flags, "-Xptxas", "-v", "-gencode", code, "-cubin", "-o", "kernel.cubin", "kernel.cu"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stderr
     assert "(C75" not in said, said
     # A kernel has no variables: where there is one, an operand of inline assembly is the address of something else.
     assert " 0 bytes gmem" in said, said
-    machine_code = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    disassembled = [disassembler, "-c", str(tmp_path / "kernel.cubin")]
+    machine_code = subprocess.run(disassembled, capture_output=True, text=True, check=True).stdout
     assert [word for word in MEANT[arch, kernel] if word not in machine_code] == []
     assert not re.search(r"\b(LDL|STL)\b", machine_code)
 

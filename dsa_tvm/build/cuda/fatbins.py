@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from . import text as cuda_text
 from .kernels import ANY, OPERATORS, Kernel
 
 _OLDEST = 80
-_FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-diag-suppress", "177", "-I", str(DEVICE_HEADERS))
+_FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-diag-suppress", "177", "-I", "headers")
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, \d+)?\) (\w+)\(([^)]*)\) \{')
 _C_TYPES = {"int": "int32_t", "uint": "uint32_t", "int64_t": "int64_t", "float": "float"}
 
@@ -257,9 +258,12 @@ def compile_unit(unit: Unit, targets: Iterable[str], fatbin: Path, nvcc: str = "
     BuildError
         nvcc fails, or leaves a kernel fewer registers than its warpgroups wait for.
     """
-    source = fatbin.with_suffix(".cu")
+    source, work = fatbin.with_suffix(".cu"), fatbin.parent
     source.write_text(unit.text)
+    # nvcc passes paths through a shell without quoting them, and a checkout's folder may have any name.
+    with contextlib.suppress(FileExistsError):
+        (work / "headers").symlink_to(DEVICE_HEADERS)
     code = [word for t in targets for word in ("-gencode", f"arch=compute_{t.partition('_')[2]},code={t}")]
-    said = link.run([nvcc, *_FLAGS, *code, "-fatbin", "-o", str(fatbin), str(source)], directory=fatbin.parent)
+    said = link.run([nvcc, *_FLAGS, *code, "-fatbin", "-o", fatbin.name, source.name], directory=work)
     report.expect_registers(said, unit)
     return fatbin, said
