@@ -98,4 +98,8 @@ def to_array(x: Any) -> np.ndarray:
     import torch
 
     x = x.cpu()
-    return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if x.dtype is torch.bfloat16 else x.numpy()
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    if x.dtype is torch.float8_e4m3fn:
+        return x.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return x.numpy()

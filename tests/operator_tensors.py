@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from compare import assert_close, tolerance_of
 from devices import complete, run, to_array, to_device
-from samples import attention_inputs, indexer_inputs
+from samples import attention_inputs, indexer_inputs, row_inputs
 from test_topk import DATA
 
 from dsa_tvm import pack_mla_rows
@@ -29,6 +29,8 @@ def arrays(op: str, size: str, variant: Any = None, seed: int = 0, period: int =
     rng = np.random.default_rng(seed)
     s_q, s_kv, topk = SIZES[size]
     variant = variant or OPS[op].variants[0]
+    if op == "write_rows":
+        return row_inputs(rng, variant["T"], capacity=s_kv, s_new=s_q, d_row=60)
     if op == "topk":
         index = {"logits": DATA["ties"](rng, (s_q, s_kv))}
     elif op not in ATTENTIONS:

@@ -13,6 +13,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
 }
 
 #: What the numbers 1.0 are in int8: a few of thousands leave its range.
@@ -20,7 +21,12 @@ _INT8_SCALE = 1 / 40
 
 
 def numbers(rng, shape, dtype):
-    """Normally distributed numbers; in int8, rounded multiples of a scale, with ends of the range among them."""
+    """Normally distributed numbers; in int8, rounded multiples of a scale, with ends of the range among them.
+
+    Bytes (uint8) carry packed rows, so they are uniform.
+    """
+    if dtype == "uint8":
+        return rng.integers(0, 256, shape, np.uint8)
     x = rng.standard_normal(shape)
     if dtype == "int8":
         x = np.clip(np.rint(x / _INT8_SCALE), -128, 127)
@@ -48,6 +54,16 @@ def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
         "q": rng.standard_normal((s_q, h_q, d_qk)).astype(DTYPES[dtype]),
         "kv": rng.standard_normal((s_kv, d_qk)).astype(DTYPES[dtype]),
         "indices": rng.integers(0, max(s_kv, 1), (s_q, topk)).astype(np.int32),
+    }
+
+
+def row_inputs(rng, dtype, *, batch=2, capacity=300, s_new=5, d_row=576):
+    """Arguments of `write_rows`, with positions on both sides of the cache and some that stand twice."""
+    positions = rng.integers(-3, capacity + 3, (batch, s_new)).astype(np.int32)
+    positions[:, -1] = positions[:, 0]
+    shapes = ((batch, capacity, d_row), (batch, s_new, d_row))
+    return {n: numbers(rng, shape, dtype) for n, shape in zip(("cache", "rows"), shapes, strict=True)} | {
+        "positions": positions
     }
 
 

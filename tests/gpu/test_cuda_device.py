@@ -28,6 +28,7 @@ CALLS = [(op, size) for op in OPS for size in SIZES]
 MOVED = {
     **{"lightning_indexer": "ke", "topk": "ke", "indexer_topk": "k"},
     **{"sparse_mla": "attn_sink", "sparse_mla_fp8": "kv", "dsa_attention": "kv"},
+    "write_rows": "rows",
 }
 
 

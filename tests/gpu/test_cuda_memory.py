@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 from devices import as_tuple, complete, to_device
 from operator_tensors import ATTENTIONS, SIZES, arrays, check, tensors
-from samples import DTYPES
+from samples import DTYPES, row_inputs
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -84,7 +84,7 @@ ROWS = {"cpu": 700, "cuda": 70000}
 
 @pytest.mark.parametrize("op", OPS)
 def test_70000_queries(op, device):
-    """The first and the last, and those around the most blocks of a dimension."""
+    """The first and the last query or sequence, and those around the most blocks of a dimension."""
     rows, s_kv, topk = ROWS[device], 40, 3
     looked_at = [m for m in (0, 1, *range(65530, 65542), rows - 2, rows - 1) if m < rows]
     rng = np.random.default_rng(0)
@@ -107,7 +107,8 @@ def test_70000_queries(op, device):
     if op == "sparse_mla_fp8":
         attention = {"q": attention["q"].astype(DTYPES["bfloat16"]), "kv": dsa_tvm.pack_mla_rows(attention["kv"])}
     known = index | attention if op == "dsa_attention" else attention if op in ATTENTIONS else index
-    known = {"logits": logits, "indices": indices, **ranges, **named, **known, **attrs}
+    caches = row_inputs(rng, "float32", batch=rows, capacity=4, s_new=2, d_row=8)
+    known = {"logits": logits, "indices": indices, **ranges, **named, **known, **caches, **attrs}
     spec = OPS[op]
     given = {n: known[n] for n in (*(t.name for t in spec.inputs), *(a.name for a in spec.attrs)) if n in known}
     tensors = {n: to_device(x, device) if isinstance(x, np.ndarray) else x for n, x in given.items()}
