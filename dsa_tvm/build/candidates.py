@@ -131,16 +131,11 @@ class Linker:
             (self._target, {self._op: [self._kernels(decisions, suffix)]})
             for decisions, suffix in zip((default_decisions, candidate_decisions), SUFFIXES, strict=True)
         ]
-        command = [
-            *(self._cc, "-O2", *link.flags(self._directory), "-shared"),
-            # The table comes from standard input, so that nothing is left behind.
-            *("-x", "c", "-", "-x", "none"),
-            *(*self._objects, str(default_object), str(candidate_object)),
-            # Not nodelete: a search loads thousands.
-            *("-Wl,-z,defs", "-Wl,-z,noexecstack", *link.version_script("measure.map")),
-            *("-lm", "-lpthread", "-ldl", "-o", str(out)),
-        ]
-        link.run(command, kernel_table.source(sets))
+        # The table comes from standard input, so that nothing is left behind.
+        inputs = ("-x", "c", "-", "-x", "none", *self._objects, str(default_object), str(candidate_object))
+        table = kernel_table.source(sets)
+        # Without nodelete: a search loads thousands of these.
+        link.link_shared(inputs, out, self._directory, self._cc, "measure.map", "-Wl,-z,defs", "-ldl", text=table)
 
     def _kernels(self, decisions: Any, suffix: str) -> Kernels:
         symbol = objects.symbol(self._op, self._types, self._target, suffix)

@@ -99,6 +99,35 @@ def version_script(name: str) -> list[str]:
     return ["-Xlinker", f"--version-script={export_directory() / name}"]
 
 
+def link_shared(
+    inputs: Iterable[str], out: Path, work: Path, cc: str, script: str, *options: str, text: str | None = None
+) -> None:
+    """Link C files and objects to a shared library.
+
+    Parameters
+    ----------
+    inputs : iterable of str
+        Files, and options that belong between them.
+    out : Path
+    work : Path
+        Holds specs.h.
+    cc : str
+    script : str
+        The version script of the export directory that lists what the library exports.
+    *options : str
+        More for the compiler and linker, after the inputs.
+    text : str, optional
+        Standard input of the compiler.
+    """
+    run(
+        [
+            *(cc, "-O2", *flags(work), "-shared", *inputs, "-Wl,-z,noexecstack", *version_script(script)),
+            *(*options, "-lm", "-lpthread", "-o", str(out)),
+        ],
+        text,
+    )
+
+
 def link_library(objects: Iterable[Path], work: Path, cc: str, sanitizer: str | None = None) -> Path:
     """Compile the C files and link them with compiled kernels.
 
@@ -122,17 +151,10 @@ def link_library(objects: Iterable[Path], work: Path, cc: str, sanitizer: str | 
     sources = (*CORE, *DOOR, *_ORT, *(CUDA if cuda else ("cuda/none.c",)))
     # A sanitizer's runtime may be the program's, and is then not linked with a library.
     watched = SANITIZERS[sanitizer] if sanitizer else ("-Wl,-z,defs",)
-    run(
-        [
-            *(cc, "-O2", *flags(work), *watched, "-shared"),
-            *(str(export / "src" / name) for name in sources),
-            *(str(work / name) for name in (*GENERATED, *([_GENERATED_CUDA] if cuda else []))),
-            *map(str, objects),
-            # nodelete: ONNX Runtime unloads the library with the last SessionOptions, while threads of ours sleep in
-            # its code; and each time it came back it would leave some memory behind.
-            *("-Wl,-z,noexecstack", "-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}"),
-            *version_script("exports.map"),
-            *("-lm", "-lpthread", *(["-ldl"] if cuda else []), "-o", str(library)),
-        ]
-    )
+    inputs = [export / "src" / name for name in sources]
+    inputs += [work / name for name in (*GENERATED, *([_GENERATED_CUDA] if cuda else []))]
+    # ONNX Runtime unloads the library with the last SessionOptions, while our threads still sleep in its code. With
+    # nodelete it stays. Without it, each load and unload would also leave some memory behind.
+    options = ("-Wl,-z,nodelete", f"-Wl,-soname,{LIBRARY_NAME}", *watched, *(["-ldl"] if cuda else []))
+    link_shared(map(str, [*inputs, *objects]), library, work, cc, "exports.map", *options)
     return library

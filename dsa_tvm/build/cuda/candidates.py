@@ -138,12 +138,7 @@ def make(kernel: TunedKernel, foundation: Foundation, decisions: Mapping[str, in
         table = cuda_table.source(sets, {(0, unit.op): fatbin}, link.nvcc_version(foundation.nvcc))
         (work / "cuda_table.c").write_text(table)
         library = work / "candidate.so"
-        link.run(
-            [
-                *(foundation.cc, "-O2", *link.flags(foundation.directory), "-shared"),
-                *(str(work / "cuda_table.c"), str(foundation.directory / _CORE)),
-                *("-Wl,-z,defs", "-Wl,-z,noexecstack", *link.version_script("exports.map")),
-                *("-lm", "-lpthread", "-ldl", "-o", str(library)),
-            ]
-        )
+        inputs = (str(work / "cuda_table.c"), str(foundation.directory / _CORE))
+        options = ("exports.map", "-Wl,-z,defs", "-ldl")
+        link.link_shared(inputs, library, foundation.directory, foundation.cc, *options)
         write_atomically(out, library.read_bytes(), 0o755)
