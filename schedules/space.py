@@ -81,6 +81,21 @@ def decisions_of(trace: Trace, choices: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: candidates[i] for (name, candidates), i in zip(choices.items(), picked, strict=True)}
 
 
+def expect_within(module: Module, target: str, decisions: Mapping[str, int]) -> None:
+    """Check decisions that no search of this version may have proposed, such as those of an old record.
+
+    Raises
+    ------
+    ValueError
+        The kernel does not accept them, or a value is beyond those that a search tries.
+    """
+    kernel_decisions(module, decisions)
+    for name, tried in values(module, target).items():
+        # A zero that divides what it must would end a user's process.
+        if not tried[0] <= decisions[name] <= tried[-1]:
+            raise ValueError(f"{name}: expected {tried[0]}..{tried[-1]}, got {decisions[name]}")
+
+
 def is_legal(module: Module, decisions: Mapping[str, int]) -> bool:
     """Whether the kernel factory accepts these decisions."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from ..records.choice import Row
+from ..records.selection.cpu import Row
 from ..schedules import BASES, CPU, CPU_TARGETS, cpu_kernel, cpu_variants
 from .kernel_table import Kernels
 from .plan import Plan, Types

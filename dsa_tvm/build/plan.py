@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from types import ModuleType
 
 from ..errors import BuildError
-from ..ops import OPS
 from ..presets import Preset
 from ..records import Record
-from ..records.choice import Row, choose
+from ..records.selection.cpu import Row, choose
+from ..records.selection.finals import has_lengths
 from ..schedules import BASES, CPU, CPU_TARGETS, cpu_variants, space
 
 #: Element types of an operator's type variables, in order.
@@ -62,12 +61,13 @@ def make(
             rows: dict[Types, list[Row]] = {}
             followed: dict[Types, list[Types]] = {}
             # A final that failed, or that is not usable, was measured too: its kernel does not follow another's.
-            measured = [types for types in variants if any(r.types == types and _fits(r, preset) for r in finals)]
+            measured = [
+                types for types in variants if any(r.types == types and has_lengths(r, preset.lengths) for r in finals)
+            ]
             for types in variants:
                 like = types if types in measured else _followed(types, measured)
-                own = [r for r in finals if r.types == like]
                 if like not in rows:
-                    usable = [r for r in own if _is_taken(module, r, progress)]
+                    usable = accepted((r for r in finals if r.types == like), module, progress)
                     rows[like] = choose(op, usable, default, preset.lengths)
                 rows[types] = rows[like]
                 if like != types and any(row.decisions != default for row in rows[like]):
@@ -79,10 +79,27 @@ def make(
     return plan
 
 
-def _fits(record: Record, preset: Preset) -> bool:
-    """Whether a record was measured with the lengths of a model."""
-    lengths = preset.lengths
-    return all(record.shape[name] == lengths[name] for name in OPS[record.op].dims if name not in ("s_q", "s_kv"))
+def accepted(records: Iterable[Record], module: space.Module, progress: Callable[[str], None]) -> list[Record]:
+    """The records whose decisions a kernel can be made with.
+
+    Parameters
+    ----------
+    records : iterable of Record
+        All of one target.
+    module : module
+        The kernel module, or what stands for it.
+    progress : callable
+        Takes a line of text for every record that is left out.
+    """
+    found = []
+    for record in records:
+        try:
+            space.expect_within(module, record.target, record.decisions)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            progress(f"leaving out a record of {record.op} on {record.target}: {error}")
+        else:
+            found.append(record)
+    return found
 
 
 def _followed(types: Types, measured: Sequence[Types]) -> Types:
@@ -92,16 +109,3 @@ def _followed(types: Types, measured: Sequence[Types]) -> Types:
 
 def _in_words(types: Types) -> str:
     return "/".join(dict.fromkeys(types))
-
-
-def _is_taken(module: ModuleType, record: Record, progress: Callable[[str], None]) -> bool:
-    try:
-        space.kernel_decisions(module, record.decisions)
-        for name, tried in space.values(module, record.target).items():
-            # A zero that divides what it must would end a user's process.
-            if not tried[0] <= record.decisions[name] <= tried[-1]:
-                raise ValueError(f"{name}: expected {tried[0]}..{tried[-1]}, got {record.decisions[name]}")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        progress(f"leaving out a record of {record.op} on {record.target}: {error}")
-        return False
-    return True

@@ -14,9 +14,11 @@ from ..presets import PRESETS
 from ..runtime.files import expect_writable, write_atomically
 from ..terminal.extras import expect_installed
 from ..terminal.text import digits, table
-from . import choice, curve, gpu_choice
+from . import curve, selection
 from .log import Damage, Log, default_directory, logs, merge
 from .record import KINDS, Record, as_key
+from .selection import cpu
+from .selection.finals import in_words, keeps_up
 
 _FIGURES = ("threads", "x DEFAULT", "ms", "of roof")
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best = command("best", _best, "the best finals for each size, and which of them a library would hold")
     place(best, nargs="?")
     best.add_argument("--target", help="only this target")
-    best.add_argument("--op", choices=list(choice.BUCKETS), help="only this operator")
+    best.add_argument("--op", choices=list(cpu.BUCKETS), help="only this operator")
 
     merging = command("merge", _merge, "add the lines of logs to those of a directory")
     merging.add_argument("source", nargs="+", type=Path, help="a log or a directory of logs")
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = command("show", _show, "the trials of searches, and how the best speedup grew")
     place(show, nargs="?")
-    show.add_argument("--op", choices=list(choice.BUCKETS), help="only this operator")
+    show.add_argument("--op", choices=list(cpu.BUCKETS), help="only this operator")
     show.add_argument("--shape", type=_shape, metavar="S_QxS_KV", help="only this size, such as 1x32768")
     show.add_argument(
         "--png", type=Path, metavar="FILE", help="draw the curve of one search into FILE, with matplotlib"
@@ -91,23 +93,22 @@ def _verify(args: argparse.Namespace) -> None:
 def _best(args: argparse.Namespace) -> None:
     searches: dict[tuple, list[Record]] = {}
     for record in _read(args):
-        is_gpu = gpu_choice.is_gpu(record.target)
-        known = gpu_choice.BUCKETS if is_gpu else choice.BUCKETS
+        known = selection.of(record.target).BUCKETS
         if record.kind == "final" and args.target in (None, record.target) and record.op in known:
             lengths = as_key({n: length for n, length in record.shape.items() if n not in ("s_q", "s_kv")})
-            stage = gpu_choice.stage_of_record(record) if is_gpu else ""
-            searches.setdefault((record.target, record.op, stage, record.types, lengths), []).append(record)
+            key = (record.target, record.op, selection.stage_of(record), record.types, lengths)
+            searches.setdefault(key, []).append(record)
     for (target, op, stage, types, lengths), records in sorted(searches.items()):
         print(_heading(target, op, types, dict(lengths)) + (f", {stage}" if stage else ""))
-        by_size = gpu_choice.by_size(records) if stage else choice.finals(op, records, dict(lengths))
+        device = selection.of(target)
         rows = []
-        for (s_q, s_kv, *_), finals in by_size.items():
+        for (s_q, s_kv, *_), finals in device.by_size(op, records, dict(lengths)).items():
             if finals:
                 best = max(finals, key=lambda record: record.speedup)
-                slower = "" if choice.keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"
-                rows.append([f"{s_q} x {s_kv}", *_figures(best), choice.in_words(best.decisions) + slower])
+                slower = "" if keeps_up(best) else "  (slower than DEFAULT somewhere: not used)"
+                rows.append([f"{s_q} x {s_kv}", *_figures(best), in_words(best.decisions) + slower])
         _print_table(rows, "size")
-        for line in gpu_choice.explain(records) if stage else choice.explain(op, records, None, dict(lengths)):
+        for line in device.explain(op, records, dict(lengths)):
             print(f"  {line}")
         print()
     if not searches:
@@ -196,7 +197,7 @@ def _figures(record: Record) -> list[str]:
 
 
 def _row(record: Record) -> list[str]:
-    words = choice.in_words(record.decisions)
+    words = in_words(record.decisions)
     if record.error is None:
         return [*_figures(record), words]
     # The message of a compiler may have many lines, and characters that move the cursor of a terminal.

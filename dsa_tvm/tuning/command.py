@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import env, presets
 from ..errors import ArgumentError, DsaError
 from ..ops import OPS
-from ..records import choice, gpu_choice
+from ..records.selection import cpu, gpu
 from ..runtime import library
 from ..runtime.files import expect_writable_directory, scratch
 from ..runtime.machine import THREADS, usable_cpus
@@ -29,7 +29,7 @@ from .workers import Workers, pool_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``dsa-tvm tune``."""
     parser.add_argument(
-        "op", nargs="?", help=f"kernel to tune: {', '.join(choice.BUCKETS)}, on GPUs sparse_mla_fp8, or all"
+        "op", nargs="?", help=f"kernel to tune: {', '.join(cpu.BUCKETS)}, on GPUs sparse_mla_fp8, or all"
     )
     parser.add_argument(
         "--target",
@@ -101,12 +101,12 @@ def run(args: argparse.Namespace) -> None:
         tunable = [name for name in CPU_TARGETS if name not in BASES]
         if target not in tunable:
             raise ArgumentError(f"tune: target: expected one of {', '.join(tunable)}, got {target!r}")
-        ops = list(choice.BUCKETS) if args.op == "all" else [args.op]
+        ops = list(cpu.BUCKETS) if args.op == "all" else [args.op]
         tasks = [
             Task(op, target, preset, *shape, types)
             for op in ops
             for types in variants_of(op, args.types, [None])
-            for shape in shapes or choice.buckets(op)
+            for shape in shapes or cpu.buckets(op)
         ]
         builder = Builder(workers, directory, args.cc)
         print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:
     if args.measure:
         args.op = args.op or "all"
-    known = gpu_choice.BUCKETS if cuda_command.is_asked_for(args) else choice.BUCKETS
+    known = gpu.BUCKETS if cuda_command.is_asked_for(args) else cpu.BUCKETS
     if args.op != "all" and args.op not in known:
         raise ArgumentError(f"tune: operator: expected all or one of {', '.join(known)}, got {args.op!r}")
     if args.trials < 1:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from ..records import Record
-from ..records.gpu_choice import choose
+from ..records.selection.gpu import choose
 from ..terminal.text import duration, table
 from .tasks import Task
 

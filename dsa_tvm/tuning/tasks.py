@@ -11,9 +11,10 @@ import numpy as np
 from ..benchmark import workload
 from ..benchmark.workload import Workload
 from ..errors import ArgumentError
+from ..gpu.architectures import is_arch
 from ..ops import OPS
 from ..presets import Preset
-from ..records import gpu_choice
+from ..records import selection
 from ..spec import INT32_MAX, completed
 
 #: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
@@ -62,14 +63,12 @@ class Task:
     @property
     def stage(self) -> str:
         """Which of the operator's kernels is tuned; "" on CPUs, where there is one."""
-        return (
-            gpu_choice.stage_of(self.op, self.shape, self.target, self.types) if gpu_choice.is_gpu(self.target) else ""
-        )
+        return selection.of(self.target).stage_of(self.op, self.shape, self.target, self.types)
 
     @property
     def family(self) -> tuple:
         """Tasks of one family share a kernel: its decisions have to hold for all of them."""
-        sizes = () if gpu_choice.is_gpu(self.target) else (self.s_q, self.s_kv)
+        sizes = () if is_arch(self.target) else (self.s_q, self.s_kv)
         return (self.op, self.target, self.types, self.preset, self.stage, *sizes)
 
     @property

@@ -15,7 +15,7 @@ from emulator import EMULATED
 
 import dsa_tvm
 from dsa_tvm import presets
-from dsa_tvm.records.gpu_choice import BUCKETS, stage_of
+from dsa_tvm.records.selection.gpu import BUCKETS, stage_of
 from dsa_tvm.runtime import library
 
 pytest.importorskip("tvm", reason="building needs apache-tvm")

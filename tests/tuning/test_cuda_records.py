@@ -14,8 +14,8 @@ from dsa_tvm import presets
 from dsa_tvm.errors import RecordError
 from dsa_tvm.gpu.architectures import FEW_HEADS, best_for, is_arch, runs_on, shared_bytes, tensor_flops
 from dsa_tvm.ops.element_types import decode, encode
-from dsa_tvm.records import gpu_choice
-from dsa_tvm.records.gpu_choice import BUCKETS, TIMED, choose, stage_of
+from dsa_tvm.records.selection import gpu
+from dsa_tvm.records.selection.gpu import BUCKETS, TIMED, choose, stage_of
 from dsa_tvm.tuning.gpu import measure as cuda_measure
 from dsa_tvm.tuning.tasks import Task
 from dsa_tvm.tuning.trials import Trials
@@ -51,7 +51,7 @@ def test_the_fastest_that_holds_everywhere():
     assert choose(slow).speedup == pytest.approx(1.1)
     failed = final(SIZES[0], 1024, 1.2, seconds={}, error="crashed")
     assert chosen([*slow, failed]) == 256
-    assert "none of 1 finalists was measured at all 3 sizes" in gpu_choice.explain([*everywhere(256, 0.5)])[0]
+    assert "none of 1 finalists was measured at all 3 sizes" in gpu.explain("topk", everywhere(256, 0.5), LENGTHS)[0]
 
 
 def test_sizes():
@@ -81,7 +81,7 @@ def test_few_heads(op):
     ]
 
     def found(stage, preset):
-        return [r.shape["h_q"] for r in gpu_choice.finals_of(finals, op, "sm_90a", dtype, stage, vars(preset))]
+        return [r.shape["h_q"] for r in gpu.finals_of(finals, op, "sm_90a", dtype, stage, vars(preset))]
 
     assert found("few_heads", few) == found("few_heads", PRESET) == [8, 16]
     assert found("few_heads", presets.get("deepseek-v4-512")) == []
@@ -98,9 +98,9 @@ def test_few_heads_of_several_models():
         what = {"kind": "final", "target": "sm_90a", "types": task.types, "shape": task.shape, "decisions": decisions}
         return make("sparse_mla", (1, 65536), (ratio,), **what)
 
-    assert gpu_choice.choose([final(16, 1.2, 64), final(8, 1.5, 64)]).decisions == {"split_keys": 64}
-    assert gpu_choice.choose([final(16, 0.6, 64), final(8, 1.5, 64)]).decisions is None
-    assert gpu_choice.choose([final(16, 1.2, 64), final(8, 1.5, 128)]).decisions is None
+    assert gpu.choose([final(16, 1.2, 64), final(8, 1.5, 64)]).decisions == {"split_keys": 64}
+    assert gpu.choose([final(16, 0.6, 64), final(8, 1.5, 64)]).decisions is None
+    assert gpu.choose([final(16, 1.2, 64), final(8, 1.5, 128)]).decisions is None
 
 
 def test_few_heads_in_a_build():

@@ -8,7 +8,7 @@ import pytest
 from tuning_records import LENGTHS, make
 
 from dsa_tvm.errors import ArgumentError
-from dsa_tvm.records.choice import BUCKETS, WORTH, Row, choices, choose, explain, finals
+from dsa_tvm.records.selection.cpu import BUCKETS, WORTH, Row, by_size, choices, choose, explain
 from dsa_tvm.spec import INT32_MAX
 
 DEFAULT = {"slack": 2048, "scan": 64}
@@ -204,7 +204,7 @@ def test_refusals():
 
 def test_finals_keep_one_of_each():
     records = [final((1, 4096), 7, 2.0), final((1, 4096), 7, 1.5), final((1, 4096), 8, 1.1)]
-    found = finals("topk", records, LENGTHS)
+    found = by_size("topk", records, LENGTHS)
     assert list(found) == [(s_q, s_kv) for s_q, row in BUCKETS["topk"].items() for s_kv in row]
     assert found[1, 4096] == records[1:]
 
@@ -217,7 +217,7 @@ def test_explain():
         final((1, 131072), 7, (2.0, 0.5)),
         final((16, 4096), 9, 1.02),
     ]
-    assert explain("topk", records, DEFAULT, LENGTHS) == [
+    assert explain("topk", records, LENGTHS, DEFAULT) == [
         "topk 1 x 4096 (to 4 x 11585): scan=64 slack=8; 1.520 times as fast as DEFAULT",
         "topk 1 x 32768 (to 4 x 65536): DEFAULT; none of 1 finals there is faster",
         "topk 1 x 131072 (to 4 x any): DEFAULT; none of 1 finals there has these parameters and is nowhere slower",
@@ -227,4 +227,4 @@ def test_explain():
         "topk 16 x 131072 (to any x any): DEFAULT; nothing was measured there",
     ]
     records = [*everywhere(1, 1.5), final((1, 4096), 2, 1.52)]
-    assert explain("topk", records, None, LENGTHS)[0].endswith("DEFAULT (1.520 would need one more kernel)")
+    assert explain("topk", records, LENGTHS)[0].endswith("DEFAULT (1.520 would need one more kernel)")

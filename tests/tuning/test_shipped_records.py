@@ -12,7 +12,7 @@ from dsa_tvm.schedules import CPU, space
 from dsa_tvm import presets, records
 from dsa_tvm.build.candidates import Linker, compile_kernel
 from dsa_tvm.ops import OPS
-from dsa_tvm.records import choice
+from dsa_tvm.records.selection import cpu
 from dsa_tvm.runtime import library
 from dsa_tvm.tuning import measure
 from dsa_tvm.tuning.problem import Problem
@@ -61,7 +61,7 @@ def test_replay(place):
     target, op, variant, default, linker, directory = place
     types = tuple(variant.values())
     mine = [r for r in READ if (r.target, r.op) == (target, op)]
-    rows = choice.choose(op, mine, vars(CPU[op].DEFAULT[target]), vars(presets.get("deepseek-v3.2")))
+    rows = cpu.choose(op, mine, vars(CPU[op].DEFAULT[target]), vars(presets.get("deepseek-v3.2")))
     held = [row.decisions for row in rows]
     task = Task(op, target, presets.get("deepseek-v3.2"), 5, 3001, types)
     work = irregular(task)
@@ -89,6 +89,6 @@ def test_installed_library_uses_them(target, op):
     lengths = vars(presets.get("deepseek-v3.2"))
     expected = [
         {"s_q": row.s_q_max, "s_kv": row.s_kv_max, "decisions": dict(row.decisions)}
-        for row in choice.choose(op, finals, default, lengths)
+        for row in cpu.choose(op, finals, default, lengths)
     ]
     assert manifest["kernels"][target][op] == expected

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ...gpu.architectures import is_arch
 from ...presets import Preset
 from ...records import Record
-from ...records.choice import in_words
-from ...records.gpu_choice import Choice, choose, finals_of, is_gpu
+from ...records.selection.finals import in_words
+from ...records.selection.gpu import Choice, choose, finals_of
+from ..plan import accepted
 from .space import Space
 
 #: Where there are no records of its own.
@@ -35,7 +37,7 @@ class Plan:
     def __init__(
         self, records: Iterable[Record], preset: Preset, progress: Callable[[str], None] = lambda line: None
     ) -> None:
-        self._records = [r for r in records if r.kind == "final" and is_gpu(r.target)]
+        self._records = [r for r in records if r.kind == "final" and is_arch(r.target)]
         self._lengths = preset.lengths
         self._progress = progress
         self._choices: dict[tuple, Choice] = {}
@@ -67,16 +69,8 @@ class Plan:
             for like in (types, tuple(_LIKE.get(t, t) for t in types)):
                 finals = finals or finals_of(self._records, op, arch, like, stage, self._lengths)
             space = Space(op, arch, stage, types, self._lengths) if finals else None
-            self._choices[key] = choice = choose(r for r in finals if space and self._is_taken(space, r))
+            self._choices[key] = choice = choose(accepted(finals, space, self._progress))
             if finals:
-                what = in_words(choice.decisions) if choice.decisions else "DEFAULT"
+                what = in_words(choice.decisions)
                 self._progress(f"{' '.join((arch, op, stage, *types))}: {what}; {choice.why}")
         return self._choices[key]
-
-    def _is_taken(self, space: Space, record: Record) -> bool:
-        try:
-            space.expect_within(record.decisions)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            self._progress(f"leaving out a record of {record.op} on {record.target}: {error}")
-            return False
-        return True

@@ -9,7 +9,6 @@ from typing import Any
 
 from ...gpu.architectures import shared_bytes
 from ...ops import OPS
-from ...schedules import space
 from ...spec import DIMS, Dim
 from .kernels import OPERATORS, Chosen, Kernel
 
@@ -85,13 +84,6 @@ class Space:
             if kernel.shared_bytes > limit:
                 taken = f"{kernel.shared_bytes} bytes of shared memory, of which {self._arch} has {limit}"
                 raise ValueError(f"{kernel.stage}: {decisions} takes {taken}")
-
-    def expect_within(self, decisions: Mapping[str, int]) -> None:
-        """Raise ValueError for decisions that a search would not propose: those of a record of another version."""
-        space.kernel_decisions(self, decisions)
-        for name, tried in space.values(self, self._arch).items():
-            if not tried[0] <= decisions[name] <= tried[-1]:
-                raise ValueError(f"{name}: expected {tried[0]}..{tried[-1]}, got {decisions[name]}")
 
     def _kernels(self, choose: Callable[[Any], Any]) -> list[Kernel]:
         def chosen(stage: str, variant: Mapping[str, str], sizes: Mapping[str, int], default: Any) -> Any:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from ..errors import ArgumentError
-from ..ops import OPS
-from ..spec import INT32_MAX
-from .record import Record, as_key
+from ...errors import ArgumentError
+from ...ops import OPS
+from ...spec import INT32_MAX
+from ..record import Record, as_key
+from .finals import has_lengths, in_words, keeps_up, latest
 
 #: The sizes at which finalists are measured, as s_q to s_kv. Each stands for the sizes around it.
 BUCKETS: Mapping[str, Mapping[int, tuple[int, ...]]] = {
@@ -20,8 +21,6 @@ BUCKETS: Mapping[str, Mapping[int, tuple[int, ...]]] = {
 }
 #: A further kernel makes the library larger. It has to be this much faster for some bucket than those already chosen.
 WORTH = 0.03
-#: A finalist may have been this much slower than DEFAULT at some number of threads: repeated measurements differ so.
-SLOWER = 0.01
 
 Bucket = tuple[int, int]
 
@@ -102,7 +101,7 @@ def choices(
 
     Parameters and errors are those of `choose`. Without `default`, finals with any parameters take part.
     """
-    measured = finals(op, records, lengths)
+    measured = by_size(op, records, lengths)
     usable: dict[Bucket, list[Record]] = {
         bucket: [r for r in found if keeps_up(r) and (default is None or _replaces(r.decisions, default))]
         for bucket, found in measured.items()
@@ -121,23 +120,18 @@ def choices(
 
 
 def explain(
-    op: str, records: Iterable[Record], default: Mapping[str, int] | None, lengths: Mapping[str, int]
+    op: str, records: Iterable[Record], lengths: Mapping[str, int], default: Mapping[str, int] | None = None
 ) -> list[str]:
     """`choices` in words: one line for each bucket."""
     told = []
     for choice in choices(op, records, default, lengths):
         limit = " x ".join(str(n) if n < INT32_MAX else "any" for n in (choice.s_q_max, choice.s_kv_max))
-        what = in_words(choice.record.decisions) if choice.record else "DEFAULT"
+        what = in_words(choice.record.decisions if choice.record else None)
         told.append(f"{op} {choice.s_q} x {choice.s_kv} (to {limit}): {what}; {choice.why}")
     return told
 
 
-def in_words(decisions: Mapping[str, int]) -> str:
-    """Decisions as ``name=value``."""
-    return " ".join(f"{name}={value}" for name, value in sorted(decisions.items()))
-
-
-def finals(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> dict[Bucket, list[Record]]:
+def by_size(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> dict[Bucket, list[Record]]:
     """The finals of every bucket of `op` that have times. Of equal decisions only the latest final counts.
 
     A final that was measured at another size belongs to the bucket that serves that size.
@@ -146,24 +140,20 @@ def finals(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> di
     """
     if op not in BUCKETS:
         raise ArgumentError(f"op: expected one of {', '.join(BUCKETS)}, got {op!r}")
-    others = {name: lengths.get(name) for name in OPS[op].dims if name not in ("s_q", "s_kv")}
-    if None in others.values():
-        raise ArgumentError(f"{op}: lengths: expected {', '.join(others)}, got {dict(lengths)}")
-    latest: dict[Bucket, dict[tuple, Record]] = {bucket: {} for bucket in buckets(op)}
-    places = set()
-    for record in records:
-        if record.op != op or record.kind != "final" or record.error is not None:
-            continue
-        if any(record.shape[name] != length for name, length in others.items()):
-            continue
-        places.add((record.target, *record.types))
-        found = latest[bucket_of(op, record.shape["s_q"], record.shape["s_kv"])]
-        known = found.get(as_key(record.decisions))
-        if known is None or known.date <= record.date:
-            found[as_key(record.decisions)] = record
+    needed = [name for name in OPS[op].dims if name not in ("s_q", "s_kv")]
+    if not lengths.keys() >= set(needed):
+        raise ArgumentError(f"{op}: lengths: expected {', '.join(needed)}, got {dict(lengths)}")
+    own = [r for r in records if (r.op, r.kind, r.error) == (op, "final", None) and has_lengths(r, lengths)]
+    places = {(record.target, *record.types) for record in own}
     if len(places) > 1:
         raise ArgumentError(f"{op}: records: expected one target and choice of element types, got {sorted(places)}")
-    return {bucket: list(found.values()) for bucket, found in latest.items()}
+    found = latest(own, lambda record: bucket_of(op, record.shape["s_q"], record.shape["s_kv"]))
+    return {bucket: found.get(bucket, []) for bucket in buckets(op)}
+
+
+def stage_of(op: str, lengths: Mapping[str, int], target: str, types: Sequence[str]) -> str:
+    """The empty name: on CPUs, an operator has one kernel to tune."""
+    return ""
 
 
 def buckets(op: str) -> list[Bucket]:
@@ -175,11 +165,6 @@ def bucket_of(op: str, s_q: int, s_kv: int) -> Bucket:
     """The bucket that serves a size."""
     row = next(row for row, most in _with_bounds(list(BUCKETS[op])) if s_q <= most)
     return row, next(column for column, most in _with_bounds(BUCKETS[op][row]) if s_kv <= most)
-
-
-def keeps_up(record: Record) -> bool:
-    """Whether the candidate was not clearly slower than DEFAULT at any number of threads."""
-    return min(record.speedups.values()) * (1 + SLOWER) >= 1
 
 
 def _cover(usable: Mapping[Bucket, Sequence[Record]]) -> set[tuple]:

@@ -9,11 +9,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..gpu.architectures import FEW_HEADS, HOPPER, is_arch
-from ..ops import OPS
-from ..spec import completed
-from .choice import in_words, keeps_up
-from .record import Record, as_key
+from ...gpu.architectures import FEW_HEADS, HOPPER
+from ...ops import OPS
+from ...spec import completed
+from ..record import Record, as_key
+from .finals import has_lengths, in_words, keeps_up, latest
 
 #: The sizes (s_q, s_kv) that are measured.
 BUCKETS: Mapping[str, tuple[tuple[int, int], ...]] = {
@@ -45,22 +45,12 @@ _OF_HOPPER: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def is_gpu(target: str) -> bool:
-    """Whether a target is a GPU architecture."""
-    return is_arch(target)
-
-
 def stage_of(op: str, lengths: Mapping[str, int], target: str, types: Sequence[str]) -> str:
     """The stage whose decisions a call with these lengths measures. The build uses the same names."""
     if "h_q" in OPS[op].dims and lengths["h_q"] <= FEW_HEADS and "float32" not in types:
         return "few_heads"
     stage = _STAGES.get(op) or ("few" if lengths["s_q"] * lengths["s_kv"] <= _FEW_SCORES else "many")
     return f"hopper_{stage}" if target == HOPPER and tuple(types) in _OF_HOPPER[op] else stage
-
-
-def stage_of_record(record: Record) -> str:
-    """The stage that a record from a GPU measured."""
-    return stage_of(record.op, record.shape, record.target, record.types)
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def choose(finals: Iterable[Record]) -> Choice:
         They are of one operator, target, choice of element types, stage and model. Of equal decisions at one size only
         the latest counts.
     """
-    sizes = by_size(finals)
+    sizes = _by_size(finals)
     found: dict[tuple, list[Record]] = {}
     for records in sizes.values():
         for record in records:
@@ -112,25 +102,22 @@ def choose(finals: Iterable[Record]) -> Choice:
     return Choice((), f"none of {len(found)} finalists was measured at all {len(sizes)} sizes and is faster")
 
 
-def by_size(finals: Iterable[Record]) -> dict[tuple[int, int, int], list[Record]]:
-    """The finals of one kernel that have times, by s_q, s_kv and h_q (0 if the operator has none).
+def by_size(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> dict[tuple[int, int, int], list[Record]]:
+    """The finals of one kernel that have times, by s_q, s_kv and h_q (0 if the operator has none), ascending.
 
     Of equal decisions only the latest final counts. A kernel for few heads may have been measured for several h_q.
     """
-    latest: dict[tuple[int, int, int], dict[tuple, Record]] = {}
-    for record in finals:
-        if record.kind == "final" and record.error is None:
-            of = latest.setdefault((record.shape["s_q"], record.shape["s_kv"], record.shape.get("h_q", 0)), {})
-            known = of.get(as_key(record.decisions))
-            if known is None or known.date <= record.date:
-                of[as_key(record.decisions)] = record
-    return {size: list(of.values()) for size, of in sorted(latest.items())}
+    return _by_size(records)
 
 
-def explain(finals: Iterable[Record]) -> list[str]:
+def _by_size(finals: Iterable[Record]) -> dict[tuple[int, int, int], list[Record]]:
+    return dict(sorted(latest(finals, lambda r: (r.shape["s_q"], r.shape["s_kv"], r.shape.get("h_q", 0))).items()))
+
+
+def explain(op: str, records: Iterable[Record], lengths: Mapping[str, int]) -> list[str]:
     """`choose` in words."""
-    choice = choose(finals)
-    return [f"{in_words(choice.decisions) if choice.decisions else 'DEFAULT'}; {choice.why}"]
+    choice = choose(records)
+    return [f"{in_words(choice.decisions)}; {choice.why}"]
 
 
 def finals_of(
@@ -142,11 +129,10 @@ def finals_of(
     """
     known = completed(lengths)
     free = ("s_q", "s_kv", "h_q") if stage == "few_heads" else ("s_q", "s_kv")
-    own = {name: known[name] for name in OPS[op].dims if name not in free}
     return [
         r
         for r in records
         if (r.op, r.target, r.types, r.kind) == (op, target, tuple(types), "final")
-        and stage_of_record(r) == stage
-        and all(r.shape[name] == length for name, length in own.items())
+        and stage_of(r.op, r.shape, r.target, r.types) == stage
+        and has_lengths(r, known, free)
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ArgumentError, DsaError
 from ...gpu.architectures import best_for, is_arch, runs_on
 from ...presets import Preset
-from ...records import gpu_choice
+from ...records.selection import gpu
 from ...runtime.files import scratch
 from ...runtime.machine import usable_cpus
 from ...terminal.progress import Progress
@@ -70,18 +70,18 @@ def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, in
     DsaError
         No driver or no GPU where one is needed, no nvcc where that is, a damaged directory, or DEFAULT itself fails.
     """
-    ops = list(gpu_choice.BUCKETS) if args.op == "all" else [args.op]
+    ops = list(gpu.BUCKETS) if args.op == "all" else [args.op]
     if args.measure:
         return _measure(args, ops)
     # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
     def tasks(target: str) -> list[Task]:
-        sizes = {op: shapes or gpu_choice.BUCKETS[op] for op in ops}
+        sizes = {op: shapes or gpu.BUCKETS[op] for op in ops}
         return [
             Task(op, target, preset, *size, types)
             for op in ops
-            for types in variants_of(op, args.types, gpu_choice.TIMED[op])
+            for types in variants_of(op, args.types, gpu.TIMED[op])
             for size in sizes[op]
         ]
 
