@@ -56,6 +56,8 @@ class Search:
         self._random = random.Random(seed)
         self._batch = batch
         self._told: set[tuple[int, ...]] = set()
+        # MetaSchedule's own candidates, until it is told what they are worth.
+        self._asked: dict[tuple[int, ...], ms.MeasureCandidate] = {}
         self._workload = space.stand_in(op)
         self._target = tvm.target.Target({"kind": "llvm", "num-cores": 1})
         self._database = ms.database.MemoryDatabase()
@@ -99,8 +101,12 @@ class Search:
     def ask(self) -> list[dict[str, int]]:
         """Up to a batch of decisions that were not told or skipped yet; none when the space is exhausted."""
         proposals: list[dict[str, int]] = []
-        for candidate in self._context.generate_measure_candidates() or []:
-            self._keep(proposals, space.decisions_of(candidate.sch.trace, self._choices))
+        with _numpy_seeded(self._random.getrandbits(32)):
+            candidates = self._context.generate_measure_candidates() or []
+        for candidate in candidates:
+            decisions = space.decisions_of(candidate.sch.trace, self._choices)
+            self._asked[self._key(decisions)] = candidate
+            self._keep(proposals, decisions)
         # Near the end of a small space the evolution returns what it knows: the rest is drawn by lot.
         for _ in range(200 * self._batch):
             if len(proposals) >= self._batch:
@@ -119,13 +125,14 @@ class Search:
         candidates, results = [], []
         for decisions, speedup in trials:
             self._told.add(self._key(decisions))
-            schedule = Schedule(self._workload)
-            space.apply(schedule, self._choices, decisions)
+            candidate = self._asked.pop(self._key(decisions), None) or self._candidate(decisions)
             # Relative times: those of different minutes, or of different machines of a fleet, cannot be compared.
             seconds = 1 / (speedup or _FAILED_SPEEDUP)
-            candidates.append(ms.MeasureCandidate(schedule, self._arguments))
+            candidates.append(candidate)
             results.append(ms.runner.RunnerResult([seconds], None))
-            record = ms.database.TuningRecord(schedule.trace, self._committed, [seconds], self._target, self._arguments)
+            record = ms.database.TuningRecord(
+                candidate.sch.trace, self._committed, [seconds], self._target, self._arguments
+            )
             self._database.commit_tuning_record(record)
         if candidates:
             self._context.notify_runner_results(candidates, results)
@@ -134,6 +141,12 @@ class Search:
     def skip(self, decisions: Decisions) -> None:
         """Do not propose these: they are known, but not yet what they are worth."""
         self._told.add(self._key(decisions))
+
+    def _candidate(self, decisions: Decisions) -> ms.MeasureCandidate:
+        """Decisions that MetaSchedule did not propose as a candidate; its database takes nothing else."""
+        schedule = Schedule(self._workload)
+        space.apply(schedule, self._choices, decisions)
+        return ms.MeasureCandidate(schedule, self._arguments)
 
     def _key(self, decisions: Decisions) -> tuple[int, ...]:
         return tuple(decisions[name] for name in self._choices)
@@ -208,6 +221,17 @@ class _Features(PyFeatureExtractor):
             pairs = [logs[i] + logs[j] for i in range(len(logs)) for j in range(i)]
             rows.append(tvm.runtime.tensor(np.array([[*logs, *pairs]], np.float32)))
         return rows
+
+
+@contextlib.contextmanager
+def _numpy_seeded(seed: int) -> Iterator[None]:
+    """NumPy's global generator, from which MetaSchedule's cost model draws its scores during the warm-up."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 
 @contextlib.contextmanager
