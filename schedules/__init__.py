@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..ops import OPS, sparse_mla_fp8
-from .cpu import lightning_indexer, sparse_mla, topk
+from .cpu import lightning_indexer, products, sparse_mla, topk
 
 #: Kernel modules by operator. All other operators use these three.
 CPU = {"lightning_indexer": lightning_indexer, "topk": topk, "sparse_mla": sparse_mla}
@@ -20,16 +20,29 @@ CPU_VARIANTS: Mapping[str, tuple[Mapping[str, str], ...]] = {op: OPS[op].variant
     "sparse_mla": (*OPS["sparse_mla"].variants, sparse_mla_fp8.KERNEL)
 }
 
-#: CPU targets, the best last. A library holds several, and picks the last one that runs on the machine.
+#: CPU targets, the best last. A library holds several, and picks the last one that runs on the machine. What CPUID has
+#: to say of that machine follows from the level (``mcpu``) and from the features beside it (``mattr``).
 CPU_TARGETS: Mapping[str, dict[str, Any]] = {
     "x86-64-v2": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v2"},
     "x86-64-v3": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
+    "x86-64-v3-vnni": {
+        "kind": "llvm",
+        "mtriple": "x86_64-linux-gnu",
+        "mcpu": "x86-64-v3",
+        "mattr": ["+avxvnni"],
+    },
     "x86-64-v4": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v4"},
+    "x86-64-v4-vnni": {
+        "kind": "llvm",
+        "mtriple": "x86_64-linux-gnu",
+        "mcpu": "x86-64-v4",
+        "mattr": ["+avx512vnni"],
+    },
     "x86-64-v4-bf16": {
         "kind": "llvm",
         "mtriple": "x86_64-linux-gnu",
         "mcpu": "x86-64-v4",
-        "mattr": ["+avx512bf16"],
+        "mattr": ["+avx512vnni", "+avx512bf16"],
     },
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
 }
@@ -39,18 +52,37 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 #: Targets that have kernels for some element types only, and the target whose kernels they use for all others.
-BASES: Mapping[str, str] = {"x86-64-v4-bf16": "x86-64-v4"}
+BASES: Mapping[str, str] = {
+    "x86-64-v3-vnni": "x86-64-v3",
+    "x86-64-v4-vnni": "x86-64-v4",
+    "x86-64-v4-bf16": "x86-64-v4-vnni",
+}
+
+#: The dot products that the kernels of these targets multiply with.
+DOTS: Mapping[str, str] = {
+    "x86-64-v3-vnni": products.INT8X8,
+    "x86-64-v4-vnni": products.INT8X16,
+    "x86-64-v4-bf16": products.BF16X16,
+}
+
+
+def chain(target: str) -> tuple[str, ...]:
+    """A target, its base, the base of that and so on; the last one has kernels for all element types."""
+    found = [target]
+    while found[-1] in BASES:
+        found.append(BASES[found[-1]])
+    return tuple(found)
 
 
 def cpu_variants(op: str, target: str) -> tuple[Mapping[str, str], ...]:
     """Element types for which a target has its own kernels."""
-    if target not in BASES:
+    if target not in DOTS:
         return CPU_VARIANTS[op]
-    takes = getattr(CPU[op], "takes_bf16", None)
-    return tuple(variant for variant in CPU_VARIANTS[op] if takes and takes(variant))
+    takes = getattr(CPU[op], "takes", None)
+    return tuple(variant for variant in CPU_VARIANTS[op] if takes and takes(variant, DOTS[target]))
 
 
 def cpu_kernel(op: str, variant: Mapping[str, str], target: str, decisions: Any) -> Any:
     """Make the PrimFunc of a CPU kernel."""
-    options = {"bf16": True} if target in BASES else {}
+    options = {"dots": DOTS[target]} if target in DOTS else {}
     return CPU[op].tensor_ir(variant, decisions, **options)

@@ -17,11 +17,17 @@ def dots_of_bf16(device: str) -> bool:
     return device == "cpu" and dsa_tvm.active_target().endswith("-bf16")
 
 
+def dots_of_8_bits(name: str) -> bool:
+    """Whether a CPU multiplies this type of 8 bits by dot products, whose sums over the heads have another order."""
+    targets = ("-bf16", "-vnni") if name == "int8" else "-bf16"
+    return dsa_tvm.active_target().endswith(targets)
+
+
 def float_target() -> str:
     """The CPU target that the kernels for float32 are of."""
-    from dsa_tvm.schedules import BASES
+    from dsa_tvm.schedules import chain
 
-    return BASES.get(dsa_tvm.active_target(), dsa_tvm.active_target())
+    return chain(dsa_tvm.active_target())[-1]
 
 
 def run(op: str, device: str, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..schedules import CPU
+from ..schedules import BASES, CPU, CPU_TARGETS
 from ..spec import DIMS, INT32_MAX, Dim
 from . import kernel_table, link, objects, spec_table
 from .kernel_table import Kernels
@@ -24,7 +24,7 @@ from .kernel_table import Kernels
 SUFFIXES = ("default", "candidate")
 
 #: What GCC calls the targets that it calls otherwise.
-_MARCH = {"aarch64": "armv8-a", "x86-64-v4-bf16": "x86-64-v4"}
+_MARCH = {"aarch64": "armv8-a"} | {t: CPU_TARGETS[t]["mcpu"] for t in BASES}
 
 
 def compile_kernel(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: Targets a library has by default, by the machine it is built for.
 DEFAULT_TARGETS = {
-    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"),
+    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v3-vnni", "x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-bf16"),
     "aarch64": ("aarch64",),
 }
 #: Dimensions whose values a library lists.

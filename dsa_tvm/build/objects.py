@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 
 from ..records.selection.cpu import Row
-from ..schedules import BASES, CPU, CPU_TARGETS, cpu_kernel, cpu_variants
+from ..schedules import CPU, CPU_TARGETS, chain, cpu_kernel, cpu_variants
 from .kernel_table import Kernels
 from .plan import Plan, Types
 
@@ -108,6 +108,6 @@ def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]
 
 
 def tables(target: str, built: Mapping[str, Compiled]) -> dict[str, list[Kernels]]:
-    """The whole tables of a target: its own rows, and behind them those of its base."""
-    parts = [built[t].kernels for t in (target, BASES.get(target)) if t]
+    """The whole tables of a target: its own rows, and behind them those of its bases."""
+    parts = [built[t].kernels for t in chain(target)]
     return {op: [row for kernels in parts for row in kernels.get(op, ())] for op in CPU}

@@ -10,7 +10,7 @@ from ..presets import Preset
 from ..records import Record
 from ..records.selection.cpu import Row, choose
 from ..records.selection.finals import has_lengths
-from ..schedules import BASES, CPU, CPU_TARGETS, cpu_variants, space
+from ..schedules import CPU, CPU_TARGETS, chain, cpu_variants, space
 
 #: Element types of an operator's type variables, in order.
 Types = tuple[str, ...]
@@ -19,8 +19,8 @@ Plan = Mapping[str, Mapping[str, Mapping[Types, Sequence[Row]]]]
 
 
 def with_bases(targets: Iterable[str]) -> tuple[str, ...]:
-    """Targets, each behind the one that its other kernels come from, which has to be in the library too."""
-    return tuple(dict.fromkeys(t for target in targets for t in (BASES.get(target, target), target)))
+    """Targets, each behind those that its other kernels come from, which have to be in the library too."""
+    return tuple(dict.fromkeys(t for target in targets for t in reversed(chain(target))))
 
 
 def make(

@@ -91,12 +91,12 @@ def run(args: argparse.Namespace) -> None:
     # What a worker leaves behind when it is killed goes with the job's own files.
     with scratch() as directory, Workers(pool_size(max(cpus, servers)), {"TMPDIR": str(directory)}) as workers:
         # The workers import TVM while this process does.
-        from ..schedules import BASES, CPU_TARGETS
+        from ..schedules import BASES, CPU_TARGETS, chain
         from .building import Builder
         from .job import Job, Options
 
         active = library.active_target()
-        target = args.target or BASES.get(active, active)
+        target = args.target or chain(active)[-1]
         # These have kernels for some element types only, not float32, and DEFAULT decisions.
         tunable = [name for name in CPU_TARGETS if name not in BASES]
         if target not in tunable:

@@ -21,7 +21,15 @@ CHAIN = 128
 LINE = 64
 
 #: f32 elements that a vector register of each CPU target holds.
-VECTOR = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "x86-64-v4-bf16": 16, "aarch64": 4}
+VECTOR = {
+    "x86-64-v2": 4,
+    "x86-64-v3": 8,
+    "x86-64-v3-vnni": 8,
+    "x86-64-v4": 16,
+    "x86-64-v4-vnni": 16,
+    "x86-64-v4-bf16": 16,
+    "aarch64": 4,
+}
 
 
 def u32(x):

@@ -15,8 +15,8 @@ from tvm.script import tirx as T
 
 from ...spec import ELEMENT_BYTES
 from ..storage import STORAGE
-from .elements import CHAIN, STEP, VECTOR
-from .products import BF16_EXACT, FloatProducts, products_of
+from .elements import STEP, VECTOR
+from .products import EXACT, FloatProducts, products_of
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Decisions:
     Parameters
     ----------
     tile_keys, heads : int
-        Register tile: keys by heads (f32 accumulators).
+        Register tile: keys by heads (accumulators).
     block_keys : int
         Keys that are widened at a time, a multiple of `tile_keys`. The block should stay in the second-level cache.
     in_place : int
         1: keys of the type that is multiplied (float32; bfloat16 for bf16 dot products) are read where they are. This
         saves a copy that does not pay for few queries. 0: all keys are copied.
     unroll_d : int
-        Steps of the product over d_idx in one loop body. It divides 32, or 16 if a step takes two entries.
+        Steps of the product over d_idx in one loop body. It divides 32, or 16 or 8 if a step takes two or four entries.
     rows : int
         Queries of a task. Each block of keys is widened once for all of them.
     task_keys : int
@@ -70,16 +70,18 @@ _COMMON = {"rows": 8, "task_keys": 6144, "min_keys": 256, "tasks_per_thread": 4}
 DEFAULT = {
     "x86-64-v2": Decisions(tile_keys=4, heads=8, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
     "x86-64-v3": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=8, **_COMMON),
+    "x86-64-v3-vnni": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
     "x86-64-v4": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=0, unroll_d=4, **_COMMON),
+    "x86-64-v4-vnni": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=0, unroll_d=4, **_COMMON),
     # Measured separately: bf16 keys are read in place and need no copy in the cache.
     "x86-64-v4-bf16": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=1, unroll_d=4, **_COMMON),
     "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
 }
 
 
-def takes_bf16(variant: Mapping[str, str]) -> bool:
-    """Whether these element types have a kernel with bf16 dot products."""
-    return variant["T"] in BF16_EXACT and variant["K"] in BF16_EXACT
+def takes(variant: Mapping[str, str], dots: str) -> bool:
+    """Whether these element types have a kernel with the dot products of this name (`products.EXACT`)."""
+    return variant["T"] in EXACT[dots] and variant["K"] in EXACT[dots]
 
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
@@ -99,12 +101,7 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def relu(x):
-    """max(x, 0), but NaN stays NaN."""
-    return T.Select(x <= T.float32(0), T.float32(0), x)
-
-
-def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> tirx.PrimFunc:
+def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None) -> tirx.PrimFunc:
     """Make the kernel for the queries [m0, m1) and the keys [n0, n1).
 
     Parameters
@@ -112,8 +109,8 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
     variant : dict
         Element types T of q and K of k.
     c : Decisions
-    bf16 : bool
-        Whether to multiply with bf16 dot products. `takes_bf16` tells whether that is possible.
+    dots : str, optional
+        The dot products to multiply with, a key of `products.EXACT`. `takes` tells whether that is possible.
 
     Returns
     -------
@@ -127,11 +124,11 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
         tirx.Var(n, "int64") for n in ("s_q", "s_kv", "h_idx", "d_idx", "s_out", "s_scale")
     )
     blocks = (h_idx + HV - 1) // HV
-    Products = products_of(bf16)
+    Products = products_of(dots)
     LANES = Products.lanes
     IN_PLACE = c.in_place == 1 and Products.reads_in_place(k_type)
-    if bf16 and (HV % 16 or STEP // 2 % UD):
-        raise ValueError(f"lightning_indexer: decisions that do not divide for bf16 dot products: {c}")
+    if HV % LANES or STEP // Products.entries % UD:
+        raise ValueError(f"lightning_indexer: decisions that do not divide for {dots} dot products: {c}")
 
     @T.prim_func(s_tir=True)
     def lightning_indexer(
@@ -162,11 +159,11 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
             T.writes()
             qp = T.sblock_alloc_buffer(Products.query_shape(m1 - m0, blocks, d_idx, HV), Products.packed)
             wp = T.sblock_alloc_buffer((m1 - m0, blocks, HV), "float32")
-            kp = T.sblock_alloc_buffer((BK, d_idx), Products.packed)
+            kp = T.sblock_alloc_buffer((BK, Products.key_width(d_idx)), Products.packed)
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
-            acc = T.sblock_alloc_buffer((TK, HV), "float32", scope="local")
-            # The sum of the earlier parts of products over more than CHAIN entries.
-            long = T.sblock_alloc_buffer((TK, HV), "float32")
+            acc = T.sblock_alloc_buffer((TK, HV), Products.sums, scope="local")
+            # The sum of the earlier parts of products over many entries.
+            long = T.sblock_alloc_buffer((TK, HV), Products.sums)
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
             products = Products(Q, K, (q_type, k_type), (TK, HV, UD), d_idx)
             products.put_queries(qp, m0, m1 - m0, blocks, h_idx)
@@ -199,7 +196,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                     if start < high and low < stop and low < high:
                         for hb in T.serial(blocks):
                             for t in T.serial((stop - start + TK - 1) // TK):
-                                for part in T.serial((d_idx + CHAIN - 1) // CHAIN):
+                                for part in T.serial(Products.parts(d_idx)):
                                     if part > 0:
                                         for j in T.unroll(TK):
                                             for h in T.vectorized(HV):
@@ -208,12 +205,12 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                                                 )
                                     for j in T.unroll(TK):
                                         for h in T.vectorized(HV):
-                                            acc[j, h] = T.float32(0)
+                                            acc[j, h] = products.start(i, hb, h)
                                     if t < in_place:
                                         products.add(acc, K if IN_PLACE else kp, start + t * TK, qp, i, hb, part)
                                     else:
                                         products.add(acc, kp, t * TK, qp, i, hb, part)
-                                if d_idx > CHAIN:
+                                if Products.parts(d_idx) > 1:
                                     for j in T.unroll(TK):
                                         for h in T.vectorized(HV):
                                             acc[j, h] = acc[j, h] + long[j, h]
@@ -226,7 +223,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
                                         for h in T.vectorized(LANES):
                                             lanes[t * TK + j, h] = lanes[t * TK + j, h] + T.Select(
                                                 hb * HV + p * LANES + h < h_idx,
-                                                relu(acc[j, p * LANES + h]) * wp[i, hb, p * LANES + h],
+                                                products.score(acc[j, p * LANES + h]) * wp[i, hb, p * LANES + h],
                                                 T.float32(0),
                                             )
                         for j in T.serial(stop - start):

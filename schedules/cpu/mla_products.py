@@ -12,15 +12,15 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .elements import CHAIN, STEP, f32_bits, narrow, u32, widen
-from .products import bf16_dot, with_bf16_dot
+from .products import BF16X16, bf16_dot, with_bf16_dot
 
 #: The half of an f32 that is a bf16.
 _UPPER = 0xFFFF0000
 
 
-def products_of(bf16: bool):
-    """The class that multiplies in f32, or with bf16 dot products."""
-    return Bf16Products if bf16 else FloatProducts
+def products_of(dots: str | None):
+    """The class that multiplies with the dot products of this name, or in f32."""
+    return {None: FloatProducts, BF16X16: Bf16Products}[dots]
 
 
 @T.meta_class

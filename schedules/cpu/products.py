@@ -1,7 +1,7 @@
-"""How the CPU indexer multiplies queries by keys: in f32, or with the bf16 dot products of AVX512-BF16.
+"""How the CPU indexer multiplies queries by keys: in f32, or with the processor's dot products of bf16 or int8.
 
-`products_of` picks the class. Both say how queries and keys are packed, and add the products of a register tile to its
-accumulators, which are f32 in either case.
+`products_of` picks the class. Each says how queries and keys are packed, and adds the products of a register tile to
+its accumulators.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from tvm.script import tirx as T
 
 from .elements import CHAIN, STEP, widen
 
-#: What the bf16 dot products take, exactly: bf16 itself, and the types of 8 bits, whose numbers are all normal bf16.
-BF16_EXACT = ("bfloat16", "float8_e4m3fn", "int8")
+#: The dot products that a target may have (AVX512-BF16, AVX512-VNNI, AVX-VNNI), by what they multiply and how many sums
+#: a vector holds.
+BF16X16, INT8X16, INT8X8 = "bf16x16", "int8x16", "int8x8"
+
+#: The element types that they multiply exactly. All numbers of fp8 are normal numbers of bf16.
+EXACT = {BF16X16: ("bfloat16", "float8_e4m3fn"), INT8X16: ("int8",), INT8X8: ("int8",)}
 
 #: Products of two bf16 vectors, two for each of 16 sums. TVM's legalization of bf16 changes the types of
 #: such arguments, so LLVM's intrinsic is called from a function of its own, which is always inlined.
-_DOT = "dsa_bf16_dot"
-_DOT_IR = f"""
-define linkonce_odr hidden <16 x float> @{_DOT}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) #0 {{
+_BF16_DOT = "dsa_bf16_dot"
+_BF16_DOT_IR = f"""
+define linkonce_odr hidden <16 x float> @{_BF16_DOT}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) #0 {{
   %x = bitcast <16 x i32> %a to <32 x bfloat>
   %y = bitcast <16 x i32> %b to <32 x bfloat>
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
@@ -30,24 +34,53 @@ attributes #0 = {{ alwaysinline nounwind "target-features"="+avx512bf16,+avx512b
 """
 
 
+#: Products of bytes, those of the first vector unsigned, four for each of some i32 sums. Nothing saturates.
+_INT8_DOT = "dsa_int8_dot"
+
+
+def _int8_dot_ir(lanes: int) -> str:
+    sums, quads = f"<{lanes} x i32>", f"<{4 * lanes} x i8>"
+    bits = 32 * lanes
+    features = "+avx512vnni,+avx512bw,+avx512f,+avx512vl" if bits == 512 else "+avxvnni,+avx2"
+    return f"""
+define linkonce_odr hidden {sums} @{_INT8_DOT}({sums} %sum, {sums} %a, {sums} %b) #0 {{
+  %x = bitcast {sums} %a to {quads}
+  %y = bitcast {sums} %b to {quads}
+  %r = call {sums} @llvm.x86.avx512.vpdpbusd.{bits}({sums} %sum, {quads} %x, {quads} %y)
+  ret {sums} %r
+}}
+declare {sums} @llvm.x86.avx512.vpdpbusd.{bits}({sums}, {quads}, {quads})
+attributes #0 = {{ alwaysinline nounwind "target-features"="{features}" }}
+"""
+
+
 def bf16_dot(sums, pair, pairs):
     """The 16 f32 `sums` and the products of a pair of bf16, its bits in a u32, and 16 such pairs."""
-    return T.call_pure_extern("float32x16", _DOT, sums, pairs, T.Broadcast(pair, 16))
+    return T.call_pure_extern("float32x16", _BF16_DOT, sums, pairs, T.Broadcast(pair, 16))
 
 
 def with_bf16_dot(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     """The kernel with the function that `bf16_dot` calls."""
-    return kernel.with_body(tirx.AttrStmt(0, "pragma_import_llvm", StringImm(_DOT_IR), kernel.body))
+    return _with_ir(kernel, _BF16_DOT_IR)
 
 
-def products_of(bf16: bool):
-    """The class that multiplies in f32, or with bf16 dot products."""
-    return Bf16Products if bf16 else FloatProducts
+def _with_ir(kernel: tirx.PrimFunc, ir: str) -> tirx.PrimFunc:
+    return kernel.with_body(tirx.AttrStmt(0, "pragma_import_llvm", StringImm(ir), kernel.body))
+
+
+def products_of(dots: str | None):
+    """The class that multiplies with the dot products of this name, or in f32."""
+    return {None: FloatProducts, BF16X16: Bf16Products, INT8X16: Int8Products16, INT8X8: Int8Products8}[dots]
 
 
 def bf16_bits(x, dtype: str):
-    """The bits of the bf16 that the element `x` of a type of `BF16_EXACT` is."""
+    """The bits of the bf16 that the element `x` is, of a type that bf16 dot products take."""
     return x if dtype == "bfloat16" else T.Cast("uint16", T.reinterpret("uint32", widen(x, dtype)) >> T.uint32(16))
+
+
+def relu(x):
+    """max(x, 0), but NaN stays NaN."""
+    return T.Select(x <= T.float32(0), T.float32(0), x)
 
 
 @T.meta_class
@@ -64,8 +97,11 @@ class FloatProducts:
     d_idx : expression
     """
 
-    #: What packed queries and keys are declared as, and how many partial sums over the heads a key has.
-    packed, lanes = "float32", 8
+    #: What packed queries and keys and the accumulators are declared as, and how many partial sums over the heads a key
+    #: has.
+    packed, sums, lanes = "float32", "float32", 8
+    #: Entries of queries and keys that a step takes.
+    entries = 1
 
     @staticmethod
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -82,8 +118,26 @@ class FloatProducts:
         """Of the packed queries."""
         return rows, blocks, d_idx, heads
 
+    @staticmethod
+    def key_width(d_idx):
+        """Elements of a packed key."""
+        return d_idx
+
+    @staticmethod
+    def parts(d_idx):
+        """How many parts the products of a query and a key are summed in, each from zero."""
+        return (d_idx + CHAIN - 1) // CHAIN
+
     def __init__(self, queries, keys, types, tile, d_idx) -> None:
         self.queries, self.keys, self.types, self.tile, self.d_idx = queries, keys, types, tile, d_idx
+
+    def start(self, i, hb, h):
+        """What the sum of a query's head begins with."""
+        return T.float32(0)
+
+    def score(self, total):
+        """max(sum, 0) as f32, but NaN stays NaN."""
+        return relu(total)
 
     @T.inline
     def put_queries(self, packed, m0, rows, blocks, h_idx):
@@ -125,7 +179,8 @@ class Bf16Products:
     mode the caller has set.
     """
 
-    packed, lanes = "uint16", 16
+    packed, sums, lanes = "uint16", "float32", 16
+    entries = 2
 
     @staticmethod
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -139,8 +194,22 @@ class Bf16Products:
     def query_shape(rows, blocks, d_idx, heads):
         return rows, blocks, d_idx // 2, 2 * heads
 
+    @staticmethod
+    def key_width(d_idx):
+        return d_idx
+
+    @staticmethod
+    def parts(d_idx):
+        return (d_idx + CHAIN - 1) // CHAIN
+
     def __init__(self, queries, keys, types, tile, d_idx) -> None:
         self.queries, self.keys, self.types, self.tile, self.d_idx = queries, keys, types, tile, d_idx
+
+    def start(self, i, hb, h):
+        return T.float32(0)
+
+    def score(self, total):
+        return relu(total)
 
     @T.inline
     def put_queries(self, packed, m0, rows, blocks, h_idx):
@@ -177,3 +246,110 @@ class Bf16Products:
                             T.reinterpret("uint32", keys[first + j, T.Ramp(2 * (d * self.tile[2] + u), 1, 2)]),
                             T.reinterpret("uint32x16", queries[i, hb, d * self.tile[2] + u, T.Ramp(32 * g, 1, 32)]),
                         )
+
+
+@T.meta_class
+class _Int8Products:
+    """Dot products of four bytes: a key's four broadcast, times a vector of heads' four. As `FloatProducts`.
+
+    The instruction multiplies unsigned bytes by signed ones. So 128 is added to the keys, and an accumulator begins
+    with -128 times the sum of the head's query. Sums are integers and exact: those of d_idx 1024 stay below 2**26.
+    """
+
+    packed, sums = "uint32", "int32"
+    entries = 4
+    #: Sums of a vector.
+    lanes: int
+
+    @classmethod
+    def completed(cls, kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return _with_ir(kernel, _int8_dot_ir(cls.lanes))
+
+    @staticmethod
+    def reads_in_place(key_type: str) -> bool:
+        return False
+
+    @staticmethod
+    def query_shape(rows, blocks, d_idx, heads):
+        return rows, blocks, d_idx // 4, heads
+
+    @staticmethod
+    def key_width(d_idx):
+        return d_idx // 4
+
+    @staticmethod
+    def parts(d_idx):
+        return 1
+
+    def __init__(self, queries, keys, types, tile, d_idx) -> None:
+        self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
+        self.offsets = T.sblock_alloc_buffer(
+            (queries.shape[0], (queries.shape[1] + tile[1] - 1) // tile[1], tile[1]), "int32"
+        )
+
+    def start(self, i, hb, h):
+        return self.offsets[i, hb, h]
+
+    def score(self, total):
+        return T.Cast("float32", T.max(total, T.int32(0)))
+
+    def dot(self, sums, quad, quads):
+        """The i32 `sums` and the products of four unsigned bytes and vectors of four signed ones, all in a u32."""
+        return T.call_pure_extern(f"int32x{self.lanes}", _INT8_DOT, sums, T.Broadcast(quad, self.lanes), quads)
+
+    @T.inline
+    def put_queries(self, packed, m0, rows, blocks, h_idx):
+        for i, hb, d, h in T.grid(rows, blocks, self.d_idx // 4, self.tile[1]):
+            if hb * self.tile[1] + h < h_idx:
+                packed[i, hb, d, h] = T.reinterpret(
+                    "uint32", self.queries[m0 + i, hb * self.tile[1] + h, T.Ramp(4 * d, 1, 4)]
+                )
+            else:
+                packed[i, hb, d, h] = T.uint32(0)
+        for i, hb, g in T.grid(rows, blocks, self.tile[1] // self.lanes):
+            self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)] = T.Broadcast(T.int32(0), self.lanes)
+            for d in T.serial(self.d_idx // 4):
+                self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)] = self.dot(
+                    self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)],
+                    T.uint32(0x80808080),
+                    packed[i, hb, d, T.Ramp(self.lanes * g, 1, self.lanes)],
+                )
+            self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)] = (
+                T.Broadcast(T.int32(0), self.lanes) - self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)]
+            )
+
+    @T.inline
+    def put_key(self, row, packed, at):
+        for d in T.serial(self.d_idx // STEP):
+            packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.reinterpret(
+                f"uint32x{STEP // 4}", self.keys[row, T.Ramp(d * STEP, 1, STEP)]
+            ) ^ T.Broadcast(T.uint32(0x80808080), STEP // 4)
+
+    @T.inline
+    def put_nothing(self, packed, at):
+        for d in T.serial(self.d_idx // STEP):
+            packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.Broadcast(T.uint32(0), STEP // 4)
+
+    @T.inline
+    def add(self, acc, keys, first, queries, i, hb, part):
+        for d in T.serial(self.d_idx // 4 // self.tile[2]):
+            for u in T.unroll(self.tile[2]):
+                for j in T.unroll(self.tile[0]):
+                    for g in T.unroll(self.tile[1] // self.lanes):
+                        acc[j, T.Ramp(self.lanes * g, 1, self.lanes)] = self.dot(
+                            acc[j, T.Ramp(self.lanes * g, 1, self.lanes)],
+                            keys[first + j, d * self.tile[2] + u],
+                            queries[i, hb, d * self.tile[2] + u, T.Ramp(self.lanes * g, 1, self.lanes)],
+                        )
+
+
+class Int8Products16(_Int8Products):
+    """With AVX512-VNNI."""
+
+    lanes = 16
+
+
+class Int8Products8(_Int8Products):
+    """With AVX-VNNI."""
+
+    lanes = 8

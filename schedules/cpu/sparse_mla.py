@@ -24,6 +24,7 @@ from .elements import CHAIN, STEP, VECTOR, is_nan
 from .exponential import exp_nonpositive
 from .mla_products import products_of
 from .mla_rows import rows_of
+from .products import BF16X16
 
 #: The sums of 4096 keys are chains of 4096 / block_keys additions of sums of block_keys: both have to be short.
 _LEAST_KEYS = 32
@@ -80,9 +81,9 @@ DEFAULT = {
 }
 
 
-def takes_bf16(variant: Mapping[str, str]) -> bool:
-    """Whether there is a kernel with bf16 dot products for these element types. Packed rows stand for bf16."""
-    return variant["T"] == "bfloat16"
+def takes(variant: Mapping[str, str], dots: str) -> bool:
+    """Whether these element types have a kernel with the dot products of this name. Packed rows stand for bf16."""
+    return dots == BF16X16 and variant["T"] == "bfloat16"
 
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
@@ -99,7 +100,7 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> tirx.PrimFunc:
+def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None) -> tirx.PrimFunc:
     """The kernel for query m and the heads [h0, h1).
 
     Parameters
@@ -107,8 +108,8 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
     variant : dict
         Element type T of q, kv and out. With K of float8_e4m3fn, kv has packed rows, which stand for bf16 (`mla_rows`).
     c : Decisions
-    bf16 : bool
-        Whether to multiply with bf16 dot products, which `takes_bf16` has to allow.
+    dots : str, optional
+        The dot products to multiply with, which `takes` has to allow.
 
     Returns
     -------
@@ -121,7 +122,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
     Rows = rows_of(variant)
     STORED, ALIGNED = Rows.stored(dtype)
     BK, TK, HV, PH, PV = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values
-    Products = products_of(bf16)
+    Products = products_of(dots)
     Products.check(c)
     s_q, s_kv, h_q, d_qk, d_v, s_rows, topk, s_sink, s_length, d_packed = (
         tirx.Var(n, "int64")
@@ -171,7 +172,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, bf16: bool = False) -> t
             length = T.sblock_alloc_buffer((1,), "int64", scope="local")
             got = T.sblock_alloc_buffer((1,), "int64", scope="local")
             seen = T.sblock_alloc_buffer((1,), "int64", scope="local")
-            rows = Rows(KV, dtype, d_qk, d_v, bf16)
+            rows = Rows(KV, dtype, d_qk, d_v, dots is not None)
             products = Products(c, dtype, (h0, h1), (d_qk, d_v))
             products.put_queries(Q, m, sm_scale)
             for hb in T.serial((h1 - h0 + HV - 1) // HV):

@@ -20,6 +20,7 @@ from tuning_records import make
 
 import dsa_tvm
 from dsa_tvm import presets
+from dsa_tvm.build.command import DEFAULT_TARGETS
 from dsa_tvm.ops import OPS
 from dsa_tvm.records import Log
 from dsa_tvm.runtime import library
@@ -188,7 +189,7 @@ def test_refusals(tmp_path, arguments, words):
     assert not list(tmp_path.glob("lib/*"))
 
 
-@pytest.mark.parametrize("target", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"])
+@pytest.mark.parametrize("target", DEFAULT_TARGETS["x86_64"])
 def test_every_level_this_cpu_runs(target):
     """The tests of the operators once more, on kernels that were not picked."""
     if target not in library.verify(library.default_path())["targets"]:

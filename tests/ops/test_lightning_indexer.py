@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from compare import assert_close, tolerance_of
-from devices import dots_of_bf16, run
+from devices import dots_of_8_bits, dots_of_bf16, run
 from samples import DTYPES, indexer_inputs
 
 from dsa_tvm.ops import OPS
@@ -74,11 +74,11 @@ def test_nan_and_infinity_go_where_they_belong(h_idx, device):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "int8"])
 def test_types_of_8_bits_are_multiplied_as_precisely_as_float32(name, scaled):
-    """On a CPU; a GPU may sum them in another precision. Bf16 dot products add up in another order."""
+    """On a CPU; a GPU may sum them in another precision. Kernels with dot products add up in another order."""
     given = indexer_inputs(np.random.default_rng(0), dict.fromkeys("TK", name), scaled=scaled)
     wide = given | {n: given[n].astype(np.float32) for n in ("q", "k")}
     logits = run("lightning_indexer", "cpu", **given)
-    if dots_of_bf16("cpu"):
+    if dots_of_8_bits(name):
         assert_close(logits, SPEC.reference(**wide)[0], SPEC.tolerance["logits"]["float32"])
     else:
         np.testing.assert_array_equal(logits, run("lightning_indexer", "cpu", **wide))

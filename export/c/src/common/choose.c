@@ -7,16 +7,14 @@
 #include "common/internal.h"
 #include "common/x86_level.h"
 
-static int cpu_runs(const char *target) {
+static int cpu_runs(const struct kernel_set *set) {
 #if defined(__x86_64__)
   const struct x86_features features = x86_features_here();
-  int level = x86_level(&features);
-  if (!strcmp(target, "x86-64-v4-bf16")) return level >= 4 && x86_has_avx512_bf16(&features);
-  return !strncmp(target, "x86-64-v", 8) && target[8] >= '2' && target[8] <= '0' + level && !target[9];
+  return set->level && set->level <= x86_level(&features) && x86_has(x86_dots(&features), set->dots);
 #elif defined(__aarch64__)
-  return !strcmp(target, "aarch64");
+  return !strcmp(set->target, "aarch64");
 #else
-  (void)target;
+  (void)set;
   return 0;
 #endif
 }
@@ -32,7 +30,7 @@ static void choose(void) {
     size_t used = strlen(built);
     snprintf(built + used, sizeof built - used, used ? ", %s" : "%s", set->target);
     if (chosen || (wanted && *wanted && strcmp(wanted, set->target))) continue;
-    if (cpu_runs(set->target))
+    if (cpu_runs(set))
       chosen = set;
     else if (wanted && *wanted)
       snprintf(refusal, sizeof refusal, "DSA_TVM_TARGET: expected a target this CPU runs, got %s", wanted);

@@ -1,5 +1,5 @@
-/* The levels of the x86-64 psABI, from what CPUID and XGETBV say. A compiler may use every instruction of a level, so all
- * of its features are looked at: a hypervisor may mask any of them. */
+/* The levels of the x86-64 psABI, and dot products, from what CPUID and XGETBV say. A compiler may use every instruction
+ * of a level, so all of its features are looked at: a hypervisor may mask any of them. */
 #ifndef DSA_TVM_X86_LEVEL_H_
 #define DSA_TVM_X86_LEVEL_H_
 
@@ -9,6 +9,7 @@ struct x86_features {
   uint32_t ecx_1, ebx_7, ecx_80000001; /* of CPUID's leaves; 0 where there is no such leaf */
   uint32_t xcr0;                       /* the registers that the system saves; 0 without XGETBV */
   uint32_t eax_7_1;                    /* of leaf 7, subleaf 1 */
+  uint32_t ecx_7;
 };
 
 static inline int x86_has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
@@ -32,8 +33,14 @@ static inline int x86_level(const struct x86_features *f) {
   return 4;
 }
 
-/* Products of bfloat16 beside level 4. */
-static inline int x86_has_avx512_bf16(const struct x86_features *f) { return x86_has(f->eax_7_1, 1 << 5); }
+/* The features beside the levels that targets need, as the build names them. */
+enum { X86_AVXVNNI = 1, X86_AVX512VNNI = 2, X86_AVX512BF16 = 4 };
+
+/* Those of the CPU. They are useful with the registers of levels 3, 4 and 4. */
+static inline unsigned x86_dots(const struct x86_features *f) {
+  return (x86_has(f->eax_7_1, 1 << 4) ? X86_AVXVNNI : 0) | (x86_has(f->ecx_7, 1 << 11) ? X86_AVX512VNNI : 0) |
+         (x86_has(f->eax_7_1, 1 << 5) ? X86_AVX512BF16 : 0);
+}
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -44,6 +51,7 @@ static inline struct x86_features x86_features_here(void) {
   if (__get_cpuid(1, &a, &b, &c, &d)) f.ecx_1 = c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     f.ebx_7 = b;
+    f.ecx_7 = c;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.eax_7_1 = a;
   }
   if (__get_cpuid(0x80000001, &a, &b, &c, &d)) f.ecx_80000001 = c;

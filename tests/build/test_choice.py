@@ -1,0 +1,82 @@
+"""Which target of a library is taken on a machine, by what CPUID says of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dsa_tvm.build import kernel_table, link, spec_table
+from dsa_tvm.build.command import DEFAULT_TARGETS
+from dsa_tvm.spec import DIMS
+
+pytest.importorskip("tvm", reason="the table of targets needs apache-tvm")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
+    pytest.mark.skipif(os.uname().machine != "x86_64", reason="this machine has no CPUID"),
+]
+
+#: Words of CPUID and XGETBV in the order of struct x86_features, and the bits of features as Intel's manual has them.
+EBX_7, EAX_7_1, ECX_7 = 1, 4, 5
+AVX_VNNI, AVX512_BF16 = (EAX_7_1, 4), (EAX_7_1, 5)
+AVX512_VNNI = (ECX_7, 11)
+AVX2, AVX512F = (EBX_7, 5), (EBX_7, 16)
+
+
+@pytest.fixture(scope="module")
+def choose(tmp_path_factory):
+    """Targets for sets of features that are masked, from all targets of a library by default."""
+    work = tmp_path_factory.mktemp("choose")
+    spec_table.write(work, DIMS, "0")
+    targets = [(target, {}) for target in reversed(DEFAULT_TARGETS["x86_64"])]
+    (work / "table.c").write_text(kernel_table.source(targets))
+    sources = [Path(__file__).parent.parent / "c" / "choose.c", link.export_directory() / "src" / "common" / "error.c"]
+    link.run(["cc", *link.flags(work), *map(str, sources), f"{work}/table.c", "-lpthread", "-o", f"{work}/choose"])
+
+    def run(masks, wanted=""):
+        words = []
+        for mask in masks:
+            found = [2**32 - 1] * 6
+            for word, bit in mask:
+                found[word] &= ~(1 << bit)
+            words += map(str, found)
+        environment = os.environ | {"DSA_TVM_TARGET": wanted}
+        done = subprocess.run([f"{work}/choose", *words], capture_output=True, check=True, text=True, env=environment)
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_the_best_target_that_runs_is_taken(choose):
+    expected = {
+        (): "x86-64-v4-bf16",
+        (AVX512_BF16,): "x86-64-v4-vnni",  # Cascade Lake, Ice Lake
+        (AVX512_VNNI,): "x86-64-v4",  # whatever else it has: bf16 needs both, 512 bits are better than AVX-VNNI
+        (AVX512_VNNI, AVX_VNNI, AVX512_BF16): "x86-64-v4",  # Skylake
+        (AVX512F,): "x86-64-v3-vnni",  # Alder Lake
+        (AVX512F, AVX_VNNI): "x86-64-v3",  # Haswell
+        (AVX512F, AVX_VNNI, AVX512_VNNI, AVX512_BF16): "x86-64-v3",
+        (AVX2,): "x86-64-v2",
+        tuple((word, bit) for word in range(6) for bit in range(32)): (
+            "this CPU runs none of the library's targets (x86-64-v4-bf16, x86-64-v4-vnni, x86-64-v4, x86-64-v3-vnni, "
+            "x86-64-v3, x86-64-v2)"
+        ),
+    }
+    assert choose(list(expected)) == list(expected.values())
+
+
+@pytest.mark.parametrize(
+    ("target", "needed"),
+    [
+        ("x86-64-v3", [AVX2]),
+        ("x86-64-v3-vnni", [AVX2, AVX_VNNI]),
+        ("x86-64-v4-vnni", [AVX512F, AVX512_VNNI]),
+        ("x86-64-v4-bf16", [AVX512F, AVX512_VNNI, AVX512_BF16]),
+    ],
+)
+def test_a_target_that_is_asked_for_runs_or_is_refused(target, needed, choose):
+    refused = f"DSA_TVM_TARGET: expected a target this CPU runs, got {target}"
+    assert choose([(), *((feature,) for feature in needed)], target) == [target, *[refused] * len(needed)]
