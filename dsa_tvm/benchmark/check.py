@@ -63,7 +63,8 @@ def compare(where: str, got: np.ndarray, reference: np.ndarray, tolerance: Toler
         What to call it in the message.
     got : ndarray
         Any element type.
-    reference : ndarray, float64
+    reference : ndarray
+        The same shape; usually float64.
     tolerance : Tolerance
 
     Returns
@@ -74,12 +75,14 @@ def compare(where: str, got: np.ndarray, reference: np.ndarray, tolerance: Toler
     Raises
     ------
     CheckError
-        Infinities or NaN in other places, an error above ``abs + rel * |reference|``, or a cosine difference above
-        ``cos``.
+        Another shape, infinities or NaN in other places, an error above ``abs + rel * |reference|``, or a cosine
+        difference above ``cos``.
     """
-    got = np.asarray(got).astype(np.float64)
+    got, reference = (np.asarray(a).astype(np.float64) for a in (got, reference))
+    if got.shape != reference.shape:
+        raise CheckError(f"{where}: expected the shape {reference.shape}, got {got.shape}")
     finite = np.isfinite(reference)
-    if got.shape != reference.shape or not np.array_equal(got[~finite], reference[~finite], equal_nan=True):
+    if not np.array_equal(got[~finite], reference[~finite], equal_nan=True):
         raise CheckError(f"{where}: infinities or NaN are not where the reference has them")
     x, y = got[finite], reference[finite]
     if not np.isfinite(x).all():
@@ -87,14 +90,21 @@ def compare(where: str, got: np.ndarray, reference: np.ndarray, tolerance: Toler
     if not len(x):
         return 0.0, 0.0
     error = np.abs(x - y)
-    excess = error / (tolerance.abs + tolerance.rel * np.abs(y))
-    if (worst := float(excess.max())) > 1:
-        raise CheckError(f"{where}: expected errors within the tolerance, got {worst:.3g} times that")
-    norm = float(x @ x + y @ y)
-    cosine = 1 - 2 * float(x @ y) / norm if norm else 0.0
-    if cosine > tolerance.cos:
+    allowed = tolerance.abs + tolerance.rel * np.abs(y)
+    # Where nothing is allowed, any error is infinitely too large.
+    share = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+    if (worst := float(share.max())) > 1:
+        values = f"{x[share.argmax()]:.9g} for {y[share.argmax()]:.9g}"
+        raise CheckError(f"{where}: expected errors within the tolerance, got {worst:.3g} times that: {values}")
+    if (cosine := cosine_difference(x, y)) > tolerance.cos:
         raise CheckError(f"{where}: expected a cosine difference of at most {tolerance.cos:g}, got {cosine:.3g}")
     return float(error.max()), worst
+
+
+def cosine_difference(x: np.ndarray, y: np.ndarray) -> float:
+    """``1 - 2 x.y / (x.x + y.y)``: 0 for equal arrays. Unlike an angle, it also sees a difference in length."""
+    norm = float(x @ x + y @ y)
+    return 1 - 2 * float(x @ y) / norm if norm else 0.0
 
 
 def check_selection(where: str, row: np.ndarray, logits: np.ndarray, topk: int, tolerance: Tolerance) -> int:

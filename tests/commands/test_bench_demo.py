@@ -100,6 +100,16 @@ def test_compare_looks_at_infinities_first():
             check.compare("x", np.array(wrong), reference, TIGHT)
 
 
+def test_compare_without_any_tolerance():
+    """No error is a fraction of nothing: it is 0 or infinitely too large, wherever in the tensor it stands."""
+    exact = Tolerance(abs=0, rel=0, cos=0)
+    assert check.compare("x", np.array([0, 2]), np.array([0, 2]), exact) == (0.0, 0.0)
+    with pytest.raises(check.CheckError, match="x: expected errors within the tolerance, got inf times that: 3 for 2"):
+        check.compare("x", np.array([0, 3]), np.array([0.0, 2.0]), exact)
+    with pytest.raises(check.CheckError, match=r"x: expected the shape \(2,\), got \(1, 2\)"):
+        check.compare("x", np.zeros((1, 2)), np.zeros(2), exact)
+
+
 def test_a_selection_may_differ_by_near_ties_only():
     logits = np.array([5.0, 1.0, 1.0 + 1e-7, 4.0, -np.inf])
 
