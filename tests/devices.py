@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 import dsa_tvm
+from dsa_tvm.benchmark.workload import to_numpy
 from dsa_tvm.ops import OPS
+from dsa_tvm.ops.element_types import STORAGE
 
 
 def dots_of_bf16(device: str) -> bool:
@@ -64,7 +66,7 @@ def run_torch(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
     assert all(x.device == next(iter(before.values())).device for x in results)
     assert all(same_bits(x, y) for x, y in zip(results, again, strict=True)), f"{op}: two calls differ"
     assert all(same_bits(tensors[n], x) for n, x in before.items()), f"{op}: an input has changed"
-    arrays = tuple(to_array(x) for x in results)
+    arrays = tuple(to_numpy(x) for x in results)
     return arrays if len(arrays) > 1 else arrays[0]
 
 
@@ -91,21 +93,5 @@ def to_device(array: np.ndarray, device: str) -> Any:
     """A torch tensor of its own."""
     import torch
 
-    carrier = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}.get(array.dtype.name)
-    if carrier is None:
-        return torch.tensor(array, device=device)
-    bits = torch.tensor(np.ascontiguousarray(array).view(carrier), device=device)
-    return bits.view(getattr(torch, array.dtype.name))
-
-
-def to_array(x: Any) -> np.ndarray:
-    """A torch tensor as an array on the CPU."""
-    import ml_dtypes
-    import torch
-
-    x = x.cpu()
-    if x.dtype is torch.bfloat16:
-        return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    if x.dtype is torch.float8_e4m3fn:
-        return x.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-    return x.numpy()
+    bits = array.view(STORAGE.get(array.dtype.name, array.dtype))
+    return torch.tensor(bits, device=device).view(getattr(torch, array.dtype.name))

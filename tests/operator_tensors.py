@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 from compare import assert_close, tolerance_of
-from devices import complete, run, to_array, to_device
+from devices import complete, run, to_device
 from samples import attention_inputs, indexer_inputs, row_inputs
 from test_topk import DATA
 
 from dsa_tvm import pack_mla_rows
-from dsa_tvm.benchmark.workload import repeated_keys
+from dsa_tvm.benchmark.workload import repeated_keys, to_numpy
 from dsa_tvm.ops import OPS
 
 #: s_q, s_kv, topk. On a GPU: few queries, which are cut into parts; many; and a row that many blocks share.
@@ -92,4 +92,4 @@ def check(op: str, outputs: Any, arguments: dict[str, Any], device: str) -> None
     else:
         expected = (chosen,) if op == "indexer_topk" else references(op, arguments)
     for tensor, x, y in zip(spec.outputs, outputs, expected, strict=True):
-        assert_close(x if isinstance(x, np.ndarray) else to_array(x), y, tolerance_of(spec, tensor.name, dtype, device))
+        assert_close(x if isinstance(x, np.ndarray) else to_numpy(x), y, tolerance_of(spec, tensor.name, dtype, device))

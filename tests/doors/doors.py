@@ -14,6 +14,7 @@ from hostile import Argument, Call, Case
 from hostile.samples import memory_of
 
 import dsa_tvm
+from dsa_tvm.benchmark.workload import to_numpy
 from dsa_tvm.errors import ArgumentError
 from dsa_tvm.spec import OpSpec
 
@@ -100,7 +101,7 @@ class Functions(Door):
                 raise Refused(str(error)) from error
             raise
         if allocate:
-            return [as_numpy(x) for x in (result if isinstance(result, tuple) else (result,))]
+            return [to_numpy(x) for x in (result if isinstance(result, tuple) else (result,))]
         return [call.tensor(t.name).array for t in call.spec.outputs]
 
     def blames(self, message: str, call: Call, name: str) -> bool:
@@ -153,19 +154,6 @@ def to_torch(argument: Argument) -> Any:
     return tensor.requires_grad_() if argument.form == "requires grad" else tensor
 
 
-def as_numpy(x: Any) -> np.ndarray:
-    """A torch tensor or an array as an array."""
-    if isinstance(x, np.ndarray):
-        return x
-    import ml_dtypes
-    import torch
-
-    if x.dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        bits = x.view(torch.uint16 if x.dtype is torch.bfloat16 else torch.uint8).numpy()
-        return bits.view(getattr(ml_dtypes, str(x.dtype).removeprefix("torch.")))
-    return x.numpy()
-
-
 class TorchOps(Door):
     """``torch.ops.dsa_tvm.*``."""
 
@@ -190,7 +178,7 @@ class TorchOps(Door):
             if "Expected a value of type" in str(error) or "missing value for argument" in str(error):
                 raise Refused(str(error)) from error
             raise
-        return [as_numpy(x) for x in (result if isinstance(result, tuple) else (result,))]
+        return [to_numpy(x) for x in (result if isinstance(result, tuple) else (result,))]
 
     def blames(self, message: str, call: Call, name: str) -> bool:
         return super().blames(message, call, name) or f"argument '{name}'" in message

@@ -10,19 +10,10 @@ import onnxruntime as ort
 from doors import Door, Refused
 from hostile import Call, Case
 from onnx import helper
+from ort_values import onnx_type, ort_value
 
 from dsa_tvm.runtime import library
 from dsa_tvm.spec import OpSpec
-
-TYPES = {
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
-}
-
-
-def onnx_type(dtype: np.dtype) -> int:
-    """TensorProto.DataType of an array's type."""
-    return TYPES.get(dtype.name) or helper.np_dtype_to_tensor_dtype(dtype)
 
 
 class OnnxRuntime(Door):
@@ -101,10 +92,3 @@ errors: Any = ort.capi.onnxruntime_pybind11_state
 def value(name: str, kind: int) -> onnx.ValueInfoProto:
     """A graph input or output of unknown rank."""
     return helper.make_tensor_value_info(name, kind, None)
-
-
-def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """A value in the array's memory."""
-    kind = onnx_type(array.dtype)
-    stored = array.view({1: np.uint8, 2: np.uint16}[array.itemsize]) if array.dtype.name in TYPES else array
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored, kind)

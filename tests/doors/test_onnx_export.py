@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import ml_dtypes
 import numpy as np
 import pytest
-from compare import cosine_difference, tolerance_of
+from compare import assert_close, tolerance_of
+from samples import DTYPES
 
 from dsa_tvm import pack_mla_rows
 from dsa_tvm.errors import ArgumentError
@@ -18,31 +18,10 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 from onnx import compose, inliner  # noqa: E402
+from ort_values import ort_value, widened  # noqa: E402
 
 from dsa_tvm import export  # noqa: E402  # imports onnx
 
-NUMPY = {
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "int8": np.int8,
-    "int32": np.int32,
-    "uint8": np.uint8,
-}
-PROTO = {
-    np.dtype(NUMPY[name]): getattr(onnx.TensorProto, proto)
-    for name, proto in {
-        "float32": "FLOAT",
-        "bfloat16": "BFLOAT16",
-        "float16": "FLOAT16",
-        "float8_e4m3fn": "FLOAT8E4M3FN",
-        "int8": "INT8",
-        "int32": "INT32",
-        "uint8": "UINT8",
-    }.items()
-}
-STORAGE = {np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(ml_dtypes.float8_e4m3fn): np.uint8}
 ATTRS = {
     "lightning_indexer": {},
     "topk": {"topk": 8},
@@ -64,23 +43,8 @@ def evaluate(model, feeds):
     options.log_severity_level = 3
     options.intra_op_num_threads = 2
     session = ort.InferenceSession(widened(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    values = {}
-    for name, array in feeds.items():
-        stored = np.ascontiguousarray(array).view(STORAGE.get(array.dtype, array.dtype))
-        values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored, PROTO[array.dtype])
+    values = {name: ort_value(np.ascontiguousarray(array)) for name, array in feeds.items()}
     return [x.numpy() for x in session.run_with_ort_values([o.name for o in session.get_outputs()], values)]
-
-
-def widened(model):
-    """The model with outputs of 16 bits and of float8 cast to float32, which NumPy can hold."""
-    narrow = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    for output in model.graph.output:
-        if output.type.tensor_type.elem_type in narrow:
-            output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-            old, output.name = output.name, f"{output.name}_wide"
-            model.graph.node.append(onnx.helper.make_node("Cast", [old], [output.name], to=onnx.TensorProto.FLOAT))
-    return model
 
 
 def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
@@ -92,7 +56,7 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
         if tensor.optional and tensor.name not in optional:
             continue
         shape = [sizes[tensor.packs if d == "d_packed" else d] for d in tensor.shape]
-        dtype = NUMPY[spec.dtype_of(tensor, variant)]
+        dtype = DTYPES[spec.dtype_of(tensor, variant)]
         if tensor.name == "ks":
             array = rng.integers(0, sizes["s_kv"] // 2 + 1, shape)
         elif tensor.name == "ke":
@@ -113,18 +77,6 @@ def make_feeds(op, variant=None, optional=(), seed=0, **sizes):
     return feeds
 
 
-def close(got, reference, tolerance):
-    """The package's comparison: positions of inf and NaN, then elementwise, then cosine difference."""
-    assert got.shape == reference.shape
-    got, reference = got.astype(np.float64), reference.astype(np.float64)
-    for kind in (np.isnan, np.isposinf, np.isneginf):
-        np.testing.assert_array_equal(kind(got), kind(reference))
-    finite = np.isfinite(reference)
-    x, y = got[finite], reference[finite]
-    assert (np.abs(x - y) <= tolerance.abs + tolerance.rel * np.abs(y)).all()
-    assert cosine_difference(x, y) <= tolerance.cos
-
-
 def check(op, feeds, variant=None, model=None, **attrs):
     spec, attrs = OPS[op], {**ATTRS[op], **attrs}
     optional = [t.name for t in spec.inputs if t.optional and t.name in feeds]
@@ -137,7 +89,7 @@ def check(op, feeds, variant=None, model=None, **attrs):
             assert x.dtype == np.int32
             np.testing.assert_array_equal(x, y)
         else:
-            close(x, y, tolerance_of(spec, tensor.name, element))
+            assert_close(x, y, tolerance_of(spec, tensor.name, element))
     return got
 
 
@@ -439,11 +391,15 @@ def test_plain_models_compute_the_same(dims):
     feeds = make_feeds("dsa_attention", **sizes)
     attrs = ATTRS["dsa_attention"]
     (out,) = evaluate(export.build_plain_attention_model(dims=dims, **attrs), feeds)
-    close(out, OPS["dsa_attention"].reference(**feeds, **attrs)[0], OPS["dsa_attention"].tolerance["out"]["float32"])
+    assert_close(
+        out, OPS["dsa_attention"].reference(**feeds, **attrs)[0], OPS["dsa_attention"].tolerance["out"]["float32"]
+    )
 
     feeds = make_feeds("lightning_indexer", **sizes)
     (logits,) = evaluate(export.build_plain_model("lightning_indexer", dims=dims), feeds)
-    close(logits, *OPS["lightning_indexer"].reference(**feeds), OPS["lightning_indexer"].tolerance["logits"]["float32"])
+    assert_close(
+        logits, *OPS["lightning_indexer"].reference(**feeds), OPS["lightning_indexer"].tolerance["logits"]["float32"]
+    )
 
     feeds = make_feeds("topk", **sizes)
     (indices,) = evaluate(export.build_plain_model("topk", topk=8, dims=dims), feeds)
@@ -453,7 +409,7 @@ def test_plain_models_compute_the_same(dims):
     feeds["indices"] = np.minimum(feeds["indices"], 36)
     (out,) = evaluate(export.build_plain_model("sparse_mla", dims=dims, **ATTRS["sparse_mla"]), feeds)
     expected = OPS["sparse_mla"].reference(**feeds, **ATTRS["sparse_mla"])[0]
-    close(out, expected, OPS["sparse_mla"].tolerance["out"]["float32"])
+    assert_close(out, expected, OPS["sparse_mla"].tolerance["out"]["float32"])
 
 
 def test_import_is_light():

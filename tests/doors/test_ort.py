@@ -7,10 +7,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_close, tolerance_of
+from samples import DTYPES
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -19,19 +19,10 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument  # noqa: E402
+from ort_values import ort_value, widened  # noqa: E402
 
 from dsa_tvm import export  # noqa: E402  # imports onnx
 
-# Storage of an element type in NumPy, and its number in ONNX.
-TYPES = {
-    "float32": (np.float32, np.float32, onnx.TensorProto.FLOAT),
-    "bfloat16": (ml_dtypes.bfloat16, np.uint16, onnx.TensorProto.BFLOAT16),
-    "float16": (np.float16, np.float16, onnx.TensorProto.FLOAT16),
-    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, np.uint8, onnx.TensorProto.FLOAT8E4M3FN),
-    "int8": (np.int8, np.int8, onnx.TensorProto.INT8),
-    "int32": (np.int32, np.int32, onnx.TensorProto.INT32),
-    "uint8": (np.uint8, np.uint8, onnx.TensorProto.UINT8),
-}
 SIZES = {"s_q": 5, "s_kv": 70, "h_idx": 4, "d_idx": 32, "h_q": 3, "d_qk": 576, "topk": 8}
 SIZES |= {"batch": 3, "capacity": 9, "s_new": 7, "d_row": 6}
 ATTRS = {"topk": 8, "sm_scale": 0.0625, "d_v": 512}
@@ -76,7 +67,7 @@ def make_inputs(op, variant=None, optional=(), **sizes):
             array = rng.integers(-4, 5, shape)
         else:
             array = rng.standard_normal(shape)
-        made[tensor.name] = dsa_tvm.pack_mla_rows(array) if tensor.packs else array.astype(TYPES[dtype][0])
+        made[tensor.name] = dsa_tvm.pack_mla_rows(array) if tensor.packs else array.astype(DTYPES[dtype])
     return made
 
 
@@ -107,21 +98,8 @@ def make_session(model, session_options=None, provider="CPUExecutionProvider"):
     return ort.InferenceSession(data, chosen, providers=[provider])
 
 
-def widened(model):
-    """The model with outputs cast to float32 whose types NumPy does not hold."""
-    for output in model.graph.output:
-        if output.type.tensor_type.elem_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN):
-            output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-            old, output.name = output.name, f"{output.name}_wide"
-            model.graph.node.append(onnx.helper.make_node("Cast", [old], [output.name], to=onnx.TensorProto.FLOAT))
-    return model
-
-
 def run(session, inputs):
-    values = {}
-    for name, array in inputs.items():
-        _, storage, number = TYPES[array.dtype.name]
-        values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(storage), number)
+    values = {name: ort_value(array) for name, array in inputs.items()}
     outputs = session.run_with_ort_values([o.name for o in session.get_outputs()], values)
     return [x.numpy() for x in outputs]
 

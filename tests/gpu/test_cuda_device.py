@@ -14,11 +14,12 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from devices import as_tuple, run, run_torch, same_bits, to_array, to_device
+from devices import as_tuple, run, run_torch, same_bits, to_device
 from operator_tensors import SIZES, arrays, check, tensors
 from test_dlpack import Foreign
 
 import dsa_tvm
+from dsa_tvm.benchmark.workload import to_numpy
 from dsa_tvm.ops import OPS
 from dsa_tvm.runtime import calls
 from dsa_tvm.runtime.dlpack import CUDA
@@ -222,4 +223,4 @@ def test_tensors_arrive_as_they_are(variant, device):
     for x in arrays("lightning_indexer", "few", variant).values():
         there = to_device(x, device)
         assert there.device.type == device and there.shape == x.shape and there.is_contiguous()
-        assert (to_array(there.view(torch.uint8)) == x.view("uint8").reshape(there.view(torch.uint8).shape)).all()
+        assert (to_numpy(there.view(torch.uint8)) == x.view("uint8").reshape(there.view(torch.uint8).shape)).all()
