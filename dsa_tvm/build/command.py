@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from .. import presets, records
 from ..errors import BuildError
+from ..gpu.architectures import ANY_GPU
 from ..runtime.files import expect_writable_directory, scratch, sha256, write_atomically
 from ..runtime.library import ABI_VERSION, LIBRARY_NAME, MANIFEST_NAME, exported_symbols
 from ..runtime.machine import in_units
 from ..spec import DIMS, with_values
-from ..terminal.extras import expect_installed
+from ..terminal.extras import expect_installed, keep_tvm_from_torch
 from . import kernel_table, link, spec_table
 from .cuda import report
 
@@ -37,8 +38,6 @@ DEFAULT_TARGETS = {
 }
 #: Dimensions whose values a library lists.
 WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)
-#: The target that stands for all GPUs, beside which there are CPU targets in every library.
-CUDA_TARGET = "cuda"
 #: What a build takes of the directory for temporary files.
 _SCRATCH_BYTES = 64 << 20
 #: What ``--records`` takes for no records at all.
@@ -101,12 +100,12 @@ def build(
         No C compiler or nvcc, an unknown target or architecture, a size that cannot be served, or a step that failed.
     """
     link.expect_compiler(cc)
-    with_cuda = CUDA_TARGET in targets
+    with_cuda = ANY_GPU in targets
     if archs and not with_cuda:
-        raise BuildError(f"arch: expected --target {CUDA_TARGET} beside it, got none")
+        raise BuildError(f"arch: expected --target {ANY_GPU} beside it, got none")
     if with_cuda:
         link.expect_nvcc(nvcc)
-    targets = tuple(t for t in targets if t != CUDA_TARGET) or DEFAULT_TARGETS.get(platform.machine(), ())
+    targets = tuple(t for t in targets if t != ANY_GPU) or DEFAULT_TARGETS.get(platform.machine(), ())
     if not targets:
         raise BuildError(f"target: expected one to be named, because there is no default for {platform.machine()}")
     model = presets.get(preset)
@@ -122,8 +121,7 @@ def build(
     except OSError as error:
         raise BuildError(f"out: expected a directory to write to, got {error}") from error
     expect_installed("build", "build", "tvm")
-    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    keep_tvm_from_torch()
     import tvm
 
     from . import objects, plan

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+#: The target that stands for every GPU: the one of this machine, or all that a library is built for.
+ANY_GPU = "cuda"
+
 #: The architecture with dedicated kernels.
 HOPPER = "sm_90a"
 
@@ -71,7 +74,7 @@ def best_for(capability: int, archs: Iterable[str]) -> str | None:
 
 
 def shared_bytes(arch: str) -> int:
-    """Shared memory that a block can have on every GPU that runs code for `arch`. ``"cuda"`` stands for any GPU."""
+    """Shared memory that a block can have on every GPU that runs code for `arch`. `ANY_GPU` has what all have."""
     number = number_of(arch) if is_arch(arch) else 0
     return _SHARED_KIB.get(number, _LEAST_SHARED_KIB) << 10
 

@@ -1,8 +1,9 @@
-"""Check for packages that only some commands need: the extras of pyproject.toml."""
+"""Packages that only some commands need: the extras of pyproject.toml."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 from ..errors import DsaError
@@ -30,6 +31,14 @@ def expect_installed(what: str, extra: str, *modules: str) -> None:
         raise DsaError(
             f"{what}: expected {', '.join(missing)} to be installed, got none; pip install 'dsa_tvm[{extra}]'"
         )
+
+
+def keep_tvm_from_torch() -> None:
+    """Call this before ``import tvm``.
+
+    Where torch is installed, TVM would compile an extension for it at import, which takes a minute.
+    """
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
 
 def _is_installed(name: str) -> bool:

@@ -15,7 +15,7 @@ from ..records.selection import cpu, gpu
 from ..runtime import library
 from ..runtime.files import expect_writable_directory, scratch
 from ..runtime.machine import THREADS, usable_cpus
-from ..terminal.extras import expect_installed
+from ..terminal.extras import expect_installed, keep_tvm_from_torch
 from ..terminal.progress import Progress
 from . import fleet
 from .failures import WorkerError
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if cuda_command.is_asked_for(args):
         print("\n".join(cuda_command.run(args, preset, shapes)))
         return
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    keep_tvm_from_torch()
     cpus = usable_cpus()
     servers = fleet.count(remote) if remote else 1
     # What a worker leaves behind when it is killed goes with the job's own files.

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 from ..gpu.driver import CudaError
+from ..terminal.extras import keep_tvm_from_torch
 from .failures import EXHAUSTED, SURROUNDINGS
 
 LENGTH = struct.Struct("<Q")
@@ -99,8 +100,7 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     requests = sys.stdin.buffer
-    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    keep_tvm_from_torch()
     handlers = HANDLERS[sys.argv[1]]()
     send(answers, ("ready", None))
     while True:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BuildError
-from ...gpu.architectures import is_arch, number_of
+from ...gpu.architectures import ANY_GPU, is_arch, number_of
 from ...runtime.machine import usable_cpus
 from ...schedules import CUDA_ARCHS
 from ...schedules.cuda.source import DEVICE_HEADERS, device_code, translation_unit
@@ -20,7 +20,7 @@ from ...spec import DIMS, Dim
 from .. import link
 from . import report
 from . import text as cuda_text
-from .kernels import ANY, OPERATORS, Kernel
+from .kernels import OPERATORS, Kernel
 
 _OLDEST = 80
 _FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-diag-suppress", "177", "-I", "headers")
@@ -143,7 +143,7 @@ def _listed(
     """The kernels of every operator for each architecture, and for what the driver compiles itself."""
     return [
         (arch, {op: list(make(arch, dims, functools.partial(chosen, arch, op))) for op, make in OPERATORS.items()})
-        for arch in (*archs, ANY)
+        for arch in (*archs, ANY_GPU)
     ]
 
 
@@ -176,8 +176,8 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[...
     ptx = f"compute_{number_of(archs[0])}"
     return [
         KernelSet(
-            tuple(name for name in names if name != ANY),
-            ptx if ANY in names else None,
+            tuple(name for name in names if name != ANY_GPU),
+            ptx if ANY_GPU in names else None,
             tuple(
                 Unit(op, tuple(_function(k, texts[k.symbol(op), k.decisions, k.product]) for k in listed))
                 for op, listed in kernels.items()

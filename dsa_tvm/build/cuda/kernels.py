@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from ...gpu.architectures import FEW_HEADS, HOPPER
+from ...gpu.architectures import ANY_GPU, FEW_HEADS, HOPPER
 from ...ops import OPS, packed_rows, sparse_mla_fp8
 from ...schedules.cuda import write_rows
 from ...schedules.cuda.indexer.portable import kernel as lightning_indexer
@@ -24,9 +24,6 @@ from ...schedules.cuda.mla.portable import kernel as sparse_mla
 from ...schedules.cuda.mla.sm90 import kernel as hopper_mla
 from ...schedules.cuda.topk import kernel as topk
 from ...spec import Dim
-
-#: Key of a module's DEFAULT for every GPU that has no decisions of its own.
-ANY = "cuda"
 
 #: Stage, element types by type variable, lengths the code is made for, and the hand-made decisions for these: what the
 #: kernel is made with.
@@ -90,7 +87,7 @@ def _variants(op: str) -> list[dict[str, str]]:
 
 def _topk(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
     # One list in shared memory for all stages.
-    c = chosen("rows", {}, {}, topk.DEFAULT.get(arch, topk.DEFAULT[ANY]))
+    c = chosen("rows", {}, {}, topk.DEFAULT.get(arch, topk.DEFAULT[ANY_GPU]))
     facts = {name: getattr(c, name) for name in ("list_factor", "list_min", "list_max")}
     facts["selector_bytes"] = c.shared_bytes(1) - 8 * c.capacity(1)
     for stage in topk.STAGES:
@@ -222,7 +219,7 @@ def _write_rows(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[
     yield Kernel("write", None, write_rows.tensor_ir, 0, facts)
 
 
-#: Operator to a function of the architecture, or `ANY`, the dimensions with their served values, and `Chosen`.
+#: Operator to a function of the architecture, or `ANY_GPU`, the dimensions with their served values, and `Chosen`.
 OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim], Chosen], Iterator[Kernel]]] = {
     "lightning_indexer": _lightning_indexer,
     "topk": _topk,

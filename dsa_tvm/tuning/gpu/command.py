@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DsaError
-from ...gpu.architectures import best_for, is_arch, runs_on
+from ...gpu.architectures import ANY_GPU, best_for, is_arch, runs_on
 from ...presets import Preset
 from ...records.selection import gpu
 from ...runtime.files import scratch
 from ...runtime.machine import usable_cpus
+from ...terminal.extras import keep_tvm_from_torch
 from ...terminal.progress import Progress
 from .. import prebuilt
 from ..failures import WorkerError
@@ -29,12 +29,10 @@ from . import prebuild as cuda_prebuild
 if TYPE_CHECKING:
     from .building import CudaBuilder
 
-_CUDA = "cuda"
-
 
 def is_asked_for(args: argparse.Namespace) -> bool:
     """Whether the arguments are about a GPU."""
-    return bool(args.measure) or args.target == _CUDA or is_arch(args.target)
+    return bool(args.measure) or args.target == ANY_GPU or is_arch(args.target)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -73,8 +71,7 @@ def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, in
     ops = list(gpu.BUCKETS) if args.op == "all" else [args.op]
     if args.measure:
         return _measure(args, ops)
-    # Keeps `import tvm` from compiling an extension for torch, a minute of work, where torch is installed.
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    keep_tvm_from_torch()
 
     def tasks(target: str) -> list[Task]:
         sizes = {op: shapes or gpu.BUCKETS[op] for op in ops}
@@ -95,7 +92,7 @@ def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, in
             facts = _facts(workers)
             from ...schedules import CUDA_ARCHS
 
-            target = best_for(facts["capability"], CUDA_ARCHS if args.target == _CUDA else [args.target])
+            target = best_for(facts["capability"], CUDA_ARCHS if args.target == ANY_GPU else [args.target])
             if target is None:
                 raise _other_gpu("target", args.target, facts)
             return _tune(args, tasks(target), workers, _builder(compilers, directory, args), facts, args.trials)
