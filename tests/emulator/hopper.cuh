@@ -79,17 +79,6 @@ DSA_DEVICE void dsa_tma_prefetch(const CUtensorMap &map) {
   if (map.written != MAP_WRITTEN) emulator::fail("no tensor map");
 }
 
-DSA_DEVICE void dsa_bulk_load(void *to, const void *from, int bytes, void *barrier) {
-  DSA_EXPECT_ALIGNED(from, 16);
-  unsigned address = emulator::shared_address(to);
-  if (address % 16 || bytes % 16 || bytes <= 0) emulator::fail("a bulk copy of %d bytes to %#x", bytes, address);
-  emulator::mbarrier_bytes(barrier, 0);
-  emulator::asynchronously([=] {
-    emulator::deliver(address - 1024, (const char *)from, bytes);
-    emulator::mbarrier_complete(barrier, bytes);
-  });
-}
-
 /* Elements as wgmma reads them. */
 template <typename Pair> struct Half {
   static constexpr unsigned BYTES = 2;

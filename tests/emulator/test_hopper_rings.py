@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emulator import Emulator, KernelError
+from emulator import Emulator, KernelError, TensorMap
 
 pytest.importorskip("tvm")
 
@@ -16,9 +16,10 @@ KERNELS = r"""
 #include <helpers.cuh>
 #include <hopper.cuh>
 
-// A ring of two stages: warp 0 brings 32 numbers at a time, warps 1 and 2 add them up. Mode 0 by cp.async.bulk, 1 by
+// A ring of two stages: warp 0 brings 32 numbers at a time, warps 1 and 2 add them up. Mode 0 by a tensor map, 1 by
 // cp.async; other modes leave something out.
-extern "C" __global__ void __launch_bounds__(96) ring(int* x, int* y, int rounds, int mode) {
+extern "C" __global__ void __launch_bounds__(96) ring(
+    const __grid_constant__ CUtensorMap map, int* x, int* y, int rounds, int mode) {
   DSA_SHARED_POOL(pool);
   int* stage = (int*)(pool + 128);
   uchar* full = pool;
@@ -41,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(96) ring(int* x, int* y, int rounds
         dsa_cp_async_arrive(full + 8 * s);
       } else if (lane == 0) {
         dsa_mbarrier_expect(full + 8 * s, mode == 5 && r == 3 ? 256 : 128);
-        dsa_bulk_load(stage + 32 * s, x + 32 * r, 128, full + 8 * s);
+        dsa_tma_load_2d(stage + 32 * s, map, full + 8 * s, 0, r);
       }
     }
   } else {
@@ -128,7 +129,8 @@ def emulator(tmp_path_factory):
 def _ring(emulator, rounds, mode, order, eager):
     x = np.random.default_rng(rounds).integers(-99, 99, (rounds, 32), dtype=np.int32)
     y = np.zeros(64, np.int32)
-    emulator.launch("ring", (1,), x, y, rounds, mode, shared_bytes=128 + 256, order=order, eager=eager)
+    arguments = (TensorMap(x, (1, 32), 0), x, y, rounds, mode)
+    emulator.launch("ring", (1,), *arguments, shared_bytes=128 + 256, order=order, eager=eager)
     return y, np.tile((x * np.arange(1, rounds + 1)[:, None]).sum(0), 2)
 
 

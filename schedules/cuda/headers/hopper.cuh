@@ -63,14 +63,6 @@ DSA_DEVICE void dsa_tma_prefetch(const CUtensorMap &map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/* Copies `bytes`, a multiple of 16, between addresses that are multiples of 16. For one thread. */
-DSA_DEVICE void dsa_bulk_load(void *to, const void *from, int bytes, void *barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   dsa_shared_address(to)),
-               "l"(from), "r"(bytes), "r"(dsa_shared_address(barrier))
-               : "memory");
-}
-
 /* Fetches the 128 bytes around an address of global memory into the L2 cache, for a later load. */
 DSA_DEVICE void dsa_prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
