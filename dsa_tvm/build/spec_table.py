@@ -10,7 +10,8 @@ from ..spec import DLPACK_TYPES, ONNX_TYPES, AttrSpec, Dim, OpSpec, TensorSpec
 
 _UNSIGNED = 1  # DLPack's code
 _DTYPES = tuple(DLPACK_TYPES)
-_TYPE_VARS = ("T", "K")
+#: The type variables of operators, in the order of the C tables.
+TYPE_VARS = ("T", "K")
 
 
 def write(directory: Path, dims: Mapping[str, Dim], version: str) -> None:
@@ -23,20 +24,35 @@ def _enum(prefix: str, names: Iterable[str], count: str) -> str:
     return "enum { " + ", ".join(f"{prefix}_{n.upper()}" for n in names) + f", {count} }};\n"
 
 
+def _maxima(dims: Mapping[str, Dim]) -> dict[str, int]:
+    """The lengths of the arrays in the C structs."""
+    tensors = [t for op in OPS.values() for t in (*op.inputs, *op.outputs)]
+    return {
+        "INPUTS": max(len(op.inputs) for op in OPS.values()),
+        "OUTPUTS": max(len(op.outputs) for op in OPS.values()),
+        "ATTRS": max(len(op.attrs) for op in OPS.values()),
+        "NDIM": max(len(t.shape) for t in tensors),
+        "TYPE_VARS": len(TYPE_VARS),
+        "PARTS": max(len(dim.parts) for dim in dims.values()),
+    }
+
+
 def header(dims: Mapping[str, Dim], version: str) -> str:
-    """``specs.h``: the numbers of operators, dimensions and element types."""
+    """``specs.h``: numbers of operators, dimensions and element types, and the most that an operator has of each."""
+    maxima = ", ".join(f"MAX_{name} = {number}" for name, number in _maxima(dims).items())
     return (
         "/* Generated from the OpSpecs. */\n#ifndef DSA_TVM_SPECS_H_\n#define DSA_TVM_SPECS_H_\n"
         f'#define PACKAGE_VERSION "{version}"\n'
         + _enum("DTYPE", _DTYPES, "NUM_DTYPES")
         + _enum("DIM", dims, "NUM_DIMS")
         + _enum("OP", OPS, "NUM_OPS")
+        + f"enum {{ {maxima} }};\n"
         + "#endif\n"
     )
 
 
 def _tensor(op: OpSpec, tensor: TensorSpec) -> str:
-    dtype = f"-1 - {_TYPE_VARS.index(tensor.dtype)}" if tensor.dtype in _TYPE_VARS else f"DTYPE_{tensor.dtype.upper()}"
+    dtype = f"-1 - {TYPE_VARS.index(tensor.dtype)}" if tensor.dtype in TYPE_VARS else f"DTYPE_{tensor.dtype.upper()}"
     shape = ", ".join(f"DIM_{d.upper()}" for d in tensor.shape)
     may_be = [t.name for t in op.inputs].index(tensor.may_be) if tensor.may_be else -1
     return f'{{"{tensor.name}", {dtype}, {len(tensor.shape)}, {{{shape}}}, {int(tensor.optional)}, {may_be}}}'
@@ -62,7 +78,7 @@ def _op(op: OpSpec) -> str:
 def _variants(op: OpSpec) -> str:
     rows = []
     for variant in op.variants:
-        types = (f"DTYPE_{variant[v].upper()}" if v in variant else "-1" for v in _TYPE_VARS)
+        types = (f"DTYPE_{variant[v].upper()}" if v in variant else "-1" for v in TYPE_VARS)
         rows.append("{" + ", ".join(types) + "}")
     return f"static const int8_t variants_{op.name}[][MAX_TYPE_VARS] = {{{', '.join(rows)}}};\n"
 

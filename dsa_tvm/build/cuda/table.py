@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...gpu.architectures import SYSTEM_SHARED, TEGRA, is_exact, number_of
+from ..spec_table import TYPE_VARS
 from .fatbins import TENSOR_MAP, Function, KernelSet
 
-# As in common/internal.h and cuda/kernels.h.
-_MAX_TYPE_VARS = 2
+#: As in cuda/kernels.h.
 _MAX_SIZES = 3
 
 
@@ -56,7 +56,7 @@ def _kernel(image: int, function: Function) -> str:
         for at_most, lengths in enumerate((kernel.sizes, kernel.limits))
         for name, length in lengths.items()
     ]
-    types += ["-1"] * (_MAX_TYPE_VARS - len(types))
+    types += ["-1"] * (len(TYPE_VARS) - len(types))
     sizes += ["{-1, 0, 0}"] * (_MAX_SIZES - len(sizes))
     head = f'"{function.symbol}", {image}, {int(kernel.hopper)}'
     return f"  {{{head}, {{{', '.join(types)}}}, {{{', '.join(sizes)}}}}},\n"

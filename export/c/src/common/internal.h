@@ -14,9 +14,7 @@ enum { CPU_DEVICE = 1, CUDA_DEVICE = 2 };
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-enum { MAX_INPUTS = 9, MAX_OUTPUTS = 3, MAX_ATTRS = 3, MAX_NDIM = 3, MAX_TYPE_VARS = 2, MAX_PARTS = 2 };
-
-/* Numbers of dimensions and element types, and the tables: generated. */
+/* Numbers of dimensions and element types, the most that an operator has of each thing, and the tables: generated. */
 #include "specs.h"
 
 struct dtype_spec {
