@@ -1,6 +1,8 @@
 """How many CPUs and how much memory this process may use, given limits, containers and other processes.
 
-https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1 describe the control groups that are read here.
+https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1 describe the control groups that are read here. The
+library counts its CPUs itself (export/c/src/cpu/cpus.c): it serves programs without Python, and this module serves the
+build, which has no library yet. A test holds the two together.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 
 from dsa_tvm import get_num_threads
 from dsa_tvm.build.link import export_directory
-from dsa_tvm.runtime import library
+from dsa_tvm.runtime import library, machine
 
 HERE = Path(__file__).parent
 NO_LIMIT = 2**31 - 1
@@ -62,7 +62,8 @@ def quota(tmp_path_factory):
         ("", "", {}, NO_LIMIT),
     ],
 )
-def test_quota(quota, tmp_path, mounts, groups, files, expected):
+def test_quota(quota, tmp_path, monkeypatch, mounts, groups, files, expected):
+    """The library and the Python package count alike. The package counts for itself: it also builds the library."""
     files = {"proc/self/mountinfo": mounts, "proc/self/cgroup": groups, **files}
     for name, text in files.items():
         path = tmp_path / name
@@ -71,6 +72,9 @@ def test_quota(quota, tmp_path, mounts, groups, files, expected):
         if path.name == "cpu.cfs_quota_us":
             (path.parent / "cpu.cfs_period_us").write_text("100000\n")
     assert int(subprocess.run([quota, str(tmp_path)], capture_output=True, check=True).stdout) == expected
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(99))
+    (tmp_path / "proc/self/mountinfo").write_text(mounts.replace(" /sys/", f" {tmp_path}/sys/"))
+    assert machine.usable_cpus(tmp_path / "proc") == min(expected, 99)
 
 
 def threads(environment=(), before=""):
