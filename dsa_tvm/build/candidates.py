@@ -1,6 +1,6 @@
-"""Libraries made for measuring: one operator with the kernels of DEFAULT and of one candidate.
+"""Libraries for measuring on a CPU: one operator, with the kernels of DEFAULT and of one candidate.
 
-TVM's runtime loads them, on this machine or through its RPC on one that has no dsa_tvm, and calls ``call``, ``time``,
+TVM's runtime loads them, here or through its RPC on a machine without dsa_tvm, and calls ``call``, ``time``,
 ``peak`` and ``cpus`` of export/c/src/measure/measure.c.
 """
 
@@ -20,10 +20,10 @@ from ..spec import DIMS, INT32_MAX, Dim
 from . import kernel_table, link, objects, spec_table
 from .kernel_table import Kernels
 
-#: The kernel sets of a library by number, and the suffixes of their symbols.
+#: The kernel sets of a library in order, by the suffix of their symbols.
 SUFFIXES = ("default", "candidate")
 
-#: What GCC calls the targets that it calls otherwise.
+#: Targets for which GCC has another name.
 _MARCH = {"aarch64": "armv8-a"} | {t: CPU_TARGETS[t]["mcpu"] for t in BASES}
 
 
@@ -48,11 +48,11 @@ def compile_kernel(
         Key of `schedules.CPU_TARGETS`.
     decisions : Decisions
     symbol_suffix : str
-        One of `SUFFIXES`: what the library holds the kernel as.
+        One of `SUFFIXES`: the kernel set that the kernel belongs to.
     path : path-like
         The object file.
     module : module, optional
-        Where the factory is; by default the operator's module in `schedules.CPU`.
+        The kernel module; by default the operator's module in `schedules.CPU`.
     """
     name = objects.symbol(op, variant.values(), target, symbol_suffix)
     kernel = (module or CPU[op]).tensor_ir(variant, decisions)
@@ -60,7 +60,7 @@ def compile_kernel(
 
 
 class Linker:
-    """Makes the candidate libraries of one operator; only a table is compiled for each.
+    """Makes the candidate libraries of one operator. It compiles only a table for each of them.
 
     Parameters
     ----------
@@ -73,14 +73,14 @@ class Linker:
     cc : str
         C compiler for the target.
     dims : mapping
-        The dimensions, with the values that are served.
+        The dimensions and the values that are served.
     directory : Path, optional
-        An empty one for the compiled C files, which the caller removes; by default a temporary one.
+        An empty directory for compiled C files, which the caller removes; by default a temporary one.
 
     Raises
     ------
     BuildError
-        No such compiler, or it fails.
+        There is no such compiler, or it fails.
     """
 
     def __init__(
@@ -111,16 +111,16 @@ class Linker:
     def link(
         self, default_object: Path, default_decisions: Any, candidate_object: Path, candidate_decisions: Any, out: Path
     ) -> None:
-        """Make one library. May be called by several threads at once.
+        """Make one library. Several threads may call this at once.
 
         Parameters
         ----------
         default_object, candidate_object : Path
-            Made by `compile_kernel` with the suffixes "default" and "candidate".
+            From `compile_kernel` with the suffixes "default" and "candidate".
         default_decisions, candidate_decisions : Decisions
-            What they were compiled with.
+            The decisions that they were compiled with.
         out : Path
-            The library. Its kernel set 0 is the default, 1 the candidate.
+            The library. Kernel set 0 is the default, kernel set 1 the candidate.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class Linker:
             (self._target, {self._op: [self._kernels(decisions, suffix)]})
             for decisions, suffix in zip((default_decisions, candidate_decisions), SUFFIXES, strict=True)
         ]
-        # The table comes from standard input, so that nothing is left behind.
+        # The table comes from standard input, so that no file is left behind.
         inputs = ("-x", "c", "-", "-x", "none", *self._objects, str(default_object), str(candidate_object))
         table = kernel_table.source(sets)
         # Without nodelete: a search loads thousands of these.

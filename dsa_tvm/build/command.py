@@ -1,6 +1,6 @@
-"""OpSpecs + targets + tuning records -> one library and its manifest.
+"""``dsa-tvm build``: one library and its manifest from OpSpecs, targets and tuning records.
 
-`pip install` runs this through CMake, `dsa-tvm build` by hand. It needs TVM and a C compiler; nothing it makes does.
+`pip install` runs this through CMake. It needs TVM and a C compiler; the library needs neither.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .cuda import report
 if TYPE_CHECKING:
     from .objects import Compiled
 
-#: Targets a library has by default, by the machine it is built for.
+#: The default targets of a library, by machine.
 DEFAULT_TARGETS = {
     "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v3-vnni", "x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-bf16"),
     "aarch64": ("aarch64",),
 }
-#: Dimensions whose values a library lists.
+#: The dimensions for which a library serves a list of values.
 WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)
-#: What a build takes of the directory for temporary files.
+#: Space that a build needs in the directory for temporary files.
 _SCRATCH_BYTES = 64 << 20
-#: What ``--records`` takes for no records at all.
+#: The value of ``--records`` that stands for no records at all.
 NO_RECORDS = "none"
 
 
@@ -65,17 +65,17 @@ def build(
     out : Path
         Receives ``libdsa_tvm.so`` and ``manifest.json``, each whole or not at all.
     targets : sequence of str
-        CPU targets, by default those of this machine, and ``cuda`` perhaps.
+        CPU targets, by default those of this machine, and optionally ``cuda``.
     served : mapping, optional
-        Values of d_idx, d_qk and d_v to serve beside the usual ones.
+        Values of d_idx, d_qk and d_v to serve in addition to the usual ones.
     logs : Path, optional
-        Directory of tuning records; by default none are used.
+        Directory of tuning records. Without one, all decisions are DEFAULT.
     preset : str
         Model whose records count, and whose sizes are served.
     version : str
         Version of the package.
     cc : str
-        C compiler, a cross compiler perhaps.
+        C compiler, which may be a cross compiler.
     archs : sequence of str
         GPU architectures for the target ``cuda``; by default `schedules.CUDA_ARCHS`.
     nvcc : str
@@ -83,7 +83,7 @@ def build(
     sanitizer : str, optional
         ``address`` (with undefined behaviour) or ``thread``: the C files report such errors when they run.
     progress : callable
-        Takes a line of text at every step, and one for every record that is left out.
+        Takes a line of text for every step and for every record that is left out.
 
     Returns
     -------
@@ -93,11 +93,11 @@ def build(
     Raises
     ------
     ArgumentError
-        An unknown preset.
+        The preset is unknown.
     RecordError
-        `logs` is no directory.
+        `logs` is not a directory.
     BuildError
-        No C compiler or nvcc, an unknown target or architecture, a size that cannot be served, or a step that failed.
+        There is no C compiler or nvcc, a target or architecture is unknown, a size cannot be served, or a step failed.
     """
     link.expect_compiler(cc)
     with_cuda = ANY_GPU in targets
@@ -136,7 +136,7 @@ def build(
         fatbins.expect_served(archs, dims, served or {})
     with _errors_of_files(), scratch() as work:
         if (free := shutil.disk_usage(work).free) < _SCRATCH_BYTES:
-            # LLVM ends the process where it cannot write an object.
+            # LLVM ends the process if it cannot write an object.
             got = f"{in_units(free)} in {work.parent}"
             raise BuildError(
                 f"expected {in_units(_SCRATCH_BYTES)} for temporary files, got {got}; $TMPDIR names another"
@@ -164,7 +164,7 @@ def build(
             "size": library.stat().st_size,
             "sha256": sha256(library),
         }
-        # The manifest goes last: a library without its manifest is refused, one with a stale manifest too.
+        # The manifest goes last: a library without its own manifest is refused.
         write_atomically(out / LIBRARY_NAME, library.read_bytes(), 0o755)
         write_atomically(out / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode())
     return out / LIBRARY_NAME
@@ -179,9 +179,9 @@ def _errors_of_files() -> Iterator[None]:
 
 
 def _kernels(compiled: Compiled) -> dict[str, list[dict]]:
-    """Which decisions serve what: the first row with a call's element types and at least its lengths takes it.
+    """Which decisions serve which calls: the first row with a call's element types and at least its lengths takes it.
 
-    A row says which element types it serves where those of its operator are compiled with different decisions.
+    A row lists its element types if those of its operator are compiled with different decisions.
     """
     tables: dict[str, list[dict]] = {}
     for op, rows in compiled.kernels.items():
@@ -225,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, version: str) -> Path:
-    """`build` with parsed options, its steps printed."""
+    """Run `build` with parsed options and print its steps."""
     logs = records.default_directory() if args.records is None else Path(args.records)
     library = build(
         args.out,
@@ -246,7 +246,7 @@ def run(args: argparse.Namespace, version: str) -> Path:
 
 
 def main() -> None:
-    """Entry of the package's own build, which passes the version it is building."""
+    """Entry point of the package's own build, which passes the version."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     parser.add_argument("--version", required=True)

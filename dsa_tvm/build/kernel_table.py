@@ -1,4 +1,4 @@
-"""A library's kernels as a C table: which of them serves which lengths, and what the cutting into tasks must know."""
+"""The CPU kernels of a library as a C table: the lengths that each serves, and what cutting into tasks must know."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..spec import INT32_MAX
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one operator for the calls that no earlier row of its table takes.
+    """The kernels of one operator for calls that no earlier row of the table takes.
 
     Parameters
     ----------
     s_q, s_kv : int
         The largest lengths they serve.
     decisions : Decisions
-        What they were compiled with.
+        The decisions that they were compiled with.
     symbols : mapping
-        Element types of the type variables to the name of the compiled function.
+        The name of the compiled function by element types of the type variables.
     """
 
     s_q: int
@@ -30,7 +30,7 @@ class Kernels:
     symbols: Mapping[tuple[str, ...], str]
 
 
-#: The structs of common/internal.h, by how many element types they tell kernels apart, and the decisions they hold.
+#: The structs of common/internal.h: their name, by how many element types they index kernels, and their decisions.
 _STRUCTS: Mapping[str, tuple[str, int, tuple[str, ...]]] = {
     "lightning_indexer": ("indexer", 2, ("rows", "task_keys", "block_keys", "min_keys", "tasks_per_thread")),
     "topk": ("topk", 0, ()),
@@ -66,13 +66,13 @@ def source(sets: Sequence[tuple[str, Mapping[str, Sequence[Kernels]]]]) -> str:
     Parameters
     ----------
     sets : sequence of (target, rows)
-        Best target first; `rows` maps an operator to its table. An operator without one has no kernels. A row serves
-        the element types that it has kernels for; for others, a later row of the table is taken.
+        Best target first. `rows` maps an operator to its table; an operator without a table has no kernels. A row
+        serves the element types that it has kernels for. Calls with others take a later row.
 
     Raises
     ------
     BuildError
-        The last row of a table does not serve all lengths: a longer call would find none.
+        The last row of a table does not serve all lengths, so a longer call would find no kernel.
     """
     nothing = [Kernels(INT32_MAX, INT32_MAX, None, {})]
     symbols: dict[str, None] = {}

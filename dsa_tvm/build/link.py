@@ -1,4 +1,4 @@
-"""The C files around the compiled kernels, and the C compiler that links them."""
+"""The C files around the compiled kernels, and the C compiler that links everything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import BuildError
 from ..runtime import package_files
 from ..runtime.library import LIBRARY_NAME
 
-#: What runs a checked call.
+#: The files that check and run a call.
 CORE = (
     *("common/check.c", "common/device.c", "common/error.c"),
     *("cpu/cpus.c", "cpu/kernels.c", "cpu/operators.c", "cpu/rows.c", "cpu/stages.c", "cpu/threads.c"),
@@ -21,10 +21,10 @@ CORE = (
 DOOR = ("common/api.c", "common/choose.c")
 _ORT = ("ort/kernel.c", "ort/register.c", "ort/schema.c")
 CUDA = tuple(f"cuda/{name}.c" for name in ("driver", "kernels", "operators", "pool", "stages", "workspace"))
-#: specs.c and table.c are generated into the working directory, and cuda_table.c where there are CUDA kernels.
+#: specs.c and table.c are generated into the working directory, and cuda_table.c if there are CUDA kernels.
 GENERATED = ("specs.c", "table.c")
 _GENERATED_CUDA = "cuda_table.c"
-#: What a build for debugging can have the C files watch, by the name that users give it. The kernels are not watched.
+#: Compiler options by the user's name for a sanitizer. It watches the C files of a debugging build, not the kernels.
 SANITIZERS: Mapping[str, tuple[str, ...]] = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"),
     "thread": ("-fsanitize=thread", "-fno-omit-frame-pointer", "-g"),
@@ -54,7 +54,7 @@ def expect_nvcc(nvcc: str) -> None:
 
 @functools.cache
 def nvcc_version(nvcc: str) -> tuple[int, int]:
-    """Of the CUDA toolkit that it is of: (13, 0). Raises `BuildError` where it says none."""
+    """Version of nvcc's CUDA toolkit, such as (13, 0). Raises `BuildError` if nvcc does not tell it."""
     said = run([nvcc, "--version"])
     found = re.search(r"\brelease (\d+)\.(\d+)", said)
     if not found:
@@ -63,7 +63,7 @@ def nvcc_version(nvcc: str) -> tuple[int, int]:
 
 
 def run(command: Sequence[str], text: str | None = None, directory: Path | None = None) -> str:
-    """Run a compiler, on `text` perhaps, and tell what it said. Raises `BuildError` with its own words."""
+    """Run a compiler, with `text` as input if given, and return its output. Raises `BuildError` with its messages."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -71,14 +71,14 @@ def run(command: Sequence[str], text: str | None = None, directory: Path | None 
 
 
 def flags(work: Path) -> list[str]:
-    """How every C file is compiled, except for which machine and how well; `work` holds specs.h."""
+    """Options for every C file, without machine and optimization level; `work` holds specs.h."""
     export = export_directory()
     includes = (str(work), str(export / "src"), str(export / "include"))
     return [*_FLAGS, "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
 
 
 def compile_object(files: Iterable[Path], out: Path, work: Path, cc: str, *options: str) -> None:
-    """Compile C files to one object: files of different folders may have one name, so that their objects collide.
+    """Compile C files to one object. Separate objects would collide: files in different folders have equal names.
 
     Parameters
     ----------
@@ -88,14 +88,14 @@ def compile_object(files: Iterable[Path], out: Path, work: Path, cc: str, *optio
         Holds specs.h.
     cc : str
     *options : str
-        More for the compiler.
+        More options for the compiler.
     """
     run([cc, "-O2", *flags(work), *options, "-r", "-nostdlib", *map(str, files), "-o", str(out)])
 
 
 def version_script(name: str) -> list[str]:
-    """How a library exports nothing but what a file of the export directory lists."""
-    # -Wl, would cut the path at its commas.
+    """Linker options with which a library exports only what a file in the export directory lists."""
+    # -Wl would split the path at commas.
     return ["-Xlinker", f"--version-script={export_directory() / name}"]
 
 
@@ -135,7 +135,7 @@ def link_library(objects: Iterable[Path], work: Path, cc: str, sanitizer: str | 
     ----------
     objects : iterable of Path
     work : Path
-        Holds the generated files. Those of `cuda_table` make it a library with CUDA kernels.
+        Holds the generated files. With those of `cuda.table` the library gets CUDA kernels.
     cc : str
     sanitizer : str, optional
         One of `SANITIZERS`.
@@ -149,7 +149,7 @@ def link_library(objects: Iterable[Path], work: Path, cc: str, sanitizer: str | 
     library = work / LIBRARY_NAME
     cuda = (work / _GENERATED_CUDA).exists()
     sources = (*CORE, *DOOR, *_ORT, *(CUDA if cuda else ("cuda/none.c",)))
-    # A sanitizer's runtime may be the program's, and is then not linked with a library.
+    # With a sanitizer, symbols may stay undefined: its runtime may come from the program.
     watched = SANITIZERS[sanitizer] if sanitizer else ("-Wl,-z,defs",)
     inputs = [export / "src" / name for name in sources]
     inputs += [work / name for name in (*GENERATED, *([_GENERATED_CUDA] if cuda else []))]

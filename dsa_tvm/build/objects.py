@@ -1,4 +1,4 @@
-"""TensorIR -> object files, by TVM."""
+"""TVM compiles TensorIR to object files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Compiled:
     Parameters
     ----------
     object : Path
-        Holds them all.
+        The object file with all of them.
     kernels : mapping
-        Operator to the rows of its table.
+        The rows of the table by operator.
     """
 
     object: Path
@@ -33,12 +33,12 @@ class Compiled:
 
 
 def symbol(op: str, types: Iterable[str], target: str, suffix: str) -> str:
-    """Name of a kernel. It tells the target too, because the objects of several are linked together."""
+    """Name of a kernel. It includes the target, because objects of several targets are linked together."""
     return "__".join((op, *types, target.replace("-", "_"), suffix))
 
 
 def write_object(functions: Mapping[str, tvm.tirx.PrimFunc], target: str, path: Path) -> None:
-    """Compile kernels, by their symbols, for a CPU target into one object file."""
+    """Compile kernels, given by symbol, for a CPU target into one object file."""
     tvm_target = tvm.target.Target(CPU_TARGETS[target])
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     with tvm_target:
@@ -49,7 +49,7 @@ def write_object(functions: Mapping[str, tvm.tirx.PrimFunc], target: str, path: 
 def _added(
     functions: dict[str, tvm.tirx.PrimFunc], op: str, variant: Mapping[str, str], target: str, decisions: Any
 ) -> str:
-    """The symbol of a kernel among `functions`, which it joins unless one of equal code is there."""
+    """The symbol of a kernel in `functions`. The kernel is added unless one with equal code is there."""
     function = cpu_kernel(op, variant, target, decisions)
     for name, known in functions.items():
         if tvm_ffi.structural_equal(known, function):
@@ -60,7 +60,7 @@ def _added(
 
 
 def shared(rows_of: Mapping[Types, Sequence[Row]]) -> list[tuple[Sequence[Row], list[Types]]]:
-    """Each table once, with the element types that have it."""
+    """Each distinct table once, with the element types that use it."""
     found: list[tuple[Sequence[Row], list[Types]]] = []
     for types, rows in rows_of.items():
         known = next((sharing for table, sharing in found if table == rows), None)
@@ -72,12 +72,12 @@ def shared(rows_of: Mapping[Types, Sequence[Row]]) -> list[tuple[Sequence[Row], 
 
 
 def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]) -> dict[str, Compiled]:
-    """Compile every kernel of a plan, equal ones once: rows may differ in decisions that do not shape the code.
+    """Compile every kernel of a plan. Equal code is compiled once: not every decision shapes the code.
 
     Parameters
     ----------
     plan : mapping
-        Target to operator to element types to rows.
+        Rows by target, operator and element types.
     directory : Path
         Receives ``<target>.o``.
     progress : callable
@@ -86,7 +86,7 @@ def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]
     Returns
     -------
     dict
-        Target to `Compiled`.
+        `Compiled` by target.
     """
     built = {}
     for target, tables in plan.items():
@@ -108,6 +108,6 @@ def compile_objects(plan: Plan, directory: Path, progress: Callable[[str], None]
 
 
 def tables(target: str, built: Mapping[str, Compiled]) -> dict[str, list[Kernels]]:
-    """The whole tables of a target: its own rows, and behind them those of its bases."""
+    """The complete tables of a target: its own rows, followed by those of its bases."""
     parts = [built[t].kernels for t in chain(target)]
     return {op: [row for kernels in parts for row in kernels.get(op, ())] for op in CPU}

@@ -19,33 +19,33 @@ Plan = Mapping[str, Mapping[str, Mapping[Types, Sequence[Row]]]]
 
 
 def with_bases(targets: Iterable[str]) -> tuple[str, ...]:
-    """Targets, each behind those that its other kernels come from, which have to be in the library too."""
+    """The targets, each after the bases whose kernels it also uses. The bases have to be in the library too."""
     return tuple(dict.fromkeys(t for target in targets for t in reversed(chain(target))))
 
 
 def make(
     targets: Iterable[str], records: Sequence[Record], preset: Preset, progress: Callable[[str], None]
 ) -> dict[str, dict[str, dict[Types, list[Row]]]]:
-    """The rows of every operator on every target that has kernels of its own for it.
+    """The rows of every operator, for every target that has its own kernels of it.
 
-    The finals of a kernel's own element types decide what it is compiled with. A kernel that has none follows one that
-    was measured: with the same queries if there is one, else the first, and `progress` is told.
+    A kernel is compiled with what the finals of its own element types say. A kernel without such finals follows a
+    kernel that has some: one whose queries have the same type if possible, else the first. `progress` is told.
 
     Parameters
     ----------
     targets : iterable of str
     records : sequence of Record
-        What was measured, on any target; nothing means DEFAULT everywhere.
+        Measurements on any target. Without any, every kernel gets DEFAULT.
     preset : Preset
         Only records of its sizes count.
     progress : callable
-        Takes a line of text for every record that the kernel factory refuses, and for every operator some of whose
-        kernels follow what was measured in other element types.
+        Takes a line of text for every record that the kernel factory refuses, and for every operator that has kernels
+        which follow measurements of other element types.
 
     Raises
     ------
     BuildError
-        A target that is not one of `CPU_TARGETS`.
+        A target is not one of `CPU_TARGETS`.
     """
     plan: dict[str, dict[str, dict[Types, list[Row]]]] = {}
     for target in targets:
@@ -60,7 +60,7 @@ def make(
             default = asdict(module.DEFAULT[target])
             rows: dict[Types, list[Row]] = {}
             followed: dict[Types, list[Types]] = {}
-            # A final that failed, or that is not usable, was measured too: its kernel does not follow another's.
+            # A failed or unusable final still counts as measured: its kernel does not follow another one.
             measured = [
                 types for types in variants if any(r.types == types and has_lengths(r, preset.lengths) for r in finals)
             ]
@@ -103,7 +103,7 @@ def accepted(records: Iterable[Record], module: space.Module, progress: Callable
 
 
 def _followed(types: Types, measured: Sequence[Types]) -> Types:
-    """Whose decisions a kernel gets that was not measured; its own, which are DEFAULT, where none was."""
+    """Whose decisions an unmeasured kernel gets; its own, which are DEFAULT, if no kernel was measured."""
     return next((known for known in measured if known[:1] == types[:1]), measured[0] if measured else types)
 
 

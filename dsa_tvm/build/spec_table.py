@@ -1,4 +1,4 @@
-"""The operators as C tables: what the library's argument checks and its ONNX Runtime door read."""
+"""The operators as C tables, for the library's argument checks and its ONNX Runtime door."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TYPE_VARS = ("T", "K")
 
 
 def write(directory: Path, dims: Mapping[str, Dim], version: str) -> None:
-    """Put specs.h and specs.c into a directory."""
+    """Write specs.h and specs.c into a directory."""
     (directory / "specs.h").write_text(header(dims, version))
     (directory / "specs.c").write_text(source(dims))
 
@@ -98,7 +98,7 @@ def _array(declaration: str, rows: Iterable[str]) -> str:
 
 
 def source(dims: Mapping[str, Dim]) -> str:
-    """``specs.c``: the tables themselves."""
+    """``specs.c``: the tables."""
     dtypes = [
         f'  {{"{name}", {code}, {bits}, {_UNSIGNED if bits < 32 else code}, {ONNX_TYPES[name]}}}'
         for name, (code, bits) in DLPACK_TYPES.items()

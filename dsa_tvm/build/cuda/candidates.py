@@ -1,7 +1,7 @@
 """Libraries made for measuring on a GPU: the C doors and the CUDA kernels of one operator, for one architecture.
 
-What the kernels share is compiled once; a candidate costs its CUDA code, the table and a link. No CPU kernels are in
-such a library, and loading it takes neither TVM nor this package.
+What the kernels share is compiled once. A candidate then costs its CUDA code, a table and a link. Such a library has no
+CPU kernels, and loading it needs neither TVM nor this package.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from . import table as cuda_table
 from .fatbins import KernelSet, Unit
 from .space import Operators, Space
 
-#: The C files that all candidates share, compiled.
+#: The object with the C files that all candidates share.
 _CORE = "core.o"
 
 
 @dataclass(frozen=True)
 class TunedKernel:
-    """What is tuned: one stage of an operator. The other stages stay as they are by default.
+    """What is tuned: one stage of an operator. All other stages have DEFAULT decisions.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ class TunedKernel:
     types : tuple of str
         Element types of the type variables, in order.
     lengths : tuple of (str, int)
-        Those of the model, by dimension.
+        The lengths of the model, by dimension.
     operators : str
-        Module whose ``OPERATORS`` has the operator.
+        Name of the module whose ``OPERATORS`` has the operator.
     """
 
     op: str
@@ -50,24 +50,24 @@ class TunedKernel:
     operators: str = cuda_kernels.__name__
 
     def space(self) -> Space:
-        """Its search space."""
+        """The search space of its decisions."""
         return Space(self.op, self.arch, self.stage, self.types, dict(self.lengths), self.operator_table())
 
     def operator_table(self) -> Operators:
-        """`TunedKernel.operators`, imported."""
+        """``OPERATORS`` of the module, which is imported."""
         return importlib.import_module(self.operators).OPERATORS
 
 
 @dataclass(frozen=True)
 class Foundation:
-    """What the libraries of one operator and choice of element types share.
+    """What the libraries of one operator and one choice of element types share.
 
     Parameters
     ----------
     directory : Path
-        Holds the headers and the objects.
+        Holds headers and objects.
     unit : Unit
-        The operator's kernels by default.
+        The operator's kernels with DEFAULT decisions.
     cc, nvcc : str
     """
 
@@ -83,7 +83,7 @@ def found(kernel: TunedKernel, directory: Path, cc: str, nvcc: str) -> Foundatio
     Raises
     ------
     BuildError
-        No compiler, or it fails.
+        There is no compiler, or it fails.
     """
     link.expect_compiler(cc)
     link.expect_nvcc(nvcc)
@@ -100,7 +100,7 @@ def found(kernel: TunedKernel, directory: Path, cc: str, nvcc: str) -> Foundatio
 
 
 def _absent(kernel: TunedKernel) -> Iterator[str]:
-    """The stages of the other operators, which the launching code knows but this library has not."""
+    """Stages of other operators: the launching code names them, but this library lacks them."""
     for op, make in kernel.operator_table().items():
         if op != kernel.op:
             for stage in {k.stage: None for k in make(kernel.arch, DIMS, lambda *described: described[-1])}:
@@ -109,23 +109,23 @@ def _absent(kernel: TunedKernel) -> Iterator[str]:
 
 
 def _tuned(kernel: TunedKernel) -> Iterator[str]:
-    """Which of two stages is launched: by itself the launcher chooses by the GPU's number of multiprocessors.
+    """Fix which of two stages is launched, so that every GPU measures the kernel with the candidate's decisions.
 
-    The kernel that has the candidate's decisions is then measured on every GPU.
+    Otherwise the launcher chooses by the number of multiprocessors.
     """
     if kernel.op == "lightning_indexer":
         yield f"#define DSA_TUNED_FOR_FEW {int(kernel.stage.endswith('few'))}\n"
 
 
 def make(kernel: TunedKernel, foundation: Foundation, decisions: Mapping[str, int], out: Path) -> None:
-    """Compile and link one library: the whole of it is at `out` when this returns, or nothing.
+    """Compile and link one library. `out` gets the whole library or, after an error, nothing.
 
     Raises
     ------
     ValueError
         The kernel factory refuses the decisions.
     BuildError
-        nvcc or the C compiler fails, or the kernel has other parameters than by default.
+        nvcc or the C compiler fails, or the kernel has other parameters than the default one.
     """
     own = kernel.space()
     unit = fatbins.make_unit(kernel.op, own.kernels(space.kernel_decisions(own, decisions)))

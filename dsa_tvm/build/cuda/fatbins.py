@@ -1,4 +1,4 @@
-"""CUDA kernels: TensorIR -> CUDA text, by TVM -> fatbins, by nvcc. Neither needs a GPU."""
+"""CUDA kernels: TVM turns TensorIR into CUDA source, and nvcc compiles it to fatbins. Neither needs a GPU."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ _FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-diag-suppress", "177", "-I", "
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, \d+)?\) (\w+)\(([^)]*)\) \{')
 _C_TYPES = {"int": "int32_t", "uint": "uint32_t", "int64_t": "int64_t", "float": "float"}
 
-
-#: C type of a parameter that the kernel gets the value of.
+#: C type of a tensor map, which a kernel takes by value.
 TENSOR_MAP = "const struct cuda_tensor_map *"
 
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel as it stands in the text.
+    """A kernel in CUDA source.
 
     Parameters
     ----------
     symbol : str
     kernel : Kernel
     threads : int
-        Of a block.
+        Threads of a block.
     parameters : tuple of (str, str)
-        C type and name.
+        C type and name of each.
     definition : str
     """
 
@@ -69,14 +68,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The units for architectures whose kernels are the same. Every set has the same operators.
+    """The units for architectures that have the same kernels. Every set has the same operators.
 
     Parameters
     ----------
     archs : tuple of str
-        Such as ``sm_90a``: what there is to be machine code for.
+        Architectures that get machine code, such as ``sm_90a``.
     ptx : str or None
-        Such as ``compute_80``, if the driver of a later GPU is to compile this set.
+        Such as ``compute_80``, if the drivers of later GPUs are to compile this set.
     units : tuple of Unit
     """
 
@@ -86,17 +85,17 @@ class KernelSet:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Architectures, and the PTX."""
+        """The architectures and the PTX."""
         return self.archs + ((self.ptx,) if self.ptx else ())
 
 
 def check_archs(archs: Iterable[str]) -> tuple[str, ...]:
-    """Architectures in ascending order, each once; all default ones for none.
+    """The architectures in ascending order, each once; the default ones if `archs` is empty.
 
     Raises
     ------
     BuildError
-        Something that is no architecture, or one before sm_80.
+        A name is not that of an architecture from sm_80 on.
     """
     chosen = tuple(archs) or CUDA_ARCHS
     for arch in chosen:
@@ -110,19 +109,20 @@ def _hand_made(arch: str, op: str, stage: str, variant: Any, sizes: Any, default
 
 
 def expect_served(archs: Sequence[str], dims: Mapping[str, Dim], asked: Mapping[str, Iterable[int]]) -> None:
-    """Find out before long work whether there are CUDA kernels for all served values, alone and together.
+    """Find out before long work whether CUDA kernels serve all values, alone and together.
 
     Parameters
     ----------
     archs : sequence of str
     dims : mapping
-        The dimensions, with all values that are to be served.
+        The dimensions with all values to serve.
     asked : mapping
-        Those among them that the caller asked for, by dimension: what the message names.
+        The values that the caller asked for, by dimension. The message names them.
 
     Raises
     ------
     BuildError
+        A value has no CUDA kernels, or the values together have none.
     """
     for name, values in asked.items():
         for value in values:
@@ -140,7 +140,7 @@ def expect_served(archs: Sequence[str], dims: Mapping[str, Dim], asked: Mapping[
 def _listed(
     archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[..., Any]
 ) -> list[tuple[str, dict[str, list[Kernel]]]]:
-    """The kernels of every operator for each architecture, and for what the driver compiles itself."""
+    """The kernels of every operator for each architecture, and for the PTX that drivers compile."""
     return [
         (arch, {op: list(make(arch, dims, functools.partial(chosen, arch, op))) for op, make in OPERATORS.items()})
         for arch in (*archs, ANY_GPU)
@@ -155,7 +155,7 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[...
     archs : sequence of str
     dims : mapping
     chosen : callable
-        Takes an architecture, an operator and what `cuda_kernels.Chosen` takes, and tells the decisions of a kernel.
+        Takes an architecture, an operator and the arguments of a `kernels.Chosen`, and returns decisions.
     """
     sets: list[tuple[dict[str, list[Kernel]], list[str]]] = []
     for arch, kernels in _listed(archs, dims, chosen):
@@ -172,7 +172,7 @@ def generate(archs: Sequence[str], dims: Mapping[str, Dim], chosen: Callable[...
         for kernel in listed
     }
     texts = cuda_text.definitions(jobs)
-    # PTX of the oldest: what later GPUs compile must not ask for more than any of them has.
+    # PTX for the oldest architecture: later GPUs have everything that it asks for.
     ptx = f"compute_{number_of(archs[0])}"
     return [
         KernelSet(
@@ -195,7 +195,7 @@ def _function(kernel: Kernel, definition: str) -> Function:
 
 
 def make_unit(op: str, kernels: Iterable[Kernel]) -> Unit:
-    """Some kernels of one operator."""
+    """A unit of some kernels of one operator."""
     return Unit(op, tuple(_function(k, device_code(k.symbol(op), k.make())) for k in kernels))
 
 
@@ -213,7 +213,7 @@ def _parameters(listed: str) -> tuple[tuple[str, str], ...]:
 def compile_sets(
     sets: Sequence[KernelSet], directory: Path, nvcc: str, progress: Callable[[str], None]
 ) -> tuple[dict[tuple[int, str], Path], list[str]]:
-    """Compile every unit, as many at a time as there are CPUs.
+    """Compile all units, as many at a time as there are CPUs.
 
     Parameters
     ----------
@@ -227,9 +227,9 @@ def compile_sets(
     Returns
     -------
     fatbins : dict
-        Number of the set and operator to a file.
+        The file by number of the set and operator.
     said : list of str
-        The assembler's words on every kernel, for each unit.
+        What the assembler said about the kernels of each unit.
 
     Raises
     ------
@@ -251,16 +251,16 @@ def compile_sets(
 
 
 def compile_unit(unit: Unit, targets: Iterable[str], fatbin: Path, nvcc: str = "nvcc") -> tuple[Path, str]:
-    """Compile one unit for `targets` into `fatbin`; also what the assembler said of every kernel.
+    """Compile one unit for `targets` into `fatbin`. Returns the file and what the assembler said about each kernel.
 
     Raises
     ------
     BuildError
-        nvcc fails, or leaves a kernel fewer registers than its warpgroups wait for.
+        nvcc fails, or gives a kernel fewer registers than its warpgroups wait for.
     """
     source, work = fatbin.with_suffix(".cu"), fatbin.parent
     source.write_text(unit.text)
-    # nvcc passes paths through a shell without quoting them, and a checkout's folder may have any name.
+    # nvcc passes paths to a shell unquoted, and the folder of a checkout may have any name.
     with contextlib.suppress(FileExistsError):
         (work / "headers").symlink_to(DEVICE_HEADERS)
     code = [word for t in targets for word in ("-gencode", f"arch=compute_{t.partition('_')[2]},code={t}")]

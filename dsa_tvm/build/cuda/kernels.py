@@ -1,7 +1,7 @@
-"""The CUDA kernels of each operator: with which decisions, for which types and lengths, and what launching them takes.
+"""The CUDA kernels of each operator: their decisions, element types, lengths, and what a launch has to know.
 
-An operator joins with a function here and its entry in `OPERATORS`, a struct of the same name in cuda/kernels.h that
-has the fields of `Kernel.facts`, and its launches in cuda/stages.c.
+To add an operator, write a function here and enter it in `OPERATORS`. Then add a struct of the same name, with the
+fields of `Kernel.facts`, to cuda/kernels.h, and its launches to cuda/stages.c.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ...schedules.cuda.mla.sm90 import kernel as hopper_mla
 from ...schedules.cuda.topk import kernel as topk
 from ...spec import Dim
 
-#: Stage, element types by type variable, lengths the code is made for, and the hand-made decisions for these: what the
-#: kernel is made with.
+#: Takes a stage, element types by type variable, the lengths that the code is made for, and the hand-made decisions.
+#: Returns the decisions to make the kernel with.
 Chosen = Callable[[str, Mapping[str, str], Mapping[str, int], Any], Any]
 
 
@@ -37,25 +37,25 @@ class Kernel:
     Parameters
     ----------
     stage : str
-        Which of the operator's launches it serves. All kernels of a stage have the same parameters.
+        The launch of the operator that it serves. All kernels of a stage have the same parameters.
     decisions : Decisions or None
     make : callable
         Makes the PrimFunc.
     shared_bytes : int
         The most shared memory that a launch takes.
     facts : mapping
-        What the launching code must know of the decisions: fields of ``struct cuda_<op>``.
+        What the launching code must know about the decisions: fields of ``struct cuda_<op>``.
     variant : mapping
-        Element types of the type variables; none where one kernel serves all.
+        Element types of the type variables; empty if one kernel serves all.
     sizes : mapping
-        Lengths of dimensions that the code is made for.
+        Lengths that the code is made for, by dimension.
     limits : mapping
-        Lengths of dimensions that it is made for at most.
+        The largest lengths that it serves, by dimension.
     hopper : bool
-        Whether it is made of instructions that only sm_90a has. It then asks for tensors at multiples of 16 bytes, and
-        is preferred to the others of its stage.
+        Whether it uses instructions that only sm_90a has. Such a kernel needs tensors at multiples of 16 bytes, and is
+        preferred to the other kernels of its stage.
     product : str
-        What its tensor cores multiply, where architectures differ in that.
+        The element type that its tensor cores multiply, if that depends on the architecture.
     """
 
     stage: str
@@ -71,7 +71,7 @@ class Kernel:
 
     @property
     def rank(self) -> tuple[float, bool]:
-        """Of the kernels of a stage that serve a call, the one with the least is taken."""
+        """The kernel with the lowest rank is taken among those of a stage that serve a call."""
         return min(self.limits.values(), default=math.inf), not self.hopper
 
     def symbol(self, op: str) -> str:
@@ -86,7 +86,7 @@ def _variants(op: str) -> list[dict[str, str]]:
 
 
 def _topk(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
-    # One list in shared memory for all stages.
+    # All stages share one list in shared memory.
     c = chosen("rows", {}, {}, topk.DEFAULT.get(arch, topk.DEFAULT[ANY_GPU]))
     facts = {name: getattr(c, name) for name in ("list_factor", "list_min", "list_max")}
     facts["selector_bytes"] = c.shared_bytes(1) - 8 * c.capacity(1)
@@ -167,7 +167,7 @@ def _attentions(
     types: dict[str, str],
     widths: Iterable[tuple[int, int]],
 ) -> Iterator[Kernel]:
-    """The kernels for one of an operator's choices of element types; `types` are what they are made for."""
+    """The kernels for one variant of an operator. They are made for the element types `types`."""
     served = [(d_qk, d_v) for d_qk, d_v in widths if d_v <= d_qk]
     most = dims["h_q"].maximum
     for d_qk, d_v in served:
@@ -213,13 +213,13 @@ def _attention(
 
 
 def _write_rows(arch: str, dims: Mapping[str, Dim], chosen: Chosen) -> Iterator[Kernel]:
-    # Rows of any type are bytes.
+    # Rows of all types are copied as bytes.
     facts = {"copy_bytes": write_rows.COPY_BYTES, "rows": write_rows.ROWS}
     yield Kernel("copy", None, write_rows.copy_ir, 0, facts)
     yield Kernel("write", None, write_rows.tensor_ir, 0, facts)
 
 
-#: Operator to a function of the architecture, or `ANY_GPU`, the dimensions with their served values, and `Chosen`.
+#: By operator, a function of an architecture or `ANY_GPU`, the dimensions with their served values, and a `Chosen`.
 OPERATORS: Mapping[str, Callable[[str, Mapping[str, Dim], Chosen], Iterator[Kernel]]] = {
     "lightning_indexer": _lightning_indexer,
     "topk": _topk,

@@ -1,4 +1,4 @@
-"""A library's CUDA part: the kernels compiled, and what the manifest says of them."""
+"""The CUDA part of a library: compiled kernels, and their entry in the manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ def add(
     nvcc: str,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Put what `link.link_library` takes for CUDA kernels into `work`; the manifest's entry.
+    """Compile the CUDA kernels, and put what `link.link_library` needs of them into `work`.
+
+    Returns
+    -------
+    dict
+        The entry ``cuda`` of the manifest.
 
     Raises
     ------

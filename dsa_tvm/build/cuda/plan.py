@@ -1,8 +1,8 @@
-"""Which decisions a library's CUDA kernels are compiled with: the best measured ones where there are any, else DEFAULT.
+"""Which decisions a library's CUDA kernels are compiled with: the best measured ones if there are any, else DEFAULT.
 
-Records count for the architecture, the operator, the element types, the stage and the model that they were measured
-with. float16 has the decisions of bfloat16: the same instructions on as many bytes; and int8 has those of
-float8_e4m3fn, whose keys are as wide.
+A record counts for the architecture, operator, element types, stage and model that it was measured with. float16
+without records of its own gets the decisions of bfloat16, because both use the same instructions on as many bytes.
+int8 gets those of float8_e4m3fn, because their keys are equally wide.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ...records.selection.gpu import Choice, choose, finals_of
 from ..plan import accepted
 from .space import Space
 
-#: Where there are no records of its own.
+#: The type whose records count for a type without its own.
 _LIKE = {"float16": "bfloat16", "int8": "float8_e4m3fn"}
 
 
 class Plan:
-    """`cuda_kernels.Chosen` from records.
+    """Decisions from records, as a `kernels.Chosen`.
 
     Parameters
     ----------
     records : sequence of Record
     preset : Preset
-        Only records of its sizes count, and for kernels of its lengths.
+        Only records of its sizes count, and only for kernels of its lengths.
     progress : callable
-        Takes a line of text for every choice that was made, and for every record that the kernel factory refuses.
+        Takes a line of text for every choice, and for every record that the kernel factory refuses.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Plan:
     def __call__(
         self, arch: str, op: str, stage: str, variant: Mapping[str, str], sizes: Mapping[str, int], decisions: Any
     ) -> Any:
-        """What the kernel is made with."""
+        """The decisions to make a kernel with; `decisions`, its DEFAULT, if no records speak for others."""
         if any(self._lengths[name] != length for name, length in sizes.items()):
             return decisions
         chosen = self._choice(arch, op, stage, tuple(variant.values())).decisions
         return decisions if chosen is None else type(decisions)(**chosen)
 
     def made(self) -> list[dict[str, Any]]:
-        """For the manifest: every choice that is not DEFAULT."""
+        """Every choice other than DEFAULT, for the manifest."""
         return [
             {
                 **{"arch": arch, "op": op, "stage": stage, "types": list(types)},

@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a multiprocessor, as the assembler says it, and the report of a library's kernels."""
+"""The resources that each CUDA kernel takes, according to the assembler, and the report about a library's kernels."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 _STATIC = re.compile(r"(\d+) bytes smem")
-#: Of its numbered remarks those on warpgroups: products that it serializes or waits for, registers that do not change
-#: hands.
+#: Its numbered remarks on warpgroups: products that it serializes or waits for, registers that cannot change hands.
 _REMARK = re.compile(r"\(C75\d\d\) [^\n]*")
-#: Registers of a thread, which whole warpgroups give away or take while the kernel runs.
+#: Registers of a thread that a warpgroup gives up or takes while the kernel runs.
 _CHANGE = re.compile(r"dsa_(?:fewer|more)_registers<(\d+)>")
 _WARPGROUP = 128
 _COLUMNS = ("threads", "registers", "stack", "spill_stores", "spill_loads", "static_shared", "dynamic_shared", "blocks")
 
 
 def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]]:
-    """One entry for each kernel and architecture; ``blocks`` is how many of them a multiprocessor has at a time.
+    """One entry for each kernel and architecture; ``blocks`` is how many blocks a multiprocessor holds at a time.
 
     Parameters
     ----------
@@ -62,9 +61,9 @@ def parse(said: Iterable[str], sets: Sequence[KernelSet]) -> list[dict[str, Any]
 
 
 def expect_registers(said: str, unit: Unit) -> None:
-    """Hold the registers that kernels are launched with against those that their warpgroups then share out.
+    """Check that kernels are launched with enough registers for all their warpgroups.
 
-    Where the launch gives too few, the last warpgroup would wait for its registers for ever: the GPU hangs.
+    With too few, the last warpgroup waits for its registers for ever, and the GPU hangs.
 
     Parameters
     ----------
@@ -75,7 +74,7 @@ def expect_registers(said: str, unit: Unit) -> None:
     Raises
     ------
     BuildError
-        A kernel that would hang.
+        A kernel would hang.
     """
     functions = {f.symbol: f for f in unit.functions}
     for match in _ENTRY.finditer(said):
@@ -84,9 +83,9 @@ def expect_registers(said: str, unit: Unit) -> None:
         if not changes:
             continue
         groups, given = function.threads // _WARPGROUP, int(match["registers"])
-        # One warpgroup copies and has few, the others multiply.
+        # One warpgroup copies and needs few. The others multiply.
         needed = min(changes) + (groups - 1) * max(changes)
-        # Registers are given to a warp in eights for each thread.
+        # A thread gets registers in multiples of eight.
         if -(-given // 8) * 8 * groups < needed:
             shares = f"{min(changes)} and {groups - 1} times {max(changes)}"
             raise BuildError(
@@ -96,12 +95,12 @@ def expect_registers(said: str, unit: Unit) -> None:
 
 
 def remarks(said: Iterable[str]) -> list[str]:
-    """What the assembler could not do as it was meant, each once."""
+    """The assembler's remarks on what it could not do as intended, each once."""
     return list(dict.fromkeys(remark for text in said for remark in _REMARK.findall(text)))
 
 
 def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """The report of a library, by its manifest: the decisions of CPU kernels, the resources of CUDA kernels."""
+    """The report about a library, from its manifest: decisions of CPU kernels, resources of CUDA kernels."""
     for target, tables in manifest["kernels"].items():
         for op, rows in tables.items():
             for row in rows:

@@ -1,4 +1,4 @@
-"""The decisions of one CUDA kernel as a search space: what `schedules.space` takes in the place of a kernel module."""
+"""The decisions of one CUDA kernel as a search space. It stands in for a kernel module in `schedules.space`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Space:
     op : str
         Key of `operators`.
     arch : str
-        Such as ``sm_90a``.
+        An architecture, such as ``sm_90a``.
     stage : str
-        Which of the operator's kernels: what it calls `cuda_kernels.Chosen` with.
+        Which of the operator's kernels, by the name that it gives to `kernels.Chosen`.
     types : sequence of str
         Element types of the type variables, in order.
     lengths : mapping
-        Lengths of the model: of these the kernel is made for those that its code depends on.
+        Lengths of the model. The kernel is made for those that its code depends on.
     operators : mapping
-        As `cuda_kernels.OPERATORS`.
+        As `kernels.OPERATORS`.
 
     Raises
     ------
     ValueError
-        There is no such stage.
+        The operator has no such stage for these element types.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class Space:
         if not defaults:
             raise ValueError(f"{op}: there is no stage {stage} for {', '.join(types) or 'it'}")
         default = defaults[0]
-        # As of a kernel module.
+        # The names of a kernel module.
         self.Decisions = type(default)
         self.DEFAULT = {arch: default}
-        #: The choices stand beside the class of the decisions.
+        #: `choices` is in the module of the class `Decisions`.
         self.choices: Callable[[str], Mapping[str, tuple[int, ...]]] = sys.modules[self.Decisions.__module__].choices
 
     def kernels(self, decisions: Any = None) -> list[Kernel]:
-        """The operator's kernels for these element types and lengths; the stage's with `decisions`, if given.
+        """The operator's kernels for these element types and lengths. Those of the stage have `decisions`, if given.
 
         Raises
         ------
         ValueError
-            The kernel factory refuses them.
+            The kernel factory refuses the decisions.
         """
         return self._kernels(lambda default: default if decisions is None else decisions)
 
     def check(self, decisions: Any) -> None:
-        """Raise ValueError where there is no kernel with these decisions, or none that fits a block's shared memory."""
+        """Raise ValueError if no kernel can have these decisions, or if a block has too little shared memory for it."""
         limit = shared_bytes(self._arch)
         for kernel in self.kernels(decisions):
             if kernel.shared_bytes > limit:

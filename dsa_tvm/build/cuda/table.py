@@ -1,4 +1,4 @@
-"""A library's CUDA kernels as C: the table that the launcher reads, the fatbins, and typed functions for each stage."""
+"""The CUDA kernels of a library as C code: the launcher's table, the fatbins, and typed functions for each stage."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _MAX_SIZES = 3
 
 
 def _stages(sets: Sequence[KernelSet]) -> list[tuple[int, str, str, list[Function]]]:
-    """Image, operator, stage and functions, of all sets together: the order gives every kernel its number."""
+    """Image, operator, stage and functions of all sets together. The order numbers the kernels."""
     found: dict[tuple[int, str, str], dict[str, Function]] = {}
     for kernels in sets:
         for image, unit in enumerate(kernels.units):
             for function in unit.functions:
                 found.setdefault((image, unit.op, function.kernel.stage), {}).setdefault(function.symbol, function)
     return [
-        # The first that serves a call is taken.
+        # The launcher takes the first that serves a call.
         (*where, sorted(functions.values(), key=lambda f: f.kernel.rank))
         for where, functions in sorted(found.items(), key=lambda x: x[0][0])
     ]
 
 
 def header(sets: Sequence[KernelSet]) -> str:
-    """``cuda_launch.h``: for each stage, the shape of the kernel for a call, and its launch with its own parameters."""
+    """``cuda_launch.h``: two functions a stage, for the kernel's shape and for its launch with its parameters."""
     parts, first = [], 0
     for _, op, stage, functions in _stages(sets):
         parameters = functions[0].parameters
@@ -70,7 +70,7 @@ def _shape(op: str, function: Function | None) -> str:
 
 
 def _image(name: str, path: Path) -> str:
-    file = _quoted(_quoted(str(path)))[1:-1]  # a string of the assembler in one of C
+    file = _quoted(_quoted(str(path)))[1:-1]  # an assembler string inside a C string
     return (
         f'__asm__(".pushsection .rodata\\n.balign 64\\n{name}:\\n.incbin {file}\\n.popsection\\n");\n'
         f'extern const char {name}[] __attribute__((visibility("hidden")));\n'
@@ -88,9 +88,9 @@ def source(sets: Sequence[KernelSet], fatbins: Mapping[tuple[int, str], Path], t
     ----------
     sets : sequence of KernelSet
     fatbins : mapping
-        Number of the set and operator to the file that becomes part of the library.
+        By number of the set and operator, the file that becomes part of the library.
     toolkit : tuple of int
-        Version of the nvcc that made them.
+        Version of nvcc.
     """
     stages = _stages(sets)
     tables, heads = [], []

@@ -1,4 +1,4 @@
-"""The text of CUDA kernels, by as many processes as there are CPUs: TVM takes most of a second for each."""
+"""CUDA source of kernels, made by as many processes as there are CPUs: TVM takes most of a second for each kernel."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import dsa_tvm
 from ...errors import BuildError
 from ...runtime.machine import usable_cpus
 
-#: A symbol, and what makes the PrimFunc: another process must be able to import it.
+#: A symbol and the function that makes its PrimFunc, which another process must be able to import.
 Job = tuple[str, Callable[[], Any]]
 
-#: Fewer are done sooner here than a process has imported TVM.
+#: Fewer kernels are done here before another process has imported TVM.
 _WORTH_PROCESSES = 8
 
-# multiprocessing would run the caller's main module once more. In a checkout the package is in two places, which a
-# process that starts anew cannot know.
+# multiprocessing would run the caller's main module again. In a checkout the package is in two places, so a new process
+# has to be told where.
 _CHILD = """
 import pickle, sys
 sys.path[:], path = pickle.load(sys.stdin.buffer)
@@ -37,7 +37,7 @@ def definitions(jobs: Mapping[Any, Job]) -> dict[Any, str]:
     Raises
     ------
     BuildError
-        TVM takes one of them for no kernel.
+        TVM cannot make one of the kernels.
     """
     cpus = min(usable_cpus(), len(jobs))
     if cpus < 2 or len(jobs) < _WORTH_PROCESSES:
@@ -68,7 +68,7 @@ def _start(jobs: Sequence[Job]) -> subprocess.Popen[bytes]:
 
 
 def serve() -> None:
-    """What such a process does."""
+    """Run in such a process: read jobs, write definitions."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
     pickle.dump(_definitions(pickle.load(sys.stdin.buffer)), out)
 
