@@ -1,4 +1,4 @@
-"""What builders of candidates have in common, for whatever device they are."""
+"""What the builders of candidates for CPUs and GPUs have in common."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .workers import Workers
 
 
 class CandidateBuilder(abc.ABC):
-    """Builds the candidates of a job while it runs: most of a `source.Source`.
+    """Builds the candidates of a job while it runs. It has most of what a `source.Source` needs.
 
     Parameters
     ----------
     workers : Workers
-        They compile.
+        Processes that compile.
     directory : Path
-        For what is made; the caller removes it.
+        For files that are made; the caller removes it.
     seconds : float
-        Limit for one compilation.
+        Time limit of one compilation.
     """
 
     def __init__(self, workers: Workers, directory: Path, seconds: float) -> None:
@@ -42,32 +42,32 @@ class CandidateBuilder(abc.ABC):
 
     @abc.abstractmethod
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
-        """A library for each of `proposals`, in any order, or why there is none."""
+        """The library of each proposal, by its position, or the error that left it without one. Any order."""
 
     def default(self, task: Task) -> dict[str, int]:
         """DEFAULT of the task's kernel as plain values."""
         return asdict(self.space(task).DEFAULT[task.target])
 
     def search(self, task: Task, seed: int, batch: int) -> Search:
-        """MetaSchedule's, over the decisions of the task's kernel."""
+        """A search over the decisions of the task's kernel."""
         return Search(task.op, self.space(task), task.target, seed=seed, batch=batch)
 
     def discard(self, library: Path) -> None:
-        """Remove it: a job makes thousands."""
+        """Remove a library: a job makes thousands."""
         library.unlink()
 
     def _path(self, task: Task, suffix: str) -> Path:
-        """Another name each time: the loader takes a library of the same name for one that it has."""
+        """A new name each time, because the loader would take a library of an old name for the loaded one."""
         return self._directory / f"{task.op}.{next(self._numbers)}{suffix}"
 
     @staticmethod
     def _expected(task: Task, built: Iterator[tuple[int, Path | WorkerError]]) -> Path:
-        """The library of DEFAULT, the only one built.
+        """The library of DEFAULT, the only one in `built`.
 
         Raises
         ------
         DsaError
-            It does not compile or link.
+            It did not compile or link.
         """
         ((_, outcome),) = built
         if isinstance(outcome, WorkerError):

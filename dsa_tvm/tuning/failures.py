@@ -1,7 +1,7 @@
-"""What went wrong with a candidate, and whether that was its own fault or that of its surroundings.
+"""Why a candidate failed, and whether that was its own fault or that of its surroundings.
 
-A full disk, missing memory and a worker that somebody killed say nothing of a candidate: it is tried again, and in the
-end has no record rather than a record of a failure.
+A full disk, too little memory or a killed worker say nothing about a candidate. It is tried again. If that fails too,
+it gets no record instead of a record of a failure.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 
 from ..errors import DsaError
 
-#: The kind of a failure that is not the candidate's fault.
+#: The kind of failure that is not the fault of the candidate.
 SURROUNDINGS = "surroundings"
-#: What the system says where it has too little of something, or where a disk fails or is cleared.
+#: Errors of a system that has run out of something, or whose disk failed or was cleared.
 EXHAUSTED = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
         *(errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE),
-        # Somebody cleared the directory for temporary files.
+        # Somebody has cleared the directory for temporary files.
         errno.ENOENT,
     }
 )
-#: Nobody's own fault sends these: the kernel that runs out of memory, an administrator, a limit of CPU time, a session
-#: that ends.
+#: Signals from outside: from the kernel when memory runs out, from an administrator, from a limit on CPU time, or at
+#: the end of a session.
 FROM_OUTSIDE = frozenset(
     {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU, signal.SIGXFSZ}
 )
-#: What compilers, linkers, LLVM, the loader, CUDA and this package say where the disk is full or there is no memory.
+#: What compilers, linkers, LLVM, the loader, CUDA and this package say when the disk is full or memory runs out.
 _COMPLAINTS = re.compile(
     r"no space left on device|no such file or directory|disk quota exceeded|read-only file system|input/output error"
     r"|too many open files|resource temporarily unavailable|cannot create thread|killed signal terminated|signal 9\b"
@@ -39,12 +39,12 @@ _COMPLAINTS = re.compile(
     r"|\bMemoryError\b|\bno memory\b|fit into memory",
     re.IGNORECASE,
 )
-#: How often a request is tried whose worker met its surroundings, and the seconds before each further try.
+#: Seconds to wait before each further try of a request that failed because of its surroundings.
 PAUSES = (1.0, 5.0)
 
 
 def complaint(words: str) -> str:
-    """The first line of `words` in which a program complains of a full disk, missing memory and the like; or ""."""
+    """The first line of `words` that complains about a full disk, too little memory and the like, or ""."""
     return next((line for line in words.splitlines() if _COMPLAINTS.search(line)), "")
 
 
@@ -54,25 +54,25 @@ class WorkerError(DsaError):
     Parameters
     ----------
     kind : str
-        Type of the exception in the worker; ``"crashed"`` or ``"timed out"`` where the worker itself went;
-        `SURROUNDINGS` where the disk was full, there was no memory, or somebody else ended the worker.
+        Type of the exception in the worker, ``"crashed"`` or ``"timed out"`` if the worker itself ended, or
+        `SURROUNDINGS` if the disk was full, memory ran out, or somebody else ended the worker.
     message : str
     """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
-        # A compiler's exit status does not tell a wrong program from a full disk: only its words do.
+        # The exit status of a compiler does not tell a wrong program from a full disk. Only its messages do.
         told = kind not in ("CheckError", "timed out") and complaint(message)
         self.kind = SURROUNDINGS if told else kind
 
     @property
     def is_surroundings(self) -> bool:
-        """Whether what was asked for has not happened: asking again may go well."""
+        """Whether the surroundings were at fault, so that another try may succeed."""
         return self.kind == SURROUNDINGS
 
 
 def patiently(action: Callable[[], Any], pauses: Sequence[float] = (0.0, *PAUSES)) -> Any:
-    """Do something until its outcome is not that it met its surroundings, waiting before each try.
+    """Try something again, after a pause, as long as its surroundings make it fail.
 
     Parameters
     ----------
@@ -94,36 +94,36 @@ def patiently(action: Callable[[], Any], pauses: Sequence[float] = (0.0, *PAUSES
 
 
 def no_default(title: str, outcome: WorkerError) -> DsaError:
-    """The error of a task whose DEFAULT there is no library of."""
+    """The error for a task without a library of DEFAULT."""
     what = "DEFAULT was not compiled" if outcome.is_surroundings else "DEFAULT does not compile"
     return DsaError(f"tune: {title}: {what}: {outcome}")
 
 
-#: A job stops when so many candidates in a row could not be tried.
+#: A job stops when this many candidates in a row could not be tried.
 _MOST_LOST = 3
 
 
 class Losses:
-    """Candidates that could not be tried, because the disk was full, there was no memory, or somebody ended a worker.
+    """Counts candidates that could not be tried because the disk was full, memory ran out, or a worker was killed.
 
-    They have no record: nothing is known of them. A few do not stop a job; several in a row do.
+    They get no record, because nothing is known about them. A few do not stop a job, but several in a row do.
 
     Parameters
     ----------
     say : callable
-        Takes a line for every candidate that was lost.
+        Takes a line of text for every lost candidate.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._row = say, 0
 
     def add(self, title: str, outcome: WorkerError) -> None:
-        """Another one.
+        """Count a lost candidate.
 
         Raises
         ------
         DsaError
-            It is the last of several in a row.
+            It is the last of too many in a row.
         """
         self._row += 1
         if self._row == _MOST_LOST:
@@ -134,12 +134,12 @@ class Losses:
         self._say(f"{title}: a candidate could not be tried and has no record: {outcome}")
 
     def end(self) -> None:
-        """One was tried."""
+        """Note that a candidate could be tried."""
         self._row = 0
 
 
 def failure(outcome: Any) -> str:
-    """Why there is no library or no time: the reason that a record keeps."""
+    """Why a candidate has no library or no time, as its record says it."""
     if outcome.kind == "CheckError":
         return f"wrong result: {outcome}"
     return str(outcome) if outcome.kind in ("crashed", "timed out") else f"{outcome.kind}: {outcome}"

@@ -1,4 +1,4 @@
-"""The machines of a fleet, as TVM's RPC tracker knows them."""
+"""The machines of a fleet that TVM's RPC tracker knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import ArgumentError, DsaError
 
-#: A tracker and its first server get this long to answer.
+#: How long to wait for a tracker and its first server.
 WAIT_SECONDS = 30.0
 
 
@@ -22,9 +22,9 @@ class Remote:
     host : str
     port : int
     key : str
-        What the servers registered as.
+        The key that the servers registered with.
     session_seconds : int
-        After this long a server ends a session by itself, whatever the candidate does.
+        Time after which a server ends a session by itself, whatever the candidate does.
     """
 
     host: str
@@ -34,11 +34,12 @@ class Remote:
 
 
 def parse(address: str, key: str) -> Remote:
-    """``HOST:PORT`` and the key that the servers register with.
+    """Parse ``HOST:PORT`` and the key that the servers register with.
 
     Raises
     ------
     ArgumentError
+        The address is not ``HOST:PORT``, or the key is missing.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
@@ -49,12 +50,12 @@ def parse(address: str, key: str) -> Remote:
 
 
 def count(remote: Remote, seconds: float = WAIT_SECONDS) -> int:
-    """Servers of the key that are registered, waiting up to `seconds` for the first.
+    """The number of servers that are registered with the key, after waiting up to `seconds` for the first.
 
     Raises
     ------
     DsaError
-        No tracker answers, or no server registers in time; the message says what to start.
+        No tracker answers, or no server registers in time. The message says what to start.
     """
     deadline = time.monotonic() + seconds
     where = f"{remote.host}:{remote.port}"
@@ -80,7 +81,7 @@ def count(remote: Remote, seconds: float = WAIT_SECONDS) -> int:
 
 
 def _registered(remote: Remote) -> int:
-    # TVM itself would try for a minute to reach a tracker that is not there.
+    # TVM itself would try for a minute to reach a missing tracker.
     socket.create_connection((remote.host, remote.port), timeout=2).close()
     from tvm import rpc
 

@@ -1,7 +1,7 @@
-"""A directory of candidates that were built on one machine, to be measured on another.
+"""A directory of candidates that are built on one machine and measured on another.
 
-``job.json`` says what there is: a checksummed JSON object, replaced as a whole after every candidate, so that a build
-that was stopped at any instant goes on and a damaged directory is known. The libraries lie beside it.
+``job.json`` lists them. It is a JSON object with a checksum, replaced as a whole after every candidate. So a stopped
+build can go on, and damage is noticed. The libraries are beside it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Built:
     file : str
         Name of the library in the directory.
     sha256 : str
-        Of the file; "" until it is there.
+        SHA-256 of the file; "" until it is there.
     error : str
-        Why it cannot be built; "" otherwise.
+        Why it cannot be built, or "".
     """
 
     decisions: dict[str, int]
@@ -58,7 +58,7 @@ class Built:
 
 @dataclass
 class Family:
-    """The candidates of one kernel, and the sizes they are measured at.
+    """The candidates of one kernel, and the sizes to measure them at.
 
     Parameters
     ----------
@@ -68,9 +68,9 @@ class Family:
         `spec_hash` of the operator.
     shapes : list of [s_q, s_kv]
     default : dict
-        Its hand-made decisions.
+        DEFAULT of the kernel.
     baseline : Built
-        The library of these.
+        The library of DEFAULT.
     candidates : list of Built
     """
 
@@ -86,7 +86,7 @@ class Family:
 
 @dataclass
 class Contents:
-    """What a directory holds.
+    """What a directory contains.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Contents:
         return bool(candidate.sha256) and path.is_file() and sha256(path) == candidate.sha256
 
     def tasks(self) -> list[Task]:
-        """What is measured."""
+        """The tasks to measure."""
         return [
             Task(family.op, self.target, self.preset, s_q, s_kv, tuple(family.types))
             for family in self.families
@@ -127,7 +127,7 @@ class Contents:
 
 
 def exists(directory: Path) -> bool:
-    """Whether a build was begun there."""
+    """Whether a build has begun in a directory."""
     return (directory / _NAME).exists()
 
 
@@ -137,7 +137,7 @@ def load(directory: Path) -> Contents:
     Raises
     ------
     DsaError
-        There is none, or it is damaged, or of another version of this package.
+        It is missing, damaged, or from another version of this package.
     """
     path = directory / _NAME
     try:
@@ -154,14 +154,14 @@ def load(directory: Path) -> Contents:
         contents = Contents(**document)
         if not is_arch(contents.target):
             raise ValueError(f"no architecture: {contents.target!r}")
-    # A directory that somebody else made can hold anything, but not anything is believed.
+    # A directory from somebody else may contain anything, so everything is checked.
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DsaError(f"tune: expected {path}, made by --build-only, got {error}") from error
     return contents
 
 
 def _preset(fields: dict[str, Any]) -> Preset:
-    # Directories made before presets held the scale lack it; no candidate depends on it.
+    # Directories from before presets had a scale lack it. No candidate depends on it.
     preset = Preset(**{"sm_scale": 1.0} | fields)
     for name, length in preset.lengths.items():
         if type(length) is not int or not DIMS[name].admits(length):
@@ -172,7 +172,7 @@ def _preset(fields: dict[str, Any]) -> Preset:
 
 
 def _expect_map(value: Any, kind: type) -> None:
-    """Names to values of one kind, not any that Python takes for it."""
+    """Check that a value maps names to values of exactly one type."""
     if not (isinstance(value, dict) and all(type(item) is kind for item in value.values())):
         raise ValueError(f"expected names and {kind.__name__}, got {reprlib.repr(value)}")
 
@@ -208,7 +208,7 @@ def _family(fields: dict[str, Any], target: str, preset: Preset) -> Family:
 
 
 class Prebuilt:
-    """The candidates of a directory: the `source.Source` of a job that builds none.
+    """The candidates in a directory, as the `source.Source` of a job that builds none.
 
     Parameters
     ----------
@@ -240,29 +240,29 @@ class Prebuilt:
         return dict(self._family(task).default)
 
     def search(self, task: Task, seed: int, batch: int) -> Listed:
-        """The directory's candidates, in their order."""
+        """The candidates of the directory, in order."""
         return Listed([c.decisions for c in self._family(task).candidates if c.sha256 or c.error], batch)
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
-        """Those that were built."""
+        """The libraries of proposals that were built, and the errors of the others."""
         known = {as_key(c.decisions): c for c in self._family(task).candidates}
         for i, decisions in enumerate(proposals):
             built = known[as_key(decisions)]
             yield i, WorkerError("BuildError", built.error) if built.error else self._directory / built.file
 
     def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
-        """Measure a library in turns with DEFAULT's. The worker loads both only as they were built."""
+        """Measure a library in turns with that of DEFAULT. The worker checks both before it loads them."""
         family = self._family(task)
         built = next(c for c in family.candidates if c.file == library.name)
         files = (CheckedFile(str(self._directory / c.file), c.sha256) for c in (family.baseline, built))
         return ("measure", (*files, task, effort))
 
     def discard(self, library: Path) -> None:
-        """They stay: another machine may measure them, too."""
+        """Keep it: another machine may measure it too."""
 
 
 class Listed:
-    """Proposes what is on a list.
+    """Proposes the decisions of a list.
 
     Parameters
     ----------
@@ -275,18 +275,18 @@ class Listed:
         self._all, self._batch = set(self._left), batch
 
     def covers(self, decisions: Decisions) -> bool:
-        """Whether they are on the list."""
+        """Whether the decisions are on the list."""
         return as_key(decisions) in self._all
 
     def ask(self) -> list[dict[str, int]]:
-        """The next ones."""
+        """The next decisions that are neither told nor skipped."""
         return list(self._left.values())[: self._batch]
 
     def tell(self, trials: list[tuple[Decisions, float | None]]) -> None:
-        """They are not asked for again."""
+        """Do not propose these again."""
         for decisions, _ in trials:
             self._left.pop(as_key(decisions), None)
 
     def skip(self, decisions: Decisions) -> None:
-        """It is not asked for again."""
+        """Do not propose this again."""
         self._left.pop(as_key(decisions), None)

@@ -1,4 +1,4 @@
-"""What a candidate has to compute, and what the reference says of it."""
+"""What a candidate has to compute, with the reference results."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..ops.element_types import decode, encode
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs in some element types, the queries to look at, and their reference.
+    """Inputs in given element types, the queries to check, and their reference results.
 
     Parameters
     ----------
     work : Workload
-        float32; what the type variables stand for is rounded to `variant`.
+        The inputs in float32. Those of type variables are rounded to the types in `variant`.
     variant : mapping
         Element types by type variable.
     rows : sequence of int
-        Queries.
+        The queries to check.
     references : tuple of ndarray
-        The float64 outputs of these, for the rounded inputs.
+        Their float64 outputs for the rounded inputs.
     """
 
     work: Workload
@@ -36,7 +36,7 @@ class Problem:
 
     @classmethod
     def of(cls, work: Workload, variant: Mapping[str, str], rows: Sequence[int]) -> Problem:
-        """With the reference computed."""
+        """Make a problem and compute its reference results."""
         exact = {}
         for tensor in work.spec.inputs:
             if tensor.name in work.inputs:
@@ -47,7 +47,7 @@ class Problem:
         return cls(work, variant, rows, work.spec.reference(**exact, **work.attrs))
 
     def inputs(self) -> list[tuple[str, np.ndarray] | None]:
-        """Element type and bits of every input in the operator's order; None for an optional one that is left out."""
+        """Element type and bits of each input, in the operator's order; None for an optional input that is left out."""
         given = self.work.inputs
         types = {t.name: self.work.spec.dtype_of(t, self.variant) for t in self.work.spec.inputs}
         return [(types[n], encode(given[n], types[n])) if n in given else None for n in types]
@@ -59,17 +59,18 @@ class Problem:
         return [(spec.dtype_of(t, self.variant), tuple(lengths[d] for d in t.shape)) for t in spec.outputs]
 
     def check(self, outputs: Sequence[np.ndarray], dtype: str = "") -> None:
-        """Hold outputs of the queries `rows` against the reference.
+        """Check the outputs of the queries `rows` against the reference.
 
         Parameters
         ----------
         outputs : sequence of ndarray
         dtype : str
-            Element type whose tolerances hold; by default that of the first type variable.
+            Element type whose tolerances apply; by default that of the first type variable.
 
         Raises
         ------
         CheckError
+            An output is not within the tolerance.
         """
         dtype = dtype or next(iter(self.variant.values()), "float32")
         check(self.work, outputs, range(len(self.rows)), known=self.references, dtype=dtype)

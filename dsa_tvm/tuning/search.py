@@ -1,7 +1,8 @@
 """MetaSchedule's evolutionary search with an XGBoost cost model over the decisions of one kernel.
 
-Two things MetaSchedule lacks for such a space are added: a mutator that changes a categorical decision, and a cost
-model that sees the decisions themselves (the stand-in that is scheduled has no loops to extract features from).
+This adds two things that MetaSchedule lacks for such a space: a mutator for categorical decisions, and a feature
+extractor that gives the cost model the decisions themselves. The scheduled stand-in has no loops to extract features
+from.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from ..schedules import space
 
 Decisions = Mapping[str, int]
 
-#: Measured trials before the cost model is believed.
+#: Trials before the predictions of the cost model count.
 _WARMUP = 12
-#: What a candidate that failed counts as. The cost model weighs an example by its speed: one of MetaSchedule's usual
-#: 1e10 seconds would teach it nothing.
+#: The speedup that stands for a failed candidate. The cost model weighs examples by their speed, so it would learn
+#: nothing from MetaSchedule's usual 1e10 seconds.
 _FAILED_SPEEDUP = 0.25
 
 
 class Search:
-    """Proposes decisions, learns from what they turned out to be worth.
+    """Proposes decisions, and learns from their measured speedups.
 
     Parameters
     ----------
     op : str
-        Names the workload.
+        Name of the workload.
     module : module
-        Kernel module: Decisions, DEFAULT, choices.
+        Kernel module, with Decisions, DEFAULT and choices.
     target : str
     seed : int
-        Equal seeds and equal answers give equal proposals.
+        Equal seeds and equal measurements give equal proposals.
     batch : int
         Proposals at a time.
     """
@@ -85,21 +86,21 @@ class Search:
                 num_threads=1,
                 logger=_silent(),
             )
-        # The search itself never ends: how many trials there are is the caller's affair.
+        # The search itself never ends. The caller decides on the number of trials.
         self._context.pre_tuning(2**30, batch, database=self._database, cost_model=self._model)
 
     @property
     def size(self) -> int:
-        """Combinations of the choices, those that the factory refuses included."""
+        """The number of combinations of choices, including those that the factory refuses."""
         return math.prod(len(values) for values in self._choices.values())
 
     def covers(self, decisions: Decisions) -> bool:
-        """Whether the space holds these decisions; those of an older version's record it may not."""
+        """Whether the space holds these decisions. It may lack those of a record from an older version."""
         names = set(decisions) == set(self._choices)
         return names and all(decisions[n] in values for n, values in self._choices.items())
 
     def ask(self) -> list[dict[str, int]]:
-        """Up to a batch of decisions that were not told or skipped yet; none when the space is exhausted."""
+        """Up to a batch of decisions that were neither told nor skipped; none when the space is exhausted."""
         proposals: list[dict[str, int]] = []
         with _numpy_seeded(self._random.getrandbits(32)):
             candidates = self._context.generate_measure_candidates() or []
@@ -107,7 +108,7 @@ class Search:
             decisions = space.decisions_of(candidate.sch.trace, self._choices)
             self._asked[self._key(decisions)] = candidate
             self._keep(proposals, decisions)
-        # Near the end of a small space the evolution returns what it knows: the rest is drawn by lot.
+        # Near the end of a small space the evolution returns known decisions. The rest are drawn at random.
         for _ in range(200 * self._batch):
             if len(proposals) >= self._batch:
                 break
@@ -115,7 +116,7 @@ class Search:
         return proposals
 
     def tell(self, trials: list[tuple[Decisions, float | None]]) -> None:
-        """Learn from trials.
+        """Learn from measurements.
 
         Parameters
         ----------
@@ -126,7 +127,7 @@ class Search:
         for decisions, speedup in trials:
             self._told.add(self._key(decisions))
             candidate = self._asked.pop(self._key(decisions), None) or self._candidate(decisions)
-            # Relative times: those of different minutes, or of different machines of a fleet, cannot be compared.
+            # Relative times, because absolute ones of other minutes or other machines cannot be compared.
             seconds = 1 / (speedup or _FAILED_SPEEDUP)
             candidates.append(candidate)
             results.append(ms.runner.RunnerResult([seconds], None))
@@ -139,7 +140,7 @@ class Search:
             self._model.update(self._context, candidates, results)
 
     def skip(self, decisions: Decisions) -> None:
-        """Do not propose these: they are known, but not yet what they are worth."""
+        """Do not propose these decisions. Their speedup is not known yet."""
         self._told.add(self._key(decisions))
 
     def _candidate(self, decisions: Decisions) -> ms.MeasureCandidate:
@@ -160,7 +161,7 @@ class Search:
 
 @derived_object
 class _Mutate(PyMutator):
-    """Changes one decision of a trace to another value: mostly a neighbouring one, for lengths are ordered."""
+    """Changes one decision of a trace to another value, mostly a neighbouring one because lengths are ordered."""
 
     def __init__(self, choices: Mapping[str, tuple[int, ...]], lot: random.Random) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class _Mutate(PyMutator):
 
 @derived_object
 class _Legal(PyPostproc):
-    """Drops what the kernel factory would refuse."""
+    """Drops candidates that the kernel factory would refuse."""
 
     def __init__(self, module: space.Module, choices: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -205,9 +206,9 @@ class _Legal(PyPostproc):
 
 @derived_object
 class _Features(PyFeatureExtractor):
-    """The decisions as the features of a candidate, lengths on a logarithmic scale, and the logs of their products.
+    """The features of a candidate: the logarithms of its decisions, and of the products of any two.
 
-    The products of two are what registers and caches hold: a tile is keys times heads.
+    A product tells how much registers and caches hold: a tile is keys times heads.
     """
 
     def __init__(self, choices: Mapping[str, tuple[int, ...]]) -> None:
@@ -225,7 +226,7 @@ class _Features(PyFeatureExtractor):
 
 @contextlib.contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """NumPy's global generator, from which MetaSchedule's cost model draws its scores during the warm-up."""
+    """Seed NumPy's global generator, from which MetaSchedule's cost model draws its scores during the warm-up."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -236,7 +237,7 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_tensor_intrinsics() -> Iterator[None]:
-    """Keeps `TuneContext` from importing TVM's tensor intrinsics, a minute of work for what no CPU kernel uses."""
+    """Keep `TuneContext` from importing TVM's tensor intrinsics, which takes a minute and which no CPU kernel uses."""
     name = "tvm.s_tir.tensor_intrin"
     if name in sys.modules:
         yield

@@ -1,4 +1,4 @@
-"""Where a job's candidates come from: compiled here while it runs, or built elsewhere before."""
+"""Where the candidates of a job come from: compiled here during the job, or built elsewhere before it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Decisions = Mapping[str, int]
 
 
 class Proposer(Protocol):
-    """Proposes decisions, and may learn from what they turned out to be worth."""
+    """Proposes decisions, and may learn from their measured speedups."""
 
     def covers(self, decisions: Decisions) -> bool:
-        """Whether these decisions are among those that it can propose."""
+        """Whether it could propose these decisions."""
         ...
 
     def ask(self) -> list[dict[str, int]]:
-        """Up to a batch of decisions that were not told yet; none when there are no more."""
+        """Up to a batch of decisions that were neither told nor skipped; none when there are no more."""
         ...
 
     def tell(self, trials: list[tuple[Decisions, float | None]]) -> None:
-        """Speedups over DEFAULT, None for what failed."""
+        """Learn speedups over DEFAULT; None stands for a failed candidate."""
         ...
 
     def skip(self, decisions: Decisions) -> None:
-        """Do not propose these any more, though nothing is known of them."""
+        """Do not propose these decisions any more, although their speedup is not known."""
         ...
 
 
 class Source(Protocol):
-    """Candidates, as files that a worker measures."""
+    """Gives candidates as files that a worker measures."""
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Packages beside this one that the candidates are made with."""
+        """Versions of the other packages that make the candidates."""
         ...
 
     def default(self, task: Task) -> dict[str, int]:
@@ -47,17 +47,17 @@ class Source(Protocol):
         ...
 
     def search(self, task: Task, seed: int, batch: int) -> Proposer:
-        """What proposes the candidates of a task, and of those of its family."""
+        """What proposes candidates for a task and the others of its family."""
         ...
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
-        """A library for each of `proposals`, in any order, or why there is none."""
+        """The library of each proposal, by its position, or the error that left it without one. Any order."""
         ...
 
     def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
-        """What a worker is asked, to measure a library."""
+        """The request with which a worker measures a library."""
         ...
 
     def discard(self, library: Path) -> None:
-        """The job needs a library no more."""
+        """Called when the job no longer needs a library."""
         ...

@@ -1,4 +1,4 @@
-"""What a job found, in a table."""
+"""The results of a job as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tasks import Task
 
 
 def summary(tasks: Sequence[Task], finals: Sequence[Record]) -> list[str]:
-    """A table of DEFAULT against the best decisions that hold, and the tasks where none do."""
+    """A table of DEFAULT and the best decisions that hold, followed by the tasks that keep DEFAULT."""
     families: dict[tuple, list[Task]] = {}
     for task in tasks:
         families.setdefault(task.family, []).append(task)

@@ -1,4 +1,4 @@
-"""What is tuned: one operator at one size on one target, with the inputs it is timed on and those it is checked on."""
+"""What is tuned: one operator at one size on one target, with the inputs for timing and those for checking."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from ..presets import Preset
 from ..records import selection
 from ..spec import INT32_MAX, completed
 
-#: More than any core loads from its first-level cache in a second: two 64-byte loads a cycle at 4 GHz.
+#: More than any core loads from its first-level cache: two loads of 64 bytes per cycle at 4 GHz.
 _LOAD_BYTES_PER_SECOND = 512e9
-
 
 #: Element types of an operator's type variables, in order.
 Types = tuple[str, ...]
@@ -38,7 +37,7 @@ class Task:
         The model's sizes.
     s_q, s_kv : int
     element_types : tuple of str, optional
-        Those that are timed, in the order of the operator's type variables. By default those of the first variant,
+        The types to time, in the order of the operator's type variables. By default those of the first variant,
         float32.
     """
 
@@ -62,39 +61,39 @@ class Task:
 
     @property
     def stage(self) -> str:
-        """Which of the operator's kernels is tuned; "" on CPUs, where there is one."""
+        """Which of the operator's kernels is tuned; "" on CPUs, where there is only one."""
         return selection.of(self.target).stage_of(self.op, self.shape, self.target, self.types)
 
     @property
     def family(self) -> tuple:
-        """Tasks of one family share a kernel: its decisions have to hold for all of them."""
+        """Identifies the kernel. Tasks of one family share it, so its decisions have to hold for all of them."""
         sizes = () if is_arch(self.target) else (self.s_q, self.s_kv)
         return (self.op, self.target, self.types, self.preset, self.stage, *sizes)
 
     @property
     def shape(self) -> dict[str, int]:
-        """Length of each of the operator's dimensions."""
+        """The length of each dimension of the operator."""
         lengths = completed({"s_q": self.s_q, "s_kv": self.s_kv, **self.preset.lengths})
         return {name: lengths[name] for name in OPS[self.op].dims}
 
     @property
     def title(self) -> str:
-        """For messages."""
+        """The name of the task in messages."""
         return " ".join((self.op, *dict.fromkeys(self.element_types or ()), f"{self.s_q}x{self.s_kv}"))
 
     def inputs(self) -> Workload:
-        """What the candidates are timed on."""
+        """The inputs on which candidates are timed."""
         return self._scaled(workload.make(self.op, self.preset, self.s_q, self.s_kv))
 
     def _scaled(self, work: Workload) -> Workload:
-        """With a scale for each key, where keys come with one."""
+        """The same inputs, with a scale for each key if keys of this type have one."""
         if self.variant.get("K") != "float8_e4m3fn":
             return work
         scale = np.random.default_rng(0).uniform(0.5, 2, work.lengths["s_kv"]).astype(np.float32)
         return replace(work, inputs={**work.inputs, "k_scale": scale})
 
     def roof(self, gflops: Mapping[int, float]) -> dict[int, float]:
-        """The least seconds a call can take.
+        """The fewest seconds that a call can take, by number of threads.
 
         Parameters
         ----------
@@ -109,15 +108,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much measuring.
+    """How thoroughly to measure.
 
     Parameters
     ----------
     threads : tuple of int
     seconds : float
-        For each number of threads, both sets together.
+        For each number of threads, DEFAULT and candidate together.
     rounds : tuple of int
-        At least and at most so many turns.
+        The fewest and the most turns.
     """
 
     threads: tuple[int, ...]
@@ -133,9 +132,9 @@ def variants_of(op: str, types: Sequence[str], default: Sequence[Types | None]) 
     op : str
         Key of `OPS`.
     types : sequence of str
-        Those of the queries that were asked for.
+        The element types of queries that the user asked for.
     default : sequence of tuple of str
-        Where nothing was asked for, or the operator has no choice.
+        Used if the user asked for nothing, or the operator has no choice.
     """
     variants = OPS[op].variants
     if not types or not variants[0]:
@@ -144,11 +143,12 @@ def variants_of(op: str, types: Sequence[str], default: Sequence[Types | None]) 
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """``1x32768`` as s_q and s_kv.
+    """Parse a size such as ``1x32768`` into s_q and s_kv.
 
     Raises
     ------
     ArgumentError
+        `text` is not such a size.
     """
     left, _, right = text.partition("x")
     # Python refuses to read numbers of thousands of digits.
@@ -159,7 +159,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workload:
-    """Small inputs on which a wrong kernel shows: lengths no tile divides, ties, empty and inner ranges, -1 and NaN.
+    """Small inputs that reveal a wrong kernel: lengths that no tile divides, ties, empty and inner ranges, -1 and NaN.
 
     Every candidate must agree with the float64 reference on them before its time counts.
 
@@ -167,18 +167,18 @@ def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workloa
     ----------
     task : Task
     s_q, s_kv : int
-        At least 5, and 3001; by default s_kv is what a CPU's kernel needs to show all that it does.
+        At least 5 and 3001. The default of s_kv exercises everything that a CPU kernel does.
     seed : int
     """
     rng = np.random.default_rng(seed)
     preset = task.preset
     heads = replace(preset, h_idx=max(preset.h_idx - 3, 1), h_q=max(preset.h_q - 3, 1))
-    # A row of the selector has to be longer than what it holds back before it cuts.
+    # A row has to be longer than the list that top-k collects before it cuts.
     s_kv = s_kv or (20011 if task.op == "topk" else 3001)
     work = workload.make(task.op, replace(heads, topk=min(preset.topk, 389)), s_q, s_kv, seed)
     inputs = {name: x.copy() for name, x in work.inputs.items()}
     if "ks" in inputs:
-        # A range inside, an empty one, one key, an end beyond the keys' tail block.
+        # An inner range, an empty range, one key, and an end in the tail block.
         inputs["ks"][:5] = (7, 1500, 2990, 3000, 0)
         inputs["ke"][:5] = (2001, 1500, 2991, s_kv, s_kv)
     if task.op == "lightning_indexer":
@@ -190,21 +190,21 @@ def irregular(task: Task, s_q: int = 5, s_kv: int = 0, seed: int = 1) -> Workloa
         indices[0, ::3] = -1
         indices[1] = -1
         indices[2, 1:] = s_kv
-        # Packed, each of its parts is NaN of such bytes.
+        # In a packed row, these bytes are NaN in every part.
         nan = 0xFF if inputs["kv"].dtype == np.uint8 else np.nan
         inputs["kv"][np.setdiff1d(np.arange(s_kv), indices)] = nan
     return task._scaled(replace(work, inputs=inputs))
 
 
 def repetitive(task: Task) -> Workload:
-    """Keys that repeat themselves, on which a kernel shows whose sums are too long a chain of additions."""
+    """Keys that repeat. They reveal a kernel that adds too many terms one after the other."""
     work = workload.make(task.op, task.preset, 2, 2 * task.preset.topk)
     return task._scaled(replace(work, inputs=workload.repeated_keys(work.spec, work.inputs, 3)))
 
 
 def irregulars(task: Task) -> list[Workload]:
-    """`irregular` inputs that every kernel of a GPU takes part in: which ones do depends on the sizes."""
-    # Few and many queries; keys of few are cut into parts.
+    """`irregular` inputs in sizes that together launch every kernel of a GPU."""
+    # Few and many queries. With few, the keys are cut into parts.
     sizes = {
         "lightning_indexer": ((5, 3001), (4099, 5003)),
         "topk": ((5, 20011), (5, 9001)),

@@ -1,4 +1,4 @@
-"""What a family of tasks knows of its candidates: each is measured at every size, until one of them fails."""
+"""What is known about the candidates of a family: each is measured at every size, unless it fails at one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .tasks import Task
 
 
 class Trials:
-    """Records of one kind.
+    """The records of one kind, trials or finals.
 
     Parameters
     ----------
     tasks : sequence of Task
         They share a kernel.
     records : iterable of Record
-        What is known of them, and of other sizes.
+        Records of these tasks; those of other sizes are ignored.
     """
 
     def __init__(self, tasks: Sequence[Task], records: Iterable[Record]) -> None:
@@ -30,21 +30,21 @@ class Trials:
                 self.add(record)
 
     def add(self, record: Record) -> None:
-        """Another one; of two of one candidate and size the later counts."""
+        """Add a record. It replaces an earlier one of the same candidate and size."""
         self._found.setdefault(as_key(record.decisions), {})[as_key(record.shape)] = record
 
     @property
     def count(self) -> int:
-        """Records, and those that a failed candidate need not have."""
+        """The number of records, including those that a failed candidate does not need any more."""
         return sum(len(self._sizes) if self._is_done(of) else len(of) for of in self._found.values())
 
     @property
     def done(self) -> int:
-        """Candidates that are measured at every size, or failed."""
+        """The number of candidates that were measured at every size, or failed."""
         return sum(map(self._is_done, self._found.values()))
 
     def is_done(self, decisions: Decisions) -> bool:
-        """Whether there is nothing more to measure of a candidate."""
+        """Whether nothing is left to measure for a candidate."""
         return self._is_done(self._found.get(as_key(decisions), {}))
 
     def has(self, task: Task, decisions: Decisions) -> bool:
@@ -52,7 +52,7 @@ class Trials:
         return as_key(task.shape) in self._found.get(as_key(decisions), {})
 
     def begun(self) -> list[dict[str, int]]:
-        """Candidates that were measured at some sizes before the job was stopped."""
+        """Candidates that were measured at some sizes only, because an earlier job was stopped."""
         return [dict(key) for key, of in self._found.items() if not self._is_done(of)]
 
     def at(self, task: Task) -> list[Record]:
@@ -61,7 +61,7 @@ class Trials:
         return [of[size] for of in self._found.values() if size in of]
 
     def line(self, task: Task, wanted: int) -> str:
-        """How far it has come at one size."""
+        """A line of progress for one size."""
         here = self.at(task)
         best = max(here, key=lambda r: r.speedup)
         line = f"{task.title}  trial {len(here)}/{wanted}"
@@ -78,17 +78,17 @@ class Trials:
         return [of[size] for size in self._sizes if size in of]
 
     def left_out(self, record: Record) -> int:
-        """Sizes at which a candidate will not be measured because it failed at another."""
+        """The number of sizes at which a candidate is not measured because it failed at another."""
         return len(self._sizes) - len(self._found[as_key(record.decisions)])
 
     def told(self, only: Sequence[Decisions] | None = None) -> list[tuple[Decisions, float | None]]:
-        """Candidates that are done, all or some, and their speedups; None for what failed."""
+        """The speedups of the candidates that are done, all or only some; None for a failed candidate."""
         keys = [key for key, of in self._found.items() if self._is_done(of)]
         wanted = None if only is None else {as_key(d) for d in only}
         return [(dict(key), self._speedup(key) or None) for key in keys if wanted is None or key in wanted]
 
     def best(self, count: int) -> list[dict[str, int]]:
-        """The fastest candidates, as far as they are faster than DEFAULT."""
+        """The fastest candidates that are faster than DEFAULT."""
         speedups = {key: self._speedup(key) for key, of in self._found.items() if self._is_done(of)}
         order = sorted(speedups, key=speedups.__getitem__, reverse=True)
         return [dict(key) for key in order[:count] if speedups[key] > 1]

@@ -7,31 +7,32 @@ from collections.abc import Callable, Sequence
 
 from .tasks import Effort
 
-#: A sample lasts at least this long, so that the clock and the first touch of the caches do not count.
+#: The shortest sample, so that neither the clock nor cold caches count.
 _SAMPLE_SECONDS = 0.01
-#: A candidate this much slower than the default after two rounds is not worth a third.
+#: A candidate that is this much slower than DEFAULT after two rounds gets no third one.
 _HOPELESS = 1.4
 
-#: Seconds of one call, of so many calls.
+#: Takes a number of calls and returns the seconds of one.
 Timer = Callable[[int], float]
 
 
 def in_turns(
     timers: Sequence[Timer], effort: Effort, *, least: int = 1, most: int | None = None
 ) -> list[tuple[float, float]]:
-    """Seconds of one call in each round.
+    """Time two kernels in turns.
 
     Parameters
     ----------
     timers : sequence of two callables
-        Of DEFAULT and of the candidate.
+        For DEFAULT and for the candidate.
     effort : Effort
     least, most : int
-        Calls of a sample.
+        The fewest and the most calls of a sample.
 
     Returns
     -------
     list of (default, candidate)
+        Seconds of one call in each round.
     """
     default, candidate = timers
     once = default(least), candidate(least)
@@ -39,10 +40,10 @@ def in_turns(
     number = number if most is None else min(number, most)
     low, high = effort.rounds
     rounds = min(max(low, int(effort.seconds / (number * sum(once)))), high)
-    # The first calls are not counted, but for long ones, which need no warming up.
+    # The first calls do not count, unless they are long, because then they need no warm-up.
     pairs = [once] if number == 1 else []
     while len(pairs) < rounds:
-        # The order alternates: what the first leaves in the caches must not favour one of them.
+        # The order alternates, so that what the first call leaves in the caches favours neither.
         if len(pairs) % 2:
             second = candidate(number)
             pairs.append((default(number), second))

@@ -1,4 +1,4 @@
-"""The parent's side of the worker processes: requests with a deadline, and a new worker for one that died."""
+"""The parent's side of worker processes: requests with a deadline, and a new worker in place of one that died."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ _START_SECONDS = 180.0
 
 Request = tuple[str, tuple[Any, ...]]
 
-
 #: Candidates proposed, built and measured at a time.
 BATCH = 8
-#: What a worker takes that has TVM loaded and compiles.
+#: Memory of a worker that has loaded TVM and compiles.
 _WORKER_BYTES = 400 << 20
 
 
 class Worker:
-    """One worker process, started when it is first needed and again after it died.
+    """One worker process. It starts when it is first needed, and again after it has died.
 
     Parameters
     ----------
     environment : dict
-        Environment variables beside those of this process.
+        Environment variables in addition to those of this process.
     role : str
         Key of `worker.HANDLERS`.
     """
@@ -66,7 +65,7 @@ class Worker:
             self.start()
             process = self._process
             assert process is not None and process.stdin is not None
-            # What it said of earlier requests is not the cause of what comes. It shares the place in the file.
+            # Forget what it said during earlier requests. Parent and worker share the position in the file.
             self._words.seek(0)
             self._words.truncate()
             try:
@@ -79,7 +78,7 @@ class Worker:
         return value
 
     def kill(self) -> None:
-        """End the process from another thread: whoever waits for its answer is told that it crashed."""
+        """End the process from another thread. Whoever waits for its answer is told that it crashed."""
         if (process := self._process) is not None:
             _kill(process)
 
@@ -90,7 +89,7 @@ class Worker:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    # What was not sent is of no use to a process that is gone.
+                    # Unsent data is of no use any more.
                     with suppress(BrokenPipeError):
                         stream.close()
             self._process = None
@@ -99,7 +98,7 @@ class Worker:
             self._words = None
 
     def start(self) -> None:
-        """Start the process, unless it runs.
+        """Start the process unless it is running.
 
         Raises
         ------
@@ -111,20 +110,20 @@ class Worker:
                 return
             self.stop()
             try:
-                # In memory: a worker that met a full disk could not say so there.
+                # In memory, because a worker on a full disk could not say so in a file.
                 self._words = os.fdopen(os.memfd_create("words"), "w+b")
                 self._process = subprocess.Popen(
-                    # Not the package of a checkout that the job was started in.
+                    # -P keeps out the package of a checkout in the working directory.
                     [sys.executable, "-P", "-m", "dsa_tvm.tuning.worker", self._role],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._words,
                     env=self._environment,
-                    # Ctrl-C is for the job, which ends its workers itself.
+                    # Ctrl-C reaches only the job, which ends its workers itself.
                     start_new_session=True,
                 )
             except OSError as error:
-                # A limit on processes or open files, or no memory.
+                # There is a limit on processes or open files, or too little memory.
                 self.stop()
                 raise WorkerError(SURROUNDINGS, f"no worker process can be started: {error}") from error
             try:
@@ -138,10 +137,10 @@ class Worker:
         process = self._process
         assert process is not None and process.stdout is not None
         deadline = time.monotonic() + seconds
-        # Not select(), which takes no descriptor above 1023.
+        # poll(), because select() takes no descriptor above 1023.
         waiting = select.poll()
         waiting.register(process.stdout, select.POLLIN)
-        # The first byte is waited for; what follows it comes at once.
+        # Wait for the first byte. The rest comes at once.
         while not waiting.poll(200):
             if time.monotonic() > deadline:
                 self.stop()
@@ -174,22 +173,22 @@ def _signal_name(number: int) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End it and whatever it started, a compiler perhaps: it leads a group of its own."""
+    """End a process and its children, such as a compiler. It leads its own process group."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def pool_size(wanted: int) -> int:
-    """How many workers to have: at most those that a job has requests for, and that there is memory for."""
+    """How many workers to start: no more than a job has requests for, and than fit in memory."""
     return max(1, min(wanted, BATCH, available_memory() // _WORKER_BYTES))
 
 
 class Workers:
-    """Several workers, used as a context manager; leaving it kills them all.
+    """Several workers, as a context manager that kills them all at the end.
 
-    A request whose worker met its surroundings (`WorkerError.is_surroundings`) is tried again a few times, when the
-    others are done and with no other beside it, because what was short may have been what the others held.
+    A request that failed because of its surroundings (`WorkerError.is_surroundings`) is tried again a few times. That
+    happens after all others and alone, because the others may have held what was missing.
 
     Parameters
     ----------
@@ -200,12 +199,12 @@ class Workers:
 
     def __init__(self, count: int, environment: dict[str, str] | None = None, role: str = "cpu") -> None:
         self._all = [Worker(environment, role) for _ in range(count)]
-        # These threads live as long as the workers: Linux tells a process that its parent died when the thread that
+        # These threads live as long as the workers. To Linux, the parent of a process has died when the thread that
         # started it ends.
         self._threads = ThreadPoolExecutor(count)
 
     def __enter__(self) -> Workers:
-        # All at once and before they are needed: the caller has TVM to import as well.
+        # All at once and before they are needed, because the caller has to import TVM as well.
         for worker in self._all:
             self._threads.submit(worker.start)
         return self
@@ -223,6 +222,7 @@ class Workers:
         Raises
         ------
         WorkerError
+            The request failed.
         """
         ((_, answer),) = self.map([request], seconds, 1)
         if isinstance(answer, WorkerError):
@@ -232,18 +232,18 @@ class Workers:
     def map(
         self, requests: Sequence[Request], seconds: float, parallel: int = 0
     ) -> Iterator[tuple[int, Any | WorkerError]]:
-        """Answers as they come, each with the position of its request; a failed request's answer is its error.
+        """The answers as they come, each with the position of its request. A failed request answers with its error.
 
         Parameters
         ----------
         requests : sequence
         seconds : float
-            For each request.
+            Time limit of each request.
         parallel : int
-            Workers to use; 0 for all.
+            Number of workers to use; 0 for all.
         """
         free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        # The first ones always: they keep what they have loaded.
+        # Always the first ones, because they keep what they have loaded.
         for worker in self._all[: parallel or len(self._all)]:
             free.put(worker)
 

@@ -1,4 +1,4 @@
-"""From decisions to candidate libraries for GPUs: compiled by nvcc in workers, on a machine that may have no GPU."""
+"""Builds candidate libraries for GPUs: nvcc compiles them in workers, on a machine that need not have a GPU."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class CudaBuilder(CandidateBuilder):
     Parameters
     ----------
     workers : Workers
-        Of the role "nvcc".
+        Workers of the role "nvcc".
     directory : Path
         For headers, objects and libraries; the caller removes it.
     cc, nvcc : str
         Compilers.
     seconds : float
-        Limit for one candidate.
+        Time limit of one candidate.
     operators : str
-        Module whose ``OPERATORS`` has the kernels.
+        Name of the module whose ``OPERATORS`` has the kernels.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CudaBuilder(CandidateBuilder):
         self._space = functools.cache(TunedKernel.space)
 
     def kernel(self, task: Task) -> TunedKernel:
-        """What the task tunes."""
+        """The kernel that the task tunes."""
         return TunedKernel(
             task.op, task.target, task.stage, task.types, tuple(task.preset.lengths.items()), self._operators
         )
@@ -61,7 +61,7 @@ class CudaBuilder(CandidateBuilder):
         return self._space(self.kernel(task))
 
     def baseline(self, task: Task) -> Path:
-        """The library of DEFAULT, made once for each operator and choice of element types.
+        """The library of DEFAULT. It is built once for each operator and choice of element types.
 
         Raises
         ------
@@ -75,8 +75,8 @@ class CudaBuilder(CandidateBuilder):
         return self._baselines[key]
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
-        """A library for each of `proposals`, in any order, or why there is none."""
-        # Not in the middle of a measurement.
+        """The library of each proposal, by its position, or the error that left it without one. Any order."""
+        # Build this now, not in the middle of a measurement.
         self.baseline(task)
         paths = [self._path(task, ".so") for _ in proposals]
         yield from self.compiled(task, proposals, paths)
@@ -84,7 +84,7 @@ class CudaBuilder(CandidateBuilder):
     def compiled(
         self, task: Task, proposals: Sequence[Decisions], paths: Sequence[Path]
     ) -> Iterator[tuple[int, Path | WorkerError]]:
-        """The same with names: each library is at its path, whole, or not at all."""
+        """Like `libraries`, with given paths. A path gets a whole library or nothing."""
         foundation, kernel = self._foundation(task), self.kernel(task)
         requests: list[Request] = [
             ("compile", (kernel, foundation, dict(decisions), path))
@@ -94,7 +94,7 @@ class CudaBuilder(CandidateBuilder):
             yield i, outcome if isinstance(outcome, WorkerError) else paths[i]
 
     def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
-        """Measure a library in turns with DEFAULT's."""
+        """Measure a library in turns with that of DEFAULT."""
         return ("measure", (str(self.baseline(task)), str(library), task, effort))
 
     def _foundation(self, task: Task) -> Foundation:

@@ -1,4 +1,4 @@
-"""A library's operators called on a GPU's memory, and the inputs and outputs of such calls."""
+"""Calls of a candidate library on a GPU, with their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..problem import Problem
 
 #: What outputs and workspaces are filled with: NaN as any floating-point type, and no index.
 _NAN, _NO_INDEX = 0xFF, 0xB3
-#: Bytes behind them that nothing may write.
+#: Bytes behind an array that no kernel may write.
 _GUARD = 4096
 
 
 class Guarded(Memory):
-    """Memory with some behind it that nobody owns.
+    """Memory followed by a guard area.
 
     Parameters
     ----------
     size : int
-        Bytes without that.
+        Bytes without the guard area.
     byte : int
-        What `poison` fills both with.
+        The value that `poison` fills both with.
     """
 
     def __init__(self, size: int, byte: int) -> None:
@@ -42,16 +42,16 @@ class Guarded(Memory):
         self._owned, self._byte = size, byte
 
     def poison(self, stream: Stream) -> None:
-        """Enqueue filling all of it."""
+        """Enqueue a fill of the memory and the guard area."""
         stream.fill(self, self._byte)
 
     def is_overrun(self) -> bool:
-        """Whether what lies behind was written since then."""
+        """Whether the guard area was written after `poison`."""
         return bool((self.read(np.empty(_GUARD, np.uint8), self._owned) != self._byte).any())
 
 
 class Operands:
-    """The inputs and outputs of a call, in the memory of the GPU.
+    """The inputs and outputs of a call in GPU memory.
 
     Parameters
     ----------
@@ -86,12 +86,12 @@ class Operands:
         self.taken = Pack(views)
 
     def poison(self, stream: Stream) -> None:
-        """Enqueue filling the outputs with what no kernel writes."""
+        """Enqueue filling the outputs with values that no kernel writes."""
         for memory in self.written.values():
             memory.poison(stream)
 
     def outputs(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Some queries of the outputs, as f32 or int32."""
+        """The outputs of some queries, as f32 or int32."""
         found = []
         for memory, (dtype, shape) in zip(self.written.values(), self._results, strict=True):
             bits = np.empty((len(rows), *shape[1:]), STORAGE[dtype])
@@ -102,17 +102,17 @@ class Operands:
 
 
 class Library:
-    """A loaded candidate. It stays loaded: so does its code on the GPU.
+    """A loaded candidate. It stays loaded, and so does its code on the GPU.
 
     Parameters
     ----------
     file : str or CheckedFile
-        A file of this process's own, by its path, or one that somebody else could have changed.
+        The path of a file that this process made, or a file that somebody else could have changed.
 
     Raises
     ------
     LibraryError
-        It cannot be read, or it is not the one that was built.
+        The file cannot be read, or it is not the one that was built.
     BuildError
         The loader refuses it.
     """
@@ -125,7 +125,7 @@ class Library:
         self._library.dsa_tvm_last_error.restype = ctypes.c_char_p
 
     def prepare(self, operands: Operands, stream: Stream) -> Call:
-        """A call that can be made any number of times.
+        """Prepare a call that can run any number of times.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class Library:
 
 
 class Call:
-    """One call of one library, with a workspace of its own."""
+    """One call of one library, with its own workspace."""
 
     def __init__(self, library: ctypes.CDLL, operands: Operands, stream: Stream) -> None:
         self._library, self._stream, self._operands = library, stream, operands
@@ -151,12 +151,12 @@ class Call:
         self._arguments = (*self._first, operands.taken.pointers, len(spec.outputs), ctypes.byref(self._options))
 
     def poison(self, stream: Stream) -> None:
-        """Enqueue filling the workspace with NaN."""
+        """Enqueue a fill of the workspace with NaN."""
         if self.workspace:
             self.workspace.poison(stream)
 
     def run(self) -> None:
-        """Enqueue it.
+        """Enqueue the call.
 
         Raises
         ------
@@ -171,14 +171,14 @@ class Call:
     def _expect(self, status: int) -> None:
         if status:
             words = self._library.dsa_tvm_last_error().decode(errors="replace")
-            # Where a kernel was at fault, the GPU is lost to this process, and this says so.
+            # If a kernel was at fault, this process has lost the GPU, and this raises the error that says so.
             self._stream.synchronize()
             raise KernelError(words)
 
 
 @functools.cache
 def _load(file: CheckedFile) -> ctypes.CDLL:
-    """DEFAULT's library comes again with every candidate; it is read once."""
+    """Load a file once: the library of DEFAULT comes again with every candidate."""
     return loading.load_checked(file)
 
 

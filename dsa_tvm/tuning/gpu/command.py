@@ -1,4 +1,4 @@
-"""``dsa-tvm tune`` for GPUs: on the machine that has one, or built on one machine and measured on another."""
+"""``dsa-tvm tune`` for GPUs: all on a machine with a GPU, or built on one machine and measured on another."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 
 
 def is_asked_for(args: argparse.Namespace) -> bool:
-    """Whether the arguments are about a GPU."""
+    """Whether the arguments ask for a GPU."""
     return bool(args.measure) or args.target == ANY_GPU or is_arch(args.target)
 
 
 def check(args: argparse.Namespace) -> None:
-    """What is wrong with the arguments, before anything is imported that takes long.
+    """Check the arguments, before any slow import.
 
     Raises
     ------
     ArgumentError
+        Two arguments contradict each other, or one is missing.
     """
     if args.build_only and not is_arch(args.target):
         got = args.target or "none"
@@ -59,14 +60,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, preset: Preset, shapes: Sequence[tuple[int, int]]) -> list[str]:
-    """Do what the command line asks for; what to print at the end.
+    """Do what the command line asks for. Returns the lines to print at the end.
 
     Raises
     ------
     ArgumentError
-        A GPU that does not run the target.
+        The GPU does not run the target.
     DsaError
-        No driver or no GPU where one is needed, no nvcc where that is, a damaged directory, or DEFAULT itself fails.
+        A driver, a GPU or nvcc is missing, a directory is damaged, or DEFAULT itself fails.
     """
     ops = list(gpu.BUCKETS) if args.op == "all" else [args.op]
     if args.measure:

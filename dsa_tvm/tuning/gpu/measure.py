@@ -1,7 +1,7 @@
-"""What a candidate is worth on this machine's GPU: checked against the reference, then timed in turns with DEFAULT.
+"""Measures a candidate on this machine's GPU: checks it against the reference, then times it in turns with DEFAULT.
 
-Runs in a worker process that needs NumPy, the CUDA driver and two libraries: DEFAULT's and the candidate's. Neither
-TVM nor torch is imported.
+This runs in a worker process that needs NumPy, the CUDA driver, and the libraries of DEFAULT and of the candidate. It
+imports neither TVM nor torch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ..tasks import Effort, Task, irregulars
 from ..turns import Timer, in_turns
 from .call import Library, Operands
 
-#: Calls of a sample: the first of all is not counted.
+#: The fewest and the most calls of a sample. The first sample does not count.
 _SAMPLE_CALLS = (2, 200)
-#: No launch is over sooner.
+#: No launch takes less time.
 _LEAST_SECONDS = 1e-6
 
 
 def facts() -> dict[str, Any]:
-    """Name, compute capability (90 for 9.0) and multiprocessors of the GPU.
+    """The GPU's name, compute capability (90 for 9.0) and number of multiprocessors.
 
     Raises
     ------
     LibraryError
-        There is no driver or no GPU: the message says what is missing.
+        There is no driver or no GPU. The message says which.
     """
     gpu = Gpu()
     return {"name": gpu.name, "capability": gpu.capability, "multiprocessors": gpu.multiprocessors}
@@ -50,27 +50,27 @@ def measure(
     Parameters
     ----------
     default, candidate : str or CheckedFile
-        Libraries of `compiler.cuda_candidates`.
+        Libraries from `build.cuda.candidates`.
     task : Task
     effort : Effort
-        Its threads are the keys of what is returned: a GPU has one.
+        Its only number of threads is the key of the results.
 
     Returns
     -------
     dict
         ``"seconds"`` and ``"default_seconds"``: the seconds of one call in each round, with a cold cache; ``"roof"``:
-        the least that the GPU can take.
+        the fewest seconds that the GPU can take.
 
     Raises
     ------
     CheckError
-        The candidate's result is wrong.
+        The result of the candidate is wrong.
     LibraryError
         A library is not the one that was built.
     KernelError
-        The candidate's library refuses a call.
+        The library of the candidate refuses a call.
     CudaError
-        A kernel failed: this process can do nothing more on the GPU.
+        A kernel failed. This process can do nothing more on the GPU.
     """
     (key,) = effort.threads
     machine = _machine()
@@ -90,11 +90,12 @@ def measure(
 
 
 def check(library: Library, problem: Problem, operands: Operands, stream: Stream) -> None:
-    """Hold one library's results against the float64 reference, and what lies behind its outputs against itself.
+    """Check the results of one library against the float64 reference, and the guard areas behind its outputs.
 
     Raises
     ------
     CheckError
+        A result is wrong, or a guard area was written.
     """
     call = library.prepare(operands, stream)
     operands.poison(stream)
@@ -111,16 +112,16 @@ def check(library: Library, problem: Problem, operands: Operands, stream: Stream
 class _Machine:
     gpu: Gpu
     stream: Stream
-    #: Twice what the GPU's cache holds: filling it leaves nothing else there.
+    #: Twice the size of the GPU's cache. Filling it leaves nothing else in the cache.
     flush: Memory
 
     def timer(self, call: Any) -> Timer:
-        """A function of a number of calls: the median of their seconds, each with nothing in the cache."""
+        """A timer for a call. It returns the median of its samples, each with a cold cache."""
 
         def sample(number: int) -> float:
             events = [(Event(), Event()) for _ in range(number)]
             for i, (start, stop) in enumerate(events):
-                # It also keeps the GPU busy while the launches are enqueued.
+                # The fill also keeps the GPU busy while the launches are enqueued.
                 self.stream.fill(self.flush, i % 256)
                 self.stream.record(start)
                 call.run()
@@ -133,14 +134,14 @@ class _Machine:
 
 @functools.cache
 def _machine() -> _Machine:
-    # Its context stays current: the process has no other use.
+    # The context stays current, because the process does nothing else.
     gpu = Gpu().__enter__()
     return _Machine(gpu, Stream(), Memory(2 * max(gpu.l2_bytes, 1 << 20)))
 
 
 @functools.lru_cache(maxsize=1)
 def _problems(task: Task) -> list[tuple[Problem, Operands]]:
-    """The latest task's irregular inputs and, last, those that are timed; made once and not for every candidate."""
+    """The irregular inputs of the latest task and, last, the inputs to time. They serve all its candidates."""
     last = task.s_q - 1
     odd = [Problem.of(work, task.variant, _ends(work.lengths["s_q"])) for work in irregulars(task)]
     timed = Problem.of(task.inputs(), task.variant, sorted({0, last // 2, last}))
@@ -148,14 +149,14 @@ def _problems(task: Task) -> list[tuple[Problem, Operands]]:
 
 
 def _ends(count: int) -> list[int]:
-    """Queries to look at: all of a few, else those at both ends. The first ones are the irregular ones."""
+    """Queries to check: all if there are few, else those at both ends. The first ones are irregular."""
     return sorted({*range(min(count, 48)), *range(max(count - 16, 0), count)})
 
 
 def roof(task: Task, gpu: Gpu) -> float:
-    """The least seconds of a call: by the GPU's tensor cores, its memory, and a launch.
+    """The fewest seconds of a call, limited by the GPU's tensor cores, its memory, and a launch.
 
-    Of what is read, as much may be in the cache already as that holds; what is written may stay there.
+    The cache may already hold as much of the inputs as fits, and may keep the outputs.
     """
     seconds = _LEAST_SECONDS
     ke = workload.causal_ends(task.s_q, task.s_kv)
@@ -175,5 +176,5 @@ def _bytes_read(task: Task, ke: np.ndarray) -> int:
     width = {name: ELEMENT_BYTES[dtype] for name, dtype in task.variant.items()}
     if task.op == "lightning_indexer":
         return width["T"] * s_q * p["h_idx"] * p["d_idx"] + width["K"] * int(ke[-1]) * p["d_idx"]
-    # The keys of one query at least.
+    # At least the keys of one query.
     return width["T"] * p["d_qk"] * (s_q * p["h_q"] + min(int(ke[-1]), p["topk"]))

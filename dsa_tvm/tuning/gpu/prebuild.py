@@ -1,4 +1,4 @@
-"""``dsa-tvm tune --build-only``: candidates for a GPU, compiled into a directory to be measured on another machine."""
+"""``dsa-tvm tune --build-only``: compiles candidates for a GPU into a directory, for another machine to measure."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def build(args: argparse.Namespace, tasks: list[Task], builder: CudaBuilder) -> list[str]:
-    """Fill the directory with the candidates of the tasks' kernels; what to print at the end.
+    """Fill the directory with candidates for the kernels of the tasks. Returns the lines to print at the end.
 
     Raises
     ------
     DsaError
-        The directory is another job's, or another process is at work in it, or DEFAULT does not compile.
+        The directory belongs to another job, another process is using it, or DEFAULT does not compile.
     """
     directory: Path = args.build_only
     with ExitStack() as held:
@@ -64,7 +64,7 @@ def _fill(directory: Path, args: argparse.Namespace, tasks: list[Task], builder:
 
 
 def _contents(directory: Path, target: str, groups: list[list[Task]], builder: CudaBuilder) -> Contents:
-    """A new directory, or one whose build goes on."""
+    """The contents of a new directory, or of one whose build goes on."""
     families = []
     for members in groups:
         first, default = members[0], builder.default(members[0])
@@ -89,7 +89,7 @@ def _contents(directory: Path, target: str, groups: list[list[Task]], builder: C
 
 
 def _propose(family: Family, members: list[Task], builder: CudaBuilder, args: argparse.Namespace) -> None:
-    """Fill the list of candidates: DEFAULT first, then what the search makes of what was measured so far."""
+    """Fill the list of candidates: DEFAULT first, then proposals of a search that knows what was measured so far."""
     first = members[0]
     search = builder.search(first, args.seed, BATCH)
     records, damaged = Log(args.output / first.target / f"{first.op}.jsonl").read()
@@ -120,7 +120,7 @@ def _compile(
     progress: Progress,
     end: float,
 ) -> None:
-    """What is not there yet, as far as it is begun by the time `end`."""
+    """Compile the candidates that are missing. None is begun after the time `end`."""
     losses = Losses(progress.say)
     missing = []
     for built in (family.baseline, *family.candidates):
