@@ -142,10 +142,25 @@ def _write(model: Any, directory: Path, bodies: bool) -> None:
     program.save(str(path), external_data=True)
     graph = onnx.load(path, load_external_data=False)
     _name_lengths(graph)
+    _forget_sources(graph)
     if bodies:
         export.attach_bodies(graph)
     path.write_bytes(graph.SerializeToString())
     model.config.save_pretrained(directory)
+
+
+def _forget_sources(model: onnx.ModelProto) -> None:
+    """Drop the stack trace of every node: most of the graph's bytes, with paths of the machine that exported it.
+
+    What stays is the module that a node belongs to, by which viewers fold the graph.
+    """
+    graphs = [model.graph, *model.functions]
+    while graphs:
+        for node in graphs.pop().node:
+            kept = [entry for entry in node.metadata_props if entry.key == "namespace"]
+            del node.metadata_props[:]
+            node.metadata_props.extend(kept)
+            graphs += [x.g for x in node.attribute if x.type == onnx.AttributeProto.GRAPH]
 
 
 class _GraphLayer(DynamicIndexedLayer):
