@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", _demo, "sparse attention over a text file, in ONNX Runtime, checked and timed")
+    demo = command("demo", _demo, "a small model and sparse attention over a text, in ONNX Runtime, checked and timed")
     demo.add_argument("file", nargs="?", type=Path, help="text to read (default: one that comes with Python)")
     demo.add_argument(
         "--tokens", type=int, help="use at most this many bytes (default: 32768, or fewer where memory is short)"

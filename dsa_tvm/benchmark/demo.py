@@ -1,4 +1,8 @@
-"""``dsa-tvm demo``: sparse attention of DeepSeek-V3.2's size over a text, in ONNX Runtime, checked and timed."""
+"""``dsa-tvm demo``: a small model writes tokens, and attention of DeepSeek-V3.2's size reads a text.
+
+Both run in ONNX Runtime and are timed beside standard operators. The tokens are compared with those of Transformers, the
+attention with a float64 reference.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from ..spec import INT32_MAX
 from ..terminal.extras import expect_installed
 from ..terminal.progress import Progress
 from ..terminal.text import digits, duration, table
-from . import check, clock, figures, prompt, workload
+from . import check, clock, figures, prompt, sample_model, workload
 from .peers import Skipped
 from .peers.cpu import check_bytes, check_memory, dense_model, onnxruntime_errors, session
 from .workload import Workload
@@ -65,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     ArgumentError
         A text or a number that does not serve.
     CheckError
-        A result differs from the float64 reference or from plain ONNX Runtime by more than the tolerance.
+        The model writes other tokens than with Transformers, or a result differs from the float64 reference or from
+        plain ONNX Runtime by more than the tolerance.
     DsaError
         onnx or onnxruntime is not installed, or refuses the library.
     """
@@ -85,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
     attrs: dict[str, Any] = {"topk": preset.topk, "sm_scale": preset.sm_scale, "d_v": preset.d_v}
     began = time.perf_counter()
     disturbed = workload.load_notes()
-    with onnxruntime_errors(), Progress(8) as progress:
+    with onnxruntime_errors(), Progress(10) as progress:
+        written = sample_model.run(threads, progress.step)
         progress.step(f"read {len(tokens)} bytes and embed them")
         inputs = prompt.embed(tokens, CHUNK + STEPS, preset)
         stages = _stages(inputs, len(tokens) - STEPS)
@@ -112,7 +118,11 @@ def run(args: argparse.Namespace) -> None:
             notes += _dense(stage, preset, threads, contenders)
             _race(stage, contenders)
     notes += [_affinity(inputs, tokens, preset, stages[0]), *disturbed]
-    print(f"{path}: {len(tokens)} tokens (bytes); {library.active_target()}, threads: {threads}, float32")
+    print(f"{library.active_target()}, threads: {threads}, float32")
+    print()
+    _report_model(written)
+    print()
+    print(f"attention over {path}, {len(tokens)} tokens (bytes)")
     _report(stages, len(tokens) - STEPS, preset, notes)
     print(f"all checks passed; {duration(time.perf_counter() - began)} in all")
 
@@ -138,6 +148,14 @@ def _tokens(path: Path, asked: int | None, at_least: int, preset: Preset) -> tup
     if asked is not None:
         raise ArgumentError(f"demo: tokens: expected at most {most}, which fit into {left}, got {asked}")
     return tokens[:most], [f"tokens: {most} instead of {_TOKENS}, which would not fit into {left}"]
+
+
+def _report_model(written: sample_model.Run) -> None:
+    expected = written.expected
+    print("sample model: DeepSeek-V3.2's architecture, small; weights are seeded, not trained")
+    for line in table(["phase", "tokens", "time", "tokens/s", "plain ORT takes"], written.cells()):
+        print(line)
+    print(f"its {len(expected.tokens)} new tokens are those of {expected.made_by}")
 
 
 def _report(stages: Sequence[_Stage], prefilled: int, preset: Preset, notes: Sequence[str]) -> None:

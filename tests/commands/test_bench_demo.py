@@ -9,15 +9,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dsa_tvm import cli, functions, presets
-from dsa_tvm.benchmark import check, clock, command, cpu, demo, prompt, workload
+from dsa_tvm.benchmark import check, clock, command, cpu, demo, prompt, sample_model, workload
 from dsa_tvm.benchmark.peers import Skipped
 from dsa_tvm.benchmark.peers import cpu as peers
 from dsa_tvm.errors import ArgumentError
+from dsa_tvm.models import sample
 from dsa_tvm.ops import OPS
 from dsa_tvm.runtime import machine
 from dsa_tvm.spec import DIMS, Tolerance
@@ -239,6 +241,14 @@ def tiny(small, monkeypatch, tmp_path):
     """A text, and a demo of few queries."""
     monkeypatch.setattr(demo, "CHUNK", 12)
     monkeypatch.setattr(demo, "STEPS", 3)
+
+    def written(threads, step):
+        step("with")
+        step("without")
+        took = SimpleNamespace(prefill_tokens=10, prefill_seconds=0.5, decode_tokens=2, decode_seconds=0.25)
+        return sample_model.Run(took, took, sample.expected())
+
+    monkeypatch.setattr(sample_model, "run", written)  # takes seconds, and tests/models runs it
     path = tmp_path / "text"
     path.write_text("to be, or not to be, that is the question\n" * 20)
     return path
@@ -252,7 +262,9 @@ def test_demo_checks_and_prints_a_table(tiny, capsys):
     for stage in ("prefill, 12 queries", "decode, a token"):
         (line,) = (line for line in printed.out.splitlines() if line.startswith(f"{stage}  "))
         assert line.count("x") >= 2 and "of allowed" in line
-    assert "[8/8]" in printed.err and "[9/" not in printed.err
+    (line,) = (line for line in printed.out.splitlines() if line.startswith("decode  ") and "of allowed" not in line)
+    assert line.split() == ["decode", "2", "250", "ms", "8.00", "1.00x"]
+    assert "[10/10]" in printed.err and "[11/" not in printed.err
 
 
 def test_demo_fails_on_a_wrong_selection(tiny, capsys, monkeypatch):
