@@ -1,7 +1,7 @@
 """``dsa-tvm demo``: a small model writes tokens, and attention of DeepSeek-V3.2's size reads a text.
 
-Both run in ONNX Runtime and are timed beside standard operators. The tokens are compared with those of Transformers, the
-attention with a float64 reference.
+Both run in ONNX Runtime and are timed beside standard operators. The tokens are compared with those of Transformers,
+the attention with a float64 reference.
 """
 
 from __future__ import annotations
