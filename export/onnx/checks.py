@@ -1,4 +1,4 @@
-"""Checks of what a caller passes to the model builders, against the `OpSpec`."""
+"""Checks of the arguments of model builders against the `OpSpec`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def known_spec(op_name: str) -> OpSpec:
-    """The operator of that name, or an `ArgumentError`."""
+    """The operator of a name. Raises `ArgumentError` if there is none."""
     if op_name not in OPS:
         raise ArgumentError(f"{op_name}: operator: expected one of {', '.join(OPS)}, got {op_name!r}")
     return OPS[op_name]
 
 
 def served_variant(spec: OpSpec, variant: Mapping[str, str] | None) -> Mapping[str, str]:
-    """`variant`, or the operator's first one for None; an `ArgumentError` if it is not served."""
+    """`variant`, or the first one of the operator for None. Raises `ArgumentError` if it is not served."""
     if variant is None:
         return spec.variants[0]
     if dict(variant) not in [dict(v) for v in spec.variants]:
@@ -43,7 +43,7 @@ def check_optional(spec: OpSpec, names: Collection[str]) -> None:
 
 
 def checked_attrs(spec: OpSpec, attrs: Mapping[str, object]) -> dict[str, Any]:
-    """The operator's attributes as Python numbers, all there and in range, or an `ArgumentError`."""
+    """The attributes as Python numbers. Raises `ArgumentError` unless all are given and in range."""
     known = [a.name for a in spec.attrs]
     for name in attrs:
         if name not in known:
@@ -64,7 +64,7 @@ def checked_attrs(spec: OpSpec, attrs: Mapping[str, object]) -> dict[str, Any]:
 
 
 def fixed_lengths(spec: OpSpec, dims: Mapping[str, int] | None, attrs: Mapping[str, object]) -> dict[str, int]:
-    """Length of every dimension that `dims` or an attribute fixes, or an `ArgumentError`."""
+    """The length of every dimension that `dims` or an attribute fixes. Raises `ArgumentError` if they disagree."""
     lengths = {a.dim: value for a in spec.attrs if a.dim and isinstance(value := attrs.get(a.name), int)}
     for name, value in (dims or {}).items():
         where = f"{spec.name}: dimension {name}"
@@ -83,7 +83,7 @@ def fixed_lengths(spec: OpSpec, dims: Mapping[str, int] | None, attrs: Mapping[s
 
 
 def _determined(spec: OpSpec, lengths: Mapping[str, int]) -> dict[str, int]:
-    """The lengths that others determine, or an `ArgumentError` where they are fixed to something else."""
+    """The lengths that others determine. Raises `ArgumentError` if one is fixed to something else."""
     found = {}
     for name in spec.dims:
         try:
@@ -108,7 +108,7 @@ def _integer(where: str, value: object) -> int:
 
 
 def _length(where: str, name: str, value: object) -> int:
-    # The shipped library serves only some of these; a body serves all, and so can a library built for them.
+    # The default library serves only some of these. A body serves all, and so can a library that is built for them.
     value, dim = _integer(where, value), DIMS[name]
     if not dim.admits(value):
         raise ArgumentError(f"{where}: expected {dim.range}, got {value}")
@@ -122,7 +122,7 @@ def _real(where: str, value: object) -> float:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise ArgumentError(f"{where}: expected float, got {value!r}") from None
-    # A float attribute holds float32: a larger number would become infinite in the model.
+    # A float attribute is float32, so a larger number would become infinite in the model.
     if not abs(number) <= _FLOAT32_MAX:
         raise ArgumentError(f"{where}: expected a finite float32, got {value!r}")
     return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from onnx import ModelProto
 
@@ -17,7 +18,7 @@ def build_model(
     *,
     optional: Collection[str] = (),
     dims: Mapping[str, int] | None = None,
-    **attrs,
+    **attrs: Any,
 ) -> ModelProto:
     """A model of one operator: one node and its body.
 
@@ -26,13 +27,13 @@ def build_model(
     op_name : str
         Name of the operator in `dsa_tvm.ops.OPS`.
     variant : mapping, optional
-        An element type for each type variable, one of the operator's `variants`; the first of them by default.
+        An element type for each type variable: one of the operator's `variants`, by default the first.
     optional : collection of str
-        The optional inputs to have.
+        The optional inputs of the model.
     dims : mapping, optional
-        Lengths to fix, by dimension name; all others are symbolic.
+        Lengths to fix, by dimension name. All others are symbolic.
     **attrs
-        The operator's attributes, all required.
+        The attributes of the operator, all required.
 
     Returns
     -------
@@ -42,7 +43,8 @@ def build_model(
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        No such operator, variant, optional input or dimension; an attribute or length missing or out of range.
+        There is no such operator, variant, optional input or dimension, or an attribute or a length is missing or out
+        of range.
     """
     spec = known_spec(op_name)
     variant = served_variant(spec, variant)
@@ -70,19 +72,20 @@ def build_attention_model(
     Parameters
     ----------
     variant : mapping, optional
-        One of the variants of `dsa_attention`; the first of them by default.
+        One of the variants of `dsa_attention`, by default the first.
     topk : int
+        Keys that each query selects.
     sm_scale : float
-        The model's own, such as ``dsa_tvm.presets.get("glm-5").sm_scale``; it does not follow from d_qk, see
+        The scale of the model, such as ``dsa_tvm.presets.get("glm-5").sm_scale``. It does not follow from d_qk, see
         `dsa_tvm.sparse_mla`.
     d_v : int
-        Attributes of `dsa_attention`.
+        Width of the values.
     optional : collection of str
-        The optional inputs to have: ``index_k_scale``, ``attn_sink``.
+        The optional inputs of the model: ``index_k_scale``, ``attn_sink``.
     dims : mapping, optional
         Lengths to fix, by dimension name.
     fused : bool
-        One node, DsaAttention, or else two: IndexerTopK and SparseMLA.
+        Whether to use one node, DsaAttention, instead of two, IndexerTopK and SparseMLA.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def build_attention_model(
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        No such variant, optional input or dimension; or an attribute or a length is missing or out of range.
+        There is no such variant, optional input or dimension, or a length is out of range.
     """
     attrs = {"topk": topk, "sm_scale": sm_scale, "d_v": d_v}
     model = build_model("dsa_attention", variant, optional=optional, dims=dims, **attrs)

@@ -1,12 +1,13 @@
 """The operators in ONNX: nodes of the domain ``ai.dsa`` together with their function bodies.
 
-A model runs in ONNX Runtime with the compiled library registered, and, more slowly, without it: the bodies hold the
-same meaning in standard operators, and ONNX Runtime prefers a registered kernel to a body of the same name.
+With the compiled library registered, ONNX Runtime prefers its kernels to the bodies of the same names. Without it, the
+model still runs, more slowly, because the bodies compute the same with standard operators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from onnx import FunctionProto, ModelProto, NodeProto, ValueInfoProto, helper
 
@@ -19,7 +20,7 @@ from .checks import check_optional, checked_attrs, known_spec, served_variant
 #: The ONNX domain of the operators, and its version.
 DOMAIN = "ai.dsa"
 VERSION = 1
-#: What the built models use: old enough for ONNX Runtime 1.18, new enough for float8 tensors.
+#: The versions of built models: old enough for ONNX Runtime 1.18, new enough for float8 tensors.
 IR_VERSION = 9
 OPSET = 20
 _MIN_OPSET = 19  # the first whose Cast knows float8
@@ -36,21 +37,21 @@ def function_body(
     op_name : str
         Name of the operator in `dsa_tvm.ops.OPS`, such as ``"sparse_mla"``.
     variant : mapping, optional
-        An element type for each type variable. Checked only: one body serves all served variants.
+        An element type for each type variable. It is only checked, because one body serves all variants.
     with_inputs : collection of str
         The optional inputs that the calling nodes have.
     opset : int
-        Version of the standard operators, at least 19: that of the model the function goes into.
+        Version of the standard operators in the model that gets the function, at least 19.
 
     Returns
     -------
     onnx.FunctionProto
-        In the domain ``ai.dsa``. Its inputs are all inputs of the operator, in order; those absent are not read.
+        In the domain ``ai.dsa``. It has all inputs of the operator, in order, and does not read absent ones.
 
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        No such operator, variant, optional input or opset.
+        There is no such operator, variant or optional input, or the opset is too old.
     """
     spec = known_spec(op_name)
     served_variant(spec, variant)
@@ -61,7 +62,7 @@ def function_body(
 
 
 def operator_node(
-    op_name: str, inputs: Sequence[str | None], outputs: Sequence[str], *, name: str | None = None, **attrs
+    op_name: str, inputs: Sequence[str | None], outputs: Sequence[str], *, name: str | None = None, **attrs: Any
 ) -> NodeProto:
     """One node of the domain ``ai.dsa``.
 
@@ -70,15 +71,15 @@ def operator_node(
     op_name : str
         Name of the operator in `dsa_tvm.ops.OPS`.
     inputs : sequence of str
-        Names of the values, in the operator's order. None or ``""`` for an absent optional one; those at the end may
-        be left out.
+        Names of the values, in the operator's order. None or ``""`` stands for an absent optional input. Absent inputs
+        at the end may be left out.
     outputs : sequence of str
-        Names of the results. Those at the end may be left out: a kernel writes them all the same, so the node names
-        them after the first, as in ``out.lse``.
+        Names of the results. Some at the end may be left out. A kernel writes them anyway, so the node names them
+        after the first one, as in ``out.lse``.
     name : str, optional
         Name of the node.
     **attrs
-        The operator's attributes, all required.
+        The attributes of the operator, all required.
 
     Returns
     -------
@@ -87,8 +88,8 @@ def operator_node(
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        Wrong number of inputs or outputs, a required input absent, an attribute missing, unknown, of the wrong type
-        or out of range.
+        The number of inputs or outputs is wrong, a required input is absent, or an attribute is missing, unknown, of
+        the wrong type or out of range.
     """
     spec = known_spec(op_name)
     names = [name or "" for name in inputs]
@@ -108,24 +109,23 @@ def operator_node(
 
 
 def attach_bodies(model: ModelProto) -> None:
-    """Add, in place, the function bodies and the opset import that the operators in a model need.
+    """Add the function bodies and the opset import that the operators in a model need. The model changes in place.
 
-    Each operator's body is added once; one that is there already is replaced. Nodes whose body was renamed, as
-    ``onnx.compose.add_prefix`` does, get their own names back: under other names the kernels would not be found, and
-    the bodies would run instead of them. Without nodes of ``ai.dsa`` nothing changes.
+    Each operator's body is added once, and replaces an existing one. If ``onnx.compose.add_prefix`` or another tool
+    has renamed bodies, their nodes get the original names back. ONNX Runtime would not find the kernels under other
+    names and would run the bodies instead. A model without nodes of ``ai.dsa`` does not change.
 
     Parameters
     ----------
     model : onnx.ModelProto
         IR version 9 or later, standard operators of version 19 or later. Nodes in subgraphs and in other functions
-        count.
+        count too.
 
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        The model's IR version or opset is too old, a node names an unknown operator, or two nodes of one operator
-        differ in the optional inputs they have: a function has one body, and it reads an input or it does not.
-        The model is then unchanged.
+        The IR version or opset is too old, a node names an unknown operator, or two nodes of one operator have
+        different optional inputs, which one body cannot serve. The model is then unchanged.
     """
     renamed = _renamed(model)
     nodes = list(_operator_nodes(model, renamed))
@@ -160,11 +160,11 @@ def attach_bodies(model: ModelProto) -> None:
 
 
 def detach_bodies(model: ModelProto) -> None:
-    """Remove, in place, what `attach_bodies` has added, and give renamed nodes their own names back.
+    """Remove the bodies that `attach_bodies` has added, and give renamed nodes their names back, in place.
 
-    For tools that write functions out where they are called (``onnx.inliner``, ``onnxscript.optimizer``, ONNX Runtime's
-    own preprocessing and saved optimized models): what they would leave are the bodies, which no kernel replaces any
-    more. Attach the bodies again afterwards. The opset import stays.
+    Do this before tools that inline functions: ``onnx.inliner``, ``onnxscript.optimizer``, ONNX Runtime's preprocessing
+    and saved optimized models. They would leave the bodies, which no kernel can replace any more. Attach the bodies
+    again afterwards. The opset import stays.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def detach_bodies(model: ModelProto) -> None:
 
 
 def _renamed(model: ModelProto) -> dict[str, str]:
-    """The operators' names by those that their bodies in this model have got, where they differ."""
+    """The names of operators by the names that their bodies have in this model, if these differ."""
     found = {}
     for function in model.functions:
         if function.domain != DOMAIN or function.name in _BY_ONNX_NAME:
@@ -193,7 +193,7 @@ def _renamed(model: ModelProto) -> dict[str, str]:
 
 
 def _operator_nodes(model: ModelProto, renamed: Mapping[str, str]) -> Iterator[NodeProto]:
-    """The nodes of ai.dsa, outside its own functions."""
+    """The nodes of ai.dsa outside its own functions."""
     own = {*_BY_ONNX_NAME, *renamed}
     graphs = [model.graph.node, *(f.node for f in model.functions if f.domain != DOMAIN or f.name not in own)]
     return (node for nodes in graphs for node in _walk(nodes) if node.domain == DOMAIN)
@@ -206,7 +206,7 @@ def make_model(
     outputs: Sequence[ValueInfoProto],
     between: Sequence[ValueInfoProto] = (),
 ) -> ModelProto:
-    """A model of these nodes in the versions this package emits, with the bodies its nodes need."""
+    """A model of these nodes and the bodies that they need, in the versions that this package emits."""
     graph = helper.make_graph(nodes, name, inputs, outputs, value_info=between)
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="dsa_tvm"
@@ -218,13 +218,13 @@ def make_model(
 def value_info(
     spec: OpSpec, tensor: TensorSpec, variant: Mapping[str, str], lengths: Mapping[str, int]
 ) -> ValueInfoProto:
-    """Type and shape of one argument; a dimension without a length keeps its name."""
+    """The type and shape of an argument. A dimension without a length keeps its name."""
     shape = [lengths.get(d, d) for d in tensor.shape]
     return helper.make_tensor_value_info(tensor.name, ONNX_TYPES[spec.dtype_of(tensor, variant)], shape)
 
 
 def _walk(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """The nodes and those of their subgraphs."""
+    """The nodes, and those of their subgraphs."""
     for node in nodes:
         yield node
         for attribute in node.attribute:

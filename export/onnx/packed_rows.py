@@ -1,4 +1,4 @@
-"""Packed rows of the latent cache as standard ONNX nodes: bytes to the numbers that they stand for."""
+"""Standard ONNX nodes that unpack rows of the latent cache from bytes to numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def unpack(b: Body, rows: str, d_v: str) -> str:
     end = b.length(rows, 2)
 
     def part(start: str, stop: str, *last: str) -> str:
-        """Bytes [start, stop) of every row, its last axis of these lengths."""
+        """Bytes [start, stop) of every row, with the last axis split into these lengths."""
         cut = b("Slice", rows, start, stop, b.const([2]))
         return b("Reshape", b.cast(cut, TensorProto.INT32), b("Concat", few, *last, axis=0), allowzero=1)
 
@@ -27,7 +27,7 @@ def unpack(b: Body, rows: str, d_v: str) -> str:
     values = b("Mul", elements, b.unsqueeze(scales, 3))
     values = b("Cast", b("Cast", values, to=TensorProto.BFLOAT16), to=TensorProto.FLOAT)
     count = b("Div", b("Sub", end, scales_end), b.const([2]))
-    # A bf16 is the upper half of an f32.
+    # A bf16 number is the upper half of an f32 number.
     halves = b(
         "Pad", part(scales_end, end, count, b.const([2])), b.const([0, 0, 0, 2, 0, 0, 0, 0]), b.const(np.int32(0))
     )
@@ -36,7 +36,7 @@ def unpack(b: Body, rows: str, d_v: str) -> str:
 
 
 def _float32(b: Body, quads: str) -> str:
-    """The float32 whose little-endian bytes are the last axis of an int32 tensor."""
+    """float32 numbers from their little-endian bytes, which are the last axis of an int32 tensor."""
     first, second, third, fourth = (b("Gather", quads, b.const(i), axis=3) for i in range(4))
     half = b.const(np.int32(128))
     exponent = b("Add", b("Mul", b("Mod", fourth, half), b.const(np.int32(2))), b("Div", third, half))
@@ -44,7 +44,7 @@ def _float32(b: Body, quads: str) -> str:
         "Add", b("Mul", b("Mod", third, half), b.const(np.int32(65536))), b("Mul", second, b.const(np.int32(256)))
     )
     mantissa = b.cast(b("Add", mantissa, first), TensorProto.DOUBLE)
-    # By exponent: the unit of the mantissa, and the bit in front of it. float64 holds all products.
+    # By exponent: the unit of the mantissa and its leading bit. float64 holds all products exactly.
     exponents = np.arange(256)
     unit = np.where(exponents < 255, 2.0 ** (np.maximum(exponents, 1) - 150), np.inf)
     leading = np.where(exponents > 0, 2.0**23, 0.0)

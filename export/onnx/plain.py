@@ -1,13 +1,14 @@
-"""The same attention as fast standard ONNX, without exactness: what an engineer writes by hand today.
+"""The same attention in fast standard ONNX, as an engineer would write it by hand today.
 
-These are the baselines of the benchmark, float32 only. They differ from the operators where that is faster: indices
-come unordered and are only as many as there are keys, a row without a valid key gives NaN, the NaN rules do not hold,
-empty inputs are not served, and of sparse attention only `out` is computed.
+These models are the baselines of the benchmark, in float32 only. They differ from the operators where that is faster.
+There are at most as many indices as keys, in no order. A row without a valid key gives NaN, and the rules for NaN do
+not hold. Empty inputs are not served. Sparse attention computes only `out`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
@@ -21,7 +22,7 @@ from .nodes import make_model, value_info
 _NEG_INF = np.float32(-np.inf)
 
 
-def build_plain_model(op_name: str, *, dims: Mapping[str, int] | None = None, **attrs) -> ModelProto:
+def build_plain_model(op_name: str, *, dims: Mapping[str, int] | None = None, **attrs: Any) -> ModelProto:
     """A float32 model of one operator in its fastest standard form.
 
     Parameters
@@ -31,19 +32,19 @@ def build_plain_model(op_name: str, *, dims: Mapping[str, int] | None = None, **
     dims : mapping, optional
         Lengths to fix, by dimension name. With ``s_q`` 1 the indexer takes a form that is faster for one query.
     **attrs
-        The operator's attributes, all required.
+        The attributes of the operator, all required.
 
     Returns
     -------
     onnx.ModelProto
-        The operator's required inputs; its first output only. ``indices`` are ``[s_q, min(topk, s_kv)]`` int32 in no
-        order, and a place without a key in range holds one out of range. In ``sparse_mla`` a negative index is
-        skipped, and one at or above s_kv is an error at run time.
+        It has the required inputs and the first output of the operator. ``indices`` are int32
+        ``[s_q, min(topk, s_kv)]``, in no order. If too few keys are in range, the rest are indices out of range. In
+        ``sparse_mla`` a negative index is skipped, and one at or above s_kv is an error at run time.
 
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        No such operator or dimension; an attribute or length missing or out of range.
+        There is no such operator or dimension, or an attribute or a length is missing or out of range.
     """
     spec = known_spec(op_name)
     if op_name not in _PLAIN:
@@ -62,34 +63,35 @@ def build_plain_model(op_name: str, *, dims: Mapping[str, int] | None = None, **
 def build_plain_attention_model(
     *, topk: int, sm_scale: float, d_v: int, dims: Mapping[str, int] | None = None
 ) -> ModelProto:
-    """The whole attention in its fastest standard form: the inputs of `dsa_attention`, the output `out`.
+    """The whole attention in its fastest standard form, with the inputs of `dsa_attention` and the output `out`.
 
     Parameters
     ----------
     topk : int
+        Keys that each query selects.
     sm_scale : float
-        The model's own; it does not follow from d_qk.
+        The scale of the model. It does not follow from d_qk.
     d_v : int
-        Attributes of `dsa_attention`.
+        Width of the values.
     dims : mapping, optional
         Lengths to fix, by dimension name.
 
     Returns
     -------
     onnx.ModelProto
-        float32; no optional inputs.
+        In float32, without optional inputs.
 
     Raises
     ------
     dsa_tvm.errors.ArgumentError
-        No such dimension; or an attribute or a length is missing or out of range.
+        There is no such dimension, or an attribute or a length is out of range.
     """
     return build_plain_model("dsa_attention", dims=dims, topk=topk, sm_scale=sm_scale, d_v=d_v)
 
 
 def _logits(b: Body, q: str, k: str, one_query: bool) -> str:
     if one_query:
-        # Keys as the long side of the product: about a tenth faster than the general form.
+        # With the keys as the long side of the product, this is about a tenth faster than the general form.
         rows = b("Reshape", q, b("Concat", b.const([-1]), b.length(q, 2), axis=0))
         heads = b("Relu", b("MatMul", k, b("Transpose", rows, perm=[1, 0])))
         logits = b("MatMul", heads, b("Transpose", "weights", perm=[1, 0]))
@@ -109,7 +111,7 @@ def _attend(b: Body, indices: str, skipped: str, sm_scale: float, d_v: int) -> s
     keys = b("Gather", "kv", indices, axis=0)
     logits = b("MatMul", b("Mul", "q", b.const(np.float32(sm_scale))), b("Transpose", keys, perm=[0, 2, 1]))
     weights = b("Softmax", b("Add", logits, bias), axis=-1)
-    # The product over d_qk and a cut after it beat a cut of the keys, which is a copy.
+    # Multiplying by whole keys and slicing the product is faster than slicing the keys, which is a copy.
     return b("Slice", b("MatMul", weights, keys), b.const([0]), b.const([d_v]), b.const([2]))
 
 

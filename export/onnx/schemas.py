@@ -1,4 +1,4 @@
-"""The operators as ONNX knows its own: schemas for the checker, shape inference and onnxscript."""
+"""ONNX schemas of the operators, for the checker, shape inference and onnxscript."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...ops import OPS
 from ...spec import DIMS, ONNX_TYPES, OpSpec, TensorSpec, completed
 from .nodes import DOMAIN, VERSION
 
-#: ONNX's names of element types in a schema.
+#: The names of element types in an ONNX schema.
 _TYPE_STRINGS: Mapping[str, str] = {
     **{"float32": "tensor(float)", "bfloat16": "tensor(bfloat16)", "float16": "tensor(float16)"},
     **{"float8_e4m3fn": "tensor(float8e4m3fn)", "int8": "tensor(int8)", "int32": "tensor(int32)"},
@@ -26,11 +26,11 @@ def register_schemas() -> None:
     """Register an ``onnx.defs.OpSchema`` for every operator, in the domain ``ai.dsa``.
 
     With them ``onnx.checker`` checks our nodes, ``onnx.shape_inference`` infers their types and shapes, symbolic ones
-    too, and ``onnxscript.values.Opset("ai.dsa", 1)`` has the operators. The schemas count for this process; calling it
-    again changes nothing.
+    too, and ``onnxscript.values.Opset("ai.dsa", 1)`` has the operators. The schemas are registered for this process.
+    Another call changes nothing.
 
-    ONNX's checker then refuses a model whose *functions* have the operators' names only where such a function and a
-    schema disagree; the bodies of `attach_bodies` agree.
+    The checker then refuses a model with a *function* that has the name of an operator but disagrees with its schema.
+    The bodies of `attach_bodies` agree.
     """
     for spec in OPS.values():
         if not defs.has(spec.onnx_name, VERSION, DOMAIN):
@@ -70,7 +70,7 @@ def _parameter(tensor: TensorSpec) -> OpSchema.FormalParameter:
 
 
 def _infer(spec: OpSpec, context: Any) -> None:
-    """Set the outputs' types, and their shapes as far as inputs and attributes tell; refuse what cannot go together."""
+    """Set the types and, as far as known, the shapes of the outputs. Refuse inputs that do not go together."""
     lengths: dict[str, int | str] = {}
     types: dict[str, int] = {}
     for attr in spec.attrs:
@@ -83,7 +83,7 @@ def _infer(spec: OpSpec, context: Any) -> None:
             continue
         types.setdefault(tensor.dtype, given.tensor_type.elem_type)
         if not any(_goes_with(types, variant) for variant in spec.variants):
-            # Each type is one of its constraint's; here they do not go together.
+            # Each type is allowed by itself, but they do not go together.
             _fail(spec, tensor, "a type that is served with the others", TensorProto.DataType.Name(types[tensor.dtype]))
         if given.tensor_type.HasField("shape"):
             _learn(spec, tensor, given.tensor_type.shape.dim, lengths)
@@ -115,7 +115,7 @@ def _learn(
                 _fail(spec, tensor, f"{name} in {DIMS[name].range}", str(dim.dim_value))
             lengths[name] = dim.dim_value
         elif dim.dim_param:
-            # A symbol is the model's own name for the length; a number says more.
+            # A symbol is only the model's name for the length. A number says more.
             lengths.setdefault(name, dim.dim_param)
 
 

@@ -1,4 +1,4 @@
-"""The torch operators in ``torch.onnx.export``: each becomes one node of ``ai.dsa``. Needs torch and onnxscript."""
+"""Makes ``torch.onnx.export`` write each torch operator as one node of ``ai.dsa``. Needs torch and onnxscript."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .schemas import register_schemas
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """How ``torch.onnx.export`` writes ``torch.ops.dsa_tvm.*``, for its ``custom_translation_table``.
+    """A ``custom_translation_table`` for ``torch.onnx.export`` with the operators of ``torch.ops.dsa_tvm``.
 
-    It registers the torch operators (`dsa_tvm.torch_ops`) and the schemas (`register_schemas`). Attributes are numbers
-    in ONNX: a model that computes one from a shape, such as ``topk=min(2048, k.shape[0])``, is exported only where that
-    shape is fixed. Give `topk` itself instead; where there are fewer keys, the rest of the indices is -1.
+    This registers the torch operators (`dsa_tvm.torch_ops`) and the schemas (`register_schemas`). Attributes are
+    numbers in ONNX, so one that the model computes from a shape, such as ``topk=min(2048, k.shape[0])``, needs a fixed
+    shape. Pass `topk` itself instead: with fewer keys, the remaining indices are -1.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def _translation(spec: OpSpec) -> Callable[..., Any]:
                 )
         return operator(*inputs, **attrs)
 
-    # The exporter reads what is an input and what an attribute from the signature.
+    # From the signature, the exporter learns which arguments are inputs and which are attributes.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(
         [
