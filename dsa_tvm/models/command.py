@@ -15,7 +15,7 @@ _DTYPES = ("float32", "float16")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run_export` reads."""
+    """Add the arguments of `run_export`."""
     parser.add_argument("checkpoint", type=Path, help="directory with config.json and .safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument(
@@ -28,7 +28,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run_generate` reads."""
+    """Add the arguments of `run_generate`."""
     parser.add_argument("directory", type=Path, metavar="DIR", help="what dsa-tvm export has made")
     parser.add_argument(
         "--prompt", type=Path, required=True, metavar="FILE", help="text; without a tokenizer, numbers of tokens"
@@ -54,7 +54,7 @@ def run_export(args: argparse.Namespace) -> None:
     from .checkpoint import DTYPES
     from .onnx import export_checkpoint
 
-    # A process that is told to end cleans up as after Ctrl-C.
+    # On SIGTERM, clean up as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         export_checkpoint(
@@ -67,7 +67,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """Print tokens as they come; progress and times go to standard error."""
+    """Print tokens as they come. Progress and times go to standard error."""
     tokenizer = _tokenizer(args)
     prompt = _prompt(args.prompt, tokenizer)
     from .onnx import Generator
@@ -88,10 +88,10 @@ def _tokenizer(args: argparse.Namespace) -> Any:
         return None
     from tokenizers import Tokenizer
 
-    path.open("rb").close()  # an OSError names the file, which the library does not
+    path.open("rb").close()  # for an OSError that names the file; the library's errors do not
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library has no class of its own for errors
         raise ArgumentError(f"{path}: expected a tokenizer.json, got: {error}") from error
 
 
@@ -132,7 +132,7 @@ class _Numbers:
 
 
 class _Text:
-    """Tokens as text; a character that is not whole yet waits for its rest."""
+    """Tokens as text. An incomplete character waits for its remaining tokens."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer

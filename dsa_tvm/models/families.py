@@ -1,7 +1,7 @@
-"""The families of DSA models that Transformers has, and whether its version of them is one that we know.
+"""The families of DSA models in Transformers, and checks that its version of them is supported.
 
-Two methods of its classes are replaced (see `transformers`), so names and arguments are looked at before that; and
-where nobody has tested a version, a small model of each family has to compute what it computes with eager attention.
+We replace two methods of its classes (see `transformers`), so their names and arguments are checked first. With an
+untested version of Transformers, a small model of each family also has to give the results of its eager attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import transformers
 from ..errors import ModelError
 from ..spec import DIMS
 
-#: What `attn_implementation` is called.
+#: The name of the `attn_implementation`.
 NAME = "dsa_tvm"
 
 #: The oldest and the newest version of Transformers that the tests passed with.
@@ -26,7 +26,7 @@ TESTED = ("5.18.0", "5.24.0")
 
 @dataclass(frozen=True)
 class Family:
-    """Where Transformers keeps a family of models, and what it rotates the indexer's queries and keys with."""
+    """Where Transformers keeps a family of models, and how it rotates the queries and keys of the indexer."""
 
     model_type: str
     prefix: str
@@ -34,7 +34,7 @@ class Family:
 
     @property
     def module(self) -> Any:
-        """The modeling module, imported."""
+        """The modeling module, which is imported."""
         return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
 
     @property
@@ -53,7 +53,7 @@ FAMILIES = (
     Family("glm_moe_dsa", "GlmMoeDsa", "apply_rotary_pos_emb_interleave"),
 )
 
-#: What `select` and `attend` read of the modules.
+#: The attributes of the modules that `select` and `attend` read.
 _INDEXER_MEMBERS = (
     *("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "index_topk"),
     *("softmax_scale", "layer_idx", "config"),
@@ -64,7 +64,7 @@ _ATTENTION_MEMBERS = (
 
 
 def check_module(attention: Any) -> None:
-    """Raise `ModelError` unless an attention module has what is needed of it, in sizes that the operators serve."""
+    """Raise `ModelError` unless an attention module has all that we need, in sizes that the operators serve."""
     indexer = getattr(attention, "indexer", None)
     missing = [name for name in _ATTENTION_MEMBERS if not hasattr(attention, name)]
     missing += [f"indexer.{name}" for name in _INDEXER_MEMBERS if indexer is not None and not hasattr(indexer, name)]
@@ -94,7 +94,7 @@ def _changed(what: str) -> str:
 
 
 def check_family(family: Family) -> None:
-    """Raise `ModelError` unless the classes have the methods that are replaced, with the arguments passed on."""
+    """Raise `ModelError` unless the classes have the methods that we replace, with the arguments that we pass on."""
     try:
         module = family.module
     except ImportError as error:
@@ -122,7 +122,7 @@ def check_family(family: Family) -> None:
 
 
 def _small_model(family: Family) -> Any:
-    """A model of the family, as small as may be, with more tokens to choose from than it attends to."""
+    """A model of the family, as small as possible, for inputs longer than the number of keys that it selects."""
     config = getattr(transformers, f"{family.prefix}Config")(
         vocab_size=32,
         hidden_size=64,
@@ -140,7 +140,7 @@ def _small_model(family: Family) -> Any:
         index_n_heads=32,
         index_head_dim=128,
         pad_token_id=0,
-        initializer_range=0.2,  # so that a wrong result does not hide behind small numbers
+        initializer_range=0.2,  # large enough that a wrong result shows
     )
     return getattr(transformers, f"{family.prefix}ForCausalLM")(config).eval()
 
@@ -158,7 +158,7 @@ def _agree(family: Family) -> bool:
 
 
 def is_tested() -> bool:
-    """Whether the version of Transformers is among those that the tests passed with."""
+    """Whether the tests passed with this version of Transformers."""
     return _version(TESTED[0]) <= _version(transformers.__version__) <= _version(TESTED[1])
 
 
@@ -167,7 +167,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def check_agreement() -> None:
-    """Raise `ModelError` unless small models compute with our attention what they compute with eager attention."""
+    """Raise `ModelError` unless small models give the same results with our attention as with eager attention."""
     for family in FAMILIES:
         try:
             agree = _agree(family)

@@ -1,11 +1,11 @@
 """The two halves of a DSA layer on our operators: which keys a query attends to, and the attention to them.
 
-Both take the modules as Transformers built them. Attention runs in the absorbed form (DeepSeek-V2, section 2.1.2):
-`kv_b_proj` holds, for each head, W_k [qk_nope, rank] and W_v [v, rank]; instead of expanding the latents of the whole
-cache to keys and values of every head, W_k goes into the query and W_v behind the attention. Queries pass in blocks,
-because the absorbed ones of all heads would take more memory than everything else in the layer.
+Both take the modules of Transformers as they are. Attention runs in the absorbed form (DeepSeek-V2, section 2.1.2).
+`kv_b_proj` holds W_k [qk_nope, rank] and W_v [v, rank] for each head. Instead of expanding the latents of the whole
+cache to keys and values of every head, the query is multiplied by W_k and the output by W_v. Queries are processed in
+blocks, because the absorbed queries of all heads would take more memory than everything else in the layer.
 
-Selected rows count through the keys of all sequences joined: row = sequence * s_kv + position.
+Selected rows are numbered through the keys of all sequences: row = sequence * s_kv + position.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..errors import ArgumentError, ModelError
 from ..spec import DIMS
 from .ranges import boolean, unpack
 
-#: An attribute of the attention classes whose `expand_kv` hands the latents on.
+#: An attribute that marks the attention classes whose `expand_kv` we have replaced.
 HOOKED = "_dsa_tvm_hooked"
 
-#: What the intermediate results of one block of queries may take. A GPU needs more of them to be busy.
+#: Memory for the intermediate results of one block of queries. A GPU needs larger blocks to be busy.
 _BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# The only calls of the library, and what an exporter swaps for nodes of its own.
+# The only calls of the library. An exporter replaces them by nodes.
 def indexer_topk(*inputs: torch.Tensor | None, topk: int) -> torch.Tensor:
     """``torch.ops.dsa_tvm.indexer_topk``."""
     return torch.ops.dsa_tvm.indexer_topk(*inputs, topk=topk)
@@ -67,19 +67,19 @@ def select(
     ----------
     indexer : DeepseekV32Indexer or GlmMoeDsaIndexer
     rotate : callable
-        Rotary position embedding of the family's indexer, ``rotate(q, k, cos, sin, unsqueeze_dim=2)``.
+        Rotary position embedding of the indexer: ``rotate(q, k, cos, sin, unsqueeze_dim=2)``.
     hidden_states : tensor [b, s_q, hidden]
     q_latent : tensor [b, s_q, q_lora_rank]
     position_embeddings : tuple of two tensors [1 or b, s_q, qk_rope]
         Cosine and sine.
     mask : tensor
-        What `ranges.key_ranges` made, int32, or a dense one, see `ranges.boolean`.
+        int32 ranges from `ranges.key_ranges`, or a dense mask, see `ranges.boolean`.
     cache : transformers.Cache, optional
 
     Returns
     -------
     rows : tensor [b, s_q, topk or s_kv], int32
-        Rows of all sequences joined, ascending, -1 behind. Where s_kv is at most topk nothing is scored.
+        Rows among those of all sequences, ascending, then -1. If s_kv is at most topk, nothing is scored.
     """
     _check_type(hidden_states)
     b, s_q, _ = hidden_states.shape
@@ -103,7 +103,7 @@ def select(
     width = s_kv if fits else topk
     if not fits:
         keys = _widened(k.reshape(b * s_kv, -1), _served("d_idx", k.shape[-1]))
-        # A key whose scale is NaN has no rank and is never selected.
+        # A key whose scale is NaN is never selected.
         k_scale = None if seen is None else torch.where(seen, 1.0, torch.nan).flatten()
 
     def scored(part: slice) -> torch.Tensor:
@@ -148,7 +148,7 @@ def attend(
     indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What Transformers' `AttentionInterface` calls: attention of every head to the selected rows.
+    """Attention of every head to the selected rows, as called by the `AttentionInterface` of Transformers.
 
     Parameters
     ----------
@@ -157,12 +157,12 @@ def attend(
     latent : tensor [b, 1, s_kv, rank], or [b, 1, s_kv, rank + qk_rope] as `RowCache` keeps them
     k_rot : tensor [b, 1, s_kv, qk_rope], or empty
     attention_mask : tensor, optional
-        Not used: `indices` hold to it.
+        Not used, because `indices` already respect it.
     scaling : float
     dropout : float
-        0: there is no dropout.
+        Has to be 0.
     indices : tensor [b, s_q, n], int32
-        What `select` returned.
+        The result of `select`.
     **kwargs
         `output_attentions` has to be false or absent.
 
@@ -170,14 +170,14 @@ def attend(
     -------
     out : tensor [b, s_q, h_q, v], type of `query`
     None
-        There are no attention weights to return.
+        In place of attention weights, which are not returned.
 
     Raises
     ------
     ArgumentError
-        Dropout or attention weights are asked for.
+        The caller asks for dropout or attention weights.
     ModelError
-        A module of another family, or one whose `kv_b_proj` has a bias.
+        The module belongs to another family, or its `kv_b_proj` has a bias.
     """
     if indices is None or not hasattr(module, HOOKED):
         raise ModelError(f"dsa_tvm: expected the attention of a DSA model that is served, got {type(module).__name__}")
@@ -193,7 +193,7 @@ def attend(
     d_v, d_qk = _served("d_v", rank), kv.shape[-1]
 
     def attended(part: slice) -> torch.Tensor:
-        # Heads first, so that each head's tokens of all sequences are one matrix.
+        # Heads come first, so that the tokens of all sequences form one matrix for each head.
         q_nope, q_rot = query[:, :, part].transpose(0, 1).flatten(1, 2).split([nope, rope], -1)
         q = torch.cat([_widened(torch.bmm(q_nope, w_k), d_v), _widened(q_rot, d_qk - d_v)], -1)
         q = q.transpose(0, 1).to(kv.dtype).contiguous()
@@ -212,7 +212,7 @@ def _check_type(x: torch.Tensor) -> None:
 def _in_blocks(
     compute: Callable[[slice], torch.Tensor], s_q: int, bytes_each: int, device: torch.device
 ) -> torch.Tensor:
-    """`compute` of all queries, dimension 1 of its result, with `bytes_each` of memory for each that is under way."""
+    """Run `compute` for all queries, dimension 1 of its result, in blocks. Each query takes `bytes_each` of memory."""
     blocks = list(_blocks(s_q, bytes_each, device))
     if len(blocks) == 1:
         return compute(blocks[0])
@@ -225,7 +225,7 @@ def _in_blocks(
 
 
 def _blocks(s_q: int, bytes_each: int, device: torch.device) -> Iterator[slice]:
-    # A graph would hold every block: whoever compiles a prefill bounds its memory by chunks (prefill_chunk_size).
+    # A graph would contain every block. A compiled prefill bounds its memory by prefill_chunk_size instead.
     if torch.compiler.is_compiling():
         yield slice(None)
         return
@@ -235,21 +235,21 @@ def _blocks(s_q: int, bytes_each: int, device: torch.device) -> Iterator[slice]:
 
 
 def _all_short(start: torch.Tensor, end: torch.Tensor, topk: int) -> bool:
-    """Whether no range is longer than topk. To look at numbers on a GPU would wait for it, so False there."""
+    """Whether no range is longer than topk. False on a GPU, because reading the numbers would wait for it."""
     if torch.compiler.is_compiling() or start.device.type != "cpu":
         return False
     return bool(((end - start) <= topk).all())
 
 
 def _among(dense: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, topk: int) -> torch.Tensor:
-    """Rows selected by scores that are held whole, sequence by sequence: for masks that are no ranges."""
+    """Rows selected for a mask that is not made of ranges. All scores of one sequence are held at a time."""
     b, s_kv, _ = keys.shape
     start = torch.zeros(q.shape[1], dtype=torch.int32, device=q.device)
     end = torch.full_like(start, s_kv)
     rows = []
     for i in range(b):
         scores = lightning_indexer(q[i].contiguous(), keys[i], weights[i].contiguous(), start, end)
-        # NaN has no rank: what is hidden is never selected, not even where too little is seen.
+        # NaN is never selected. So a hidden key is not selected even if a query sees fewer than topk keys.
         selected = topk_indices(scores.masked_fill(~dense[i], torch.nan), start, end, topk=topk)
         rows.append(torch.where(selected >= 0, selected + i * s_kv, -1))
     return torch.stack(rows)
@@ -265,14 +265,14 @@ def _whole_ranges(start: torch.Tensor, end: torch.Tensor, width: int, seen: torc
 
 
 def _up_projections(module: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_k [h_q, qk_nope, rank] and W_v [h_q, v, rank] of `kv_b_proj`, whatever module it has become."""
+    """W_k [h_q, qk_nope, rank] and W_v [h_q, v, rank] of `kv_b_proj`, which may be any module."""
     projection, rank = module.kv_b_proj, module.kv_lora_rank
     if getattr(projection, "bias", None) is not None:
         raise ModelError("kv_b_proj: expected no bias, which has no absorbed form, got one")
     plain = type(projection) is torch.nn.Linear and "forward" not in projection.__dict__
     if plain and not projection._forward_hooks and not projection._forward_pre_hooks:
         weight = projection.weight
-    else:  # quantized, with adapters, offloaded: what it makes of the unit vectors is its matrix
+    else:  # quantized, offloaded or with adapters: its results for unit vectors are its matrix
         weight = projection(torch.eye(rank, dtype=like.dtype, device=like.device)).transpose(0, 1)
     return weight.unflatten(0, (heads, -1)).split([module.qk_nope_head_dim, module.v_head_dim], 1)
 
@@ -280,12 +280,12 @@ def _up_projections(module: Any, heads: int, like: torch.Tensor) -> tuple[torch.
 def _rows(
     latent: torch.Tensor, k_rot: torch.Tensor, indices: torch.Tensor, rank: int, rope: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of latent and rope key in one tensor, as the operator reads them, and the indices into it."""
+    """Rows of latent and rope key in one tensor for the operator, and the indices into it."""
     parts = [latent.reshape(-1, latent.shape[-1])]
-    if latent.shape[-1] == rank:  # Transformers' own caches keep the two apart
+    if latent.shape[-1] == rank:  # the caches of Transformers keep the two apart
         parts.append(k_rot.reshape(-1, rope))
         _, s_q, n = indices.shape
-        if statically_known_true(s_q * n < latent.shape[2]):  # decode: join what is selected, not the whole cache
+        if statically_known_true(s_q * n < latent.shape[2]):  # decode: join only the selected rows
             flat = indices.flatten()
             parts = [part.index_select(0, flat.clamp(min=0)) for part in parts]
             here = torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device)
@@ -300,7 +300,7 @@ def _rows(
 
 
 def _served(dim: str, length: int) -> int:
-    """The next length that the operators serve, or `length` where none is: the operator then says what it serves."""
+    """The next larger length that the operators serve. If there is none, `length`: the operator then refuses it."""
     for value in DIMS[dim].values:
         if value >= length:
             return value

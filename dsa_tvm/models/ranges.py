@@ -1,10 +1,10 @@
-"""The mask of a DSA model as two numbers a query: the first key it may see, and the one behind its last.
+"""The mask of a DSA model as two numbers for each query: the first key that it may see, and one past the last.
 
-Transformers asks the attention implementation for a mask once a forward. Its own are `[b, 1, s_q, s_kv]`; ours is
-`[b, 1, s_q, 2 + n]` int32. The first two columns are the range, in keys of the query's own sequence. Where some keys
-inside of a range are hidden from every query (padding between two turns of a conversation), `n` columns follow:
-row by row they hold one flag a key, 1 for those that may be seen. Where what a query sees is no range even so, the
-mask is Transformers' own after all, boolean, and the scores are held for a block of queries at a time.
+Transformers asks the attention implementation for a mask once in each forward pass. Its own masks have the shape
+`[b, 1, s_q, s_kv]`. Ours is int32 `[b, 1, s_q, 2 + n]`. The first two columns are the range, in keys of the query's
+sequence. If some keys inside a range are hidden from every query, such as padding between two turns of a conversation,
+`n` more columns hold one flag for each key, row by row: 1 for keys that may be seen. If the keys of a query do not form
+a range even then, the mask is the boolean one of Transformers, and the scores of a block of queries are held at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ArgumentError
 
-#: How many entries of a dense mask are looked at in one piece.
+#: How many entries of a dense mask are made at a time.
 _DENSE_ENTRIES = 1 << 22
 
 _NOT_A_RANGE = (
@@ -38,34 +38,34 @@ def key_ranges(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """What Transformers' `AttentionMaskInterface` calls: the ranges of all queries of a forward.
+    """The ranges of all queries of a forward pass, as called by the `AttentionMaskInterface` of Transformers.
 
     Parameters
     ----------
     batch_size, q_length, kv_length : int
-        b, s_q and s_kv; s_kv is the capacity where the cache has one.
+        b, s_q and s_kv. If the cache has a capacity, that is s_kv.
     q_offset, kv_offset : int or tensor
         Positions of the first query and of the first key.
     mask_function : callable
-        Which keys a query sees; any function whose answer is one range for each query.
+        Tells which keys a query sees.
     attention_mask : tensor [b, positions], bool, optional
-        False for padding, which may be anywhere.
+        False for padding, at any position.
     use_vmap : bool
-        Whether `mask_function` takes single indices only.
+        Whether `mask_function` takes only single indices.
     device : torch.device or str
     **kwargs
-        What other implementations need.
+        Ignored; other implementations need them.
 
     Returns
     -------
     mask : tensor [b, 1, s_q, 2 + n], int32, or [b, 1, s_q, s_kv], bool
-        See the module; n is 0 where no key inside of a range is hidden.
+        See the top of this module. n is 0 if no key inside a range is hidden.
     """
     if mask_function is causal_mask_function:
         end = (torch.arange(q_length, device=device) + (q_offset + 1 - kv_offset)).clamp(0, kv_length)[None]
         start = torch.zeros_like(end)
     else:
-        offset: Any = q_offset  # a tensor of static caches, which Transformers' annotation leaves out
+        offset: Any = q_offset  # static caches pass a tensor, which the annotation in Transformers leaves out
 
         def dense(first: int, length: int, padding: torch.Tensor | None = None) -> Any:
             return sdpa_mask(
@@ -91,7 +91,7 @@ def key_ranges(
         seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         first, last = _extent(seen)
         start, end = torch.maximum(start, first[:, None]), torch.minimum(end, last[:, None])
-        # While a graph is traced nobody can look: the flags are part of it then.
+        # While a graph is traced, nobody can know this, so the flags become part of it.
         if torch.compiler.is_compiling() or bool((seen.sum(-1) != last - first).any()):
             hidden = seen
     ranges = torch.stack([start, torch.maximum(end, start)], -1).expand(batch_size, q_length, 2).to(torch.int32)
@@ -103,7 +103,7 @@ def key_ranges(
 
 
 def unpack(mask: torch.Tensor, s_kv: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The ranges, and which keys may be seen at all, of what `key_ranges` made.
+    """Take a mask from `key_ranges` apart: ranges, and which keys may be seen at all.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def unpack(mask: torch.Tensor, s_kv: int) -> tuple[torch.Tensor, torch.Tensor, t
     -------
     start, end : tensor [b, s_q], int64
     seen : tensor [b, s_kv], bool, or None
-        None where all keys inside of the ranges may be seen.
+        None if all keys inside the ranges may be seen.
     """
     start, end = mask[..., 0].long(), mask[..., 1].long()
     if mask.shape[-1] == 2:
@@ -123,12 +123,12 @@ def unpack(mask: torch.Tensor, s_kv: int) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def boolean(mask: torch.Tensor, s_q: int, s_kv: int) -> torch.Tensor:
-    """A dense mask, of Transformers or of the caller of the model, as True for the keys that a query sees.
+    """A dense mask from Transformers or from the caller of the model, as True for the keys that a query sees.
 
     Parameters
     ----------
     mask : tensor [1 or b, 1 or s_q, s_kv], bool or floating point
-        Floating point is added to scores: 0 for the keys that are seen, the lowest number or -inf for others.
+        Floating-point masks are added to scores: 0 for keys that are seen, the lowest number or -inf for others.
     s_q, s_kv : int
 
     Returns
@@ -138,7 +138,7 @@ def boolean(mask: torch.Tensor, s_q: int, s_kv: int) -> torch.Tensor:
     Raises
     ------
     ArgumentError
-        A mask of another shape, or one that holds biases.
+        The mask has another shape, or it contains biases.
     """
     if mask.shape[-1] != s_kv or mask.shape[-2] not in (1, s_q):
         raise ArgumentError(
@@ -154,7 +154,7 @@ def boolean(mask: torch.Tensor, s_q: int, s_kv: int) -> torch.Tensor:
 
 
 def _evaluated(dense: Callable, q_length: int, entries: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Ranges [b, s_q] of a mask function, from its dense mask, some queries at a time; None where it has gaps."""
+    """Ranges [b, s_q] of a mask function, from its dense mask, some queries at a time; None if they have gaps."""
     compiling = torch.compiler.is_compiling()
     step = q_length if compiling else max(1, _DENSE_ENTRIES // max(1, entries))
     pieces = []
@@ -171,7 +171,7 @@ def _evaluated(dense: Callable, q_length: int, entries: int) -> tuple[torch.Tens
 
 
 def _extent(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one past the last True along the last dimension; 0 and 0 where there is none."""
+    """The first and one past the last True along the last dimension; 0 and 0 if there is none."""
     positions = torch.arange(seen.shape[-1], dtype=torch.int32, device=seen.device)
     end = torch.where(seen, positions + 1, 0).amax(-1)
     start = torch.where(seen, positions, seen.shape[-1]).amin(-1)
@@ -180,6 +180,6 @@ def _extent(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _require(condition: torch.Tensor, message: str) -> None:
     if torch.compiler.is_compiling():
-        torch._assert_async(condition, message)  # looked at when the graph runs
+        torch._assert_async(condition, message)  # checked when the graph runs
     elif not bool(condition):
         raise ArgumentError(message)

@@ -1,8 +1,8 @@
 """One DSA attention layer in float64 NumPy, written from the papers and slow on purpose.
 
-Multi-head latent attention is that of DeepSeek-V2, section 2.1, in its plain form: keys and values of every head are
-expanded. The indexer is equation 1 of the DeepSeek-V3.2 technical report, the selection its equation 2. Rotary
-embedding is RoFormer's, section 3.2.2, scaled by YaRN (section 3) where the configuration says so.
+Multi-head latent attention is that of DeepSeek-V2, section 2.1, in its plain form, which expands the keys and values of
+every head. The indexer is equation 1 of the DeepSeek-V3.2 technical report, the selection its equation 2. Rotary
+embedding is that of RoFormer, section 3.2.2, scaled by YaRN, section 3, if the configuration says so.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Layer:
     Parameters
     ----------
     heads, qk_nope, qk_rope, v, kv_rank : int
-        Heads of the attention; a head's key without and with position, its value; width of the latent.
+        The number of heads; the widths of a head's key without and with position and of its value; the width of the
+        latent.
     index_heads, index_dim, topk : int
     rope : mapping
-        `rope_theta` and `rope_type`; for "yarn" also `factor`, `original_max_position_embeddings`, and if they differ
-        from the paper's `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`.
+        `rope_theta` and `rope_type`. For "yarn" also `factor` and `original_max_position_embeddings`, and, if they
+        differ from the paper, `beta_fast`, `beta_slow`, `mscale` and `mscale_all_dim`.
     index_interleaved : bool
         Whether the indexer rotates neighbours (GLM-5) or the halves of its first `qk_rope` numbers (DeepSeek-V3.2).
         The attention itself always rotates neighbours.
@@ -58,7 +59,7 @@ class Layer:
 
 
 class Output(NamedTuple):
-    """What a layer computes: its output, its selection, and the scores that led to it."""
+    """The results of a layer: its output, its selection, and the scores of the selection."""
 
     out: Array
     indices: Array
@@ -74,29 +75,29 @@ def attention(
     first: int = 0,
     indices: Array | None = None,
 ) -> Output:
-    """One sequence through the layer.
+    """Compute the layer for one sequence.
 
     Parameters
     ----------
     layer : Layer
     weights : mapping of str to ndarray
-        Names are those of the checkpoints, behind ``model.layers.N.self_attn.``.
+        By the names in checkpoints without ``model.layers.N.self_attn.``.
     x : ndarray [s, hidden]
         Normalized hidden states.
     positions : ndarray [s], int
     first : int
-        Tokens before this one are padding, which no query sees.
+        The first token that is not padding. No query sees padding.
     indices : ndarray [s, topk], int, optional
-        A selection to use, as a layer does that shares the one of an earlier layer; -1 stands for none.
+        A selection to use, as in a layer that shares that of an earlier layer; -1 stands for none.
 
     Returns
     -------
     out : ndarray [s, hidden], float64
         0 for a query that sees nothing.
     indices : ndarray [s, topk], int64
-        Selected keys, ascending, -1 behind.
+        Selected keys, ascending, then -1.
     scores : ndarray [s, s], float64, or None
-        Of the indexer, -inf for what a query may not see; None with `indices` given.
+        Scores of the indexer, -inf for keys that a query may not see; None if `indices` are given.
     """
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     x = np.asarray(x, np.float64)
@@ -129,7 +130,7 @@ def attention(
 
 
 def index_scores(layer: Layer, weights: Mapping[str, Array], x: Array, positions: Array, *, first: int = 0) -> Array:
-    """Scores [s, s] of the indexer, -inf for what a query may not see; arguments as those of `attention`."""
+    """Scores [s, s] of the indexer, -inf for keys that a query may not see. Arguments are those of `attention`."""
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     x, angles = np.asarray(x, np.float64), _angles(layer, positions)
     q_latent = _rms_norm(_linear(w, "q_a_proj", x), w["q_a_layernorm.weight"])
@@ -149,7 +150,7 @@ def index_scores(layer: Layer, weights: Mapping[str, Array], x: Array, positions
 
 
 def _select(scores: Array, topk: int) -> Array:
-    """The `topk` largest of each row, equal ones by lower index, in ascending order, -1 behind."""
+    """Indices of the `topk` largest of each row, ascending, then -1. Of equal values the lower index is preferred."""
     indices = np.full((scores.shape[0], topk), -1, np.int64)
     for t, row in enumerate(scores):
         best = np.argsort(-row, kind="stable")[:topk]
@@ -181,19 +182,19 @@ def _layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-6) -> Arra
 
 
 def _angles(layer: Layer, positions: Array) -> tuple[Array, Array]:
-    """Cosine and sine [s, qk_rope / 2], YaRN's factor of magnitude in them."""
+    """Cosine and sine [s, qk_rope / 2], multiplied by YaRN's magnitude factor."""
     frequencies, magnitude = frequencies_of(layer.rope, layer.qk_rope)
     angle = np.asarray(positions, np.float64)[:, None] * frequencies
     return magnitude * np.cos(angle), magnitude * np.sin(angle)
 
 
 def frequencies_of(rope: Mapping[str, Any], dim: int) -> tuple[Array, float]:
-    """Frequencies [dim / 2] of a rotary embedding, and what its cosines and sines are multiplied by.
+    """Frequencies [dim / 2] of a rotary embedding, and the factor of its cosines and sines.
 
     Raises
     ------
     ValueError
-        A `rope_type` that is neither "default" nor "yarn".
+        `rope_type` is neither "default" nor "yarn".
     """
     base = float(rope["rope_theta"])
     frequencies = base ** (-np.arange(0, dim, 2) / dim)
@@ -205,7 +206,7 @@ def frequencies_of(rope: Mapping[str, Any], dim: int) -> tuple[Array, float]:
     factor, length = rope["factor"], rope["original_max_position_embeddings"]
 
     def dimension_of(turns: float) -> float:
-        """Which pair turns that often within the original length."""
+        """The pair that makes this many turns within the original length."""
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(dimension_of(rope.get("beta_fast") or 32)), 0)
@@ -222,7 +223,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _rotate(x: Array, angles: tuple[Array, Array], interleaved: bool) -> Array:
-    """Each pair of numbers of `x` [s, heads, dim] turned by its angle: neighbours, or i and i + dim / 2."""
+    """Rotate each pair of numbers of `x` [s, heads, dim] by its angle. Pairs are neighbours, or i and i + dim / 2."""
     cos, sin = (a[:, None] for a in angles)
     half = x.shape[-1] // 2
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])

@@ -1,6 +1,6 @@
-"""A cache for DSA models that no step copies.
+"""A cache for DSA models that a decoding step does not copy.
 
-Transformers' `DynamicCache` concatenates at every step, and both of its caches keep latent and rope key apart, while
+The `DynamicCache` of Transformers is concatenated at every step. Its caches also keep latent and rope key apart, but
 the operators read rows that hold both. `RowCache` keeps such rows, in buffers that double when they are full.
 """
 
@@ -12,14 +12,14 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer
 
-#: Tokens that the first buffer has room for.
+#: The number of tokens that fit in the first buffer.
 FIRST_CAPACITY = 1024
 
 
 class RowLayer(DynamicIndexedLayer):
     """Rows [b, 1, capacity, rank + qk_rope] and indexer keys [b, capacity, d_idx] of one layer.
 
-    Both are handed out whole, as by a static cache: what is behind the last token is in no query's range.
+    Both are returned whole, as from a static cache. Rows behind the last token are in no query's range.
     """
 
     def __init__(self, capacity: int = FIRST_CAPACITY, **kwargs: Any):
@@ -28,15 +28,15 @@ class RowLayer(DynamicIndexedLayer):
         self.length = self.indexed = self.capacity = 0
 
     def get_seq_length(self) -> int:
-        """Tokens that the layer holds."""
+        """The number of tokens in the layer."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the next `update` will hand out, and the position of the first."""
+        """The number of keys that the next `update` will return, and the position of the first."""
         return self._capacity_for(self.length + query_length), 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
-        """Write the rows of new tokens and hand out all of them.
+        """Write the rows of new tokens, and return the whole buffer.
 
         Parameters
         ----------
@@ -49,7 +49,7 @@ class RowLayer(DynamicIndexedLayer):
         -------
         rows : tensor [b, 1, capacity, rank + qk_rope]
         empty : tensor [b, 1, 1, 0]
-            A batch for what repeats or selects one in both.
+            In place of values. It has a batch, for code that repeats or selects in both.
         """
         s_q, rank = key_states.shape[-2:]
         end = self.length + s_q
@@ -64,7 +64,7 @@ class RowLayer(DynamicIndexedLayer):
         return self.keys, self.values
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
-        """Write the indexer keys [b, s_q, d_idx] of new tokens and hand out all of them, [b, capacity, d_idx]."""
+        """Write the indexer keys [b, s_q, d_idx] of new tokens, and return the whole buffer [b, capacity, d_idx]."""
         b, s_q, width = indexer_key_states.shape
         end = self.indexed + s_q
         capacity = max(self.capacity, self._capacity_for(end))
@@ -76,12 +76,12 @@ class RowLayer(DynamicIndexedLayer):
         return self.indexer_keys
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; the number is negative, as Transformers has it.
+        """Forget the last tokens. Their number is negative, as in Transformers.
 
         Raises
         ------
         ValueError
-            A positive number.
+            The number is positive.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}")
@@ -106,9 +106,9 @@ class RowCache(DynamicCache):
     Parameters
     ----------
     config : transformers.PreTrainedConfig
-        Of the model.
+        The configuration of the model.
     capacity : int
-        Tokens that the first buffers have room for; they double when they are full.
+        The number of tokens that fit in the first buffers. Buffers double when they are full.
     """
 
     def __init__(self, config: Any, capacity: int = FIRST_CAPACITY):

@@ -1,18 +1,18 @@
 """``attn_implementation="dsa_tvm"`` for Transformers' DeepSeek-V3.2 and GLM-5 (`deepseek_v32`, `glm_moe_dsa`).
 
-Importing this module registers it; then ``from_pretrained(..., attn_implementation="dsa_tvm")`` loads a model on the
-operators of this package, and `accelerate` moves a loaded one there. The forward of the attention stays Transformers'
-own, so do projections, norms, rotary embeddings, caches, the sharing of a selection between layers, and `generate`.
-Four things act where the configuration says "dsa_tvm", and only there:
+Importing this module registers it. Then ``from_pretrained(..., attn_implementation="dsa_tvm")`` loads a model that uses
+the operators of this package, and `accelerate` changes a loaded model. The forward method of the attention stays that
+of Transformers. So do projections, norms, rotary embeddings, caches, selections that layers share, and `generate`. If,
+and only if, the configuration says "dsa_tvm", four things are different:
 
 - the mask is a range of keys for each query instead of ``[b, 1, s_q, s_kv]`` (`ranges.key_ranges`);
 - the indexer's forward selects with `indexer_topk` instead of holding every score (`layer.select`);
-- `expand_kv` hands the latents on instead of expanding them;
+- `expand_kv` returns the latents instead of expanding them;
 - the attention is `sparse_mla` in the absorbed form (`layer.attend`).
 
-Registries of Transformers take the first and the last. The other two replace methods of its classes; what they need is
-checked when this module is imported, and a version of Transformers that is not among the tested ones has to agree with
-its own eager attention on a small model first.
+Registries of Transformers take the first and the last. The other two replace methods of its classes, which are checked
+when this module is imported. An untested version of Transformers also has to give the results of its eager attention on
+a small model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 __all__ = ["NAME", "TESTED", "RowCache", "accelerate", "restore"]
 
-#: Where `accelerate` keeps what was set before.
+#: Where `accelerate` keeps the previous implementation.
 _BEFORE = "_dsa_tvm_before"
 
 
@@ -43,8 +43,8 @@ def accelerate(model: Model) -> Model:
     Parameters
     ----------
     model : torch.nn.Module
-        `DeepseekV32ForCausalLM`, `GlmMoeDsaForCausalLM`, or anything that holds their attention. It is changed in
-        place; ``model.set_attn_implementation(...)`` and `restore` change it back.
+        `DeepseekV32ForCausalLM`, `GlmMoeDsaForCausalLM`, or anything that contains their attention. It is changed in
+        place. ``model.set_attn_implementation(...)`` and `restore` change it back.
 
     Returns
     -------
@@ -54,8 +54,8 @@ def accelerate(model: Model) -> Model:
     Raises
     ------
     ModelError
-        No attention of these families in it, a size that the operators do not serve, or modules that lack what is
-        needed of them.
+        The model has no attention of these families, a size that the operators do not serve, or a module that lacks
+        an attribute.
     """
     attentions = [m for m in model.modules() if isinstance(m, _attention_classes())]
     if not attentions:
@@ -71,12 +71,12 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate`: each part of the model gets the attention back that it had before, "sdpa" if that is unknown.
+    """Undo `accelerate`. Each part of the model gets its previous attention back, or "sdpa" if that is unknown.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place. A model that is not accelerated stays as it is.
+        Changed in place. A model that is not accelerated does not change.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def _set_implementation(holder: Any, name: str) -> None:
 
 def _install(family: Family) -> None:
     attention, indexer, module = family.attention, family.indexer, family.module
-    if hasattr(attention, HOOKED):  # this module was loaded before
+    if hasattr(attention, HOOKED):  # this module was imported before
         return
     expand, forward = attention.expand_kv, indexer.forward
 
@@ -138,7 +138,7 @@ def _install(family: Family) -> None:
         attention_mask,
         position_ids=None,
         cache=None,
-        past_key_values=None,  # what `cache` was called up to Transformers 5.23
+        past_key_values=None,  # the name of `cache` up to Transformers 5.23
     ):
         cache = past_key_values if cache is None else cache
         if self.config._attn_implementation != NAME:
@@ -166,7 +166,7 @@ def _register() -> None:
 
 
 def _refusing(message: str) -> Callable:
-    """An attention for whoever asks for the implementation although importing this module has failed."""
+    """An attention that always raises, for models that use the implementation although importing this module failed."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ModelError(message)
