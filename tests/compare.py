@@ -9,9 +9,10 @@ from dsa_tvm.spec import OpSpec, Tolerance
 
 
 def tolerance_of(spec: OpSpec, output: str, dtype: str, device: str = "cpu") -> Tolerance | None:
-    """What an output of an operator may differ by, by the element type of its first input; None for indices.
+    """The tolerance of an output, by the element type of the first input; None for indices.
 
-    Tensor cores that multiply fp8 make sums that are less precise than those of float32, which all others hold to.
+    On CPUs logits have the tolerance of float32 for every element type. Tensor cores that multiply fp8 sum less
+    precisely.
     """
     exact = output == "logits" and device == "cpu"
     return spec.tolerance.get(output, {}).get("float32" if exact else dtype)

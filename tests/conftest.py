@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pytest
 
-# Python processes that the tests start must not find the checkout in their working directory either.
+# Child processes must not find the checkout in their working directory either.
 os.environ["PYTHONSAFEPATH"] = "1"
-# But they find the helpers of the tests, as pytest itself does (pythonpath in pyproject.toml).
+# But they find the helpers of the tests, as pytest does (pythonpath in pyproject.toml).
 _HELPERS = [str(Path(__file__).parent / room) for room in (".", "ops", "doors", "gpu", "tuning")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
-# Importing TVM beside torch would otherwise compile an extension for a minute.
+# Otherwise importing TVM would compile an extension for torch, which takes a minute.
 os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-# Threads that wait by spinning keep the CPUs from the tests of other processes.
+# Waiting threads that spin would keep the CPUs from tests in other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-#: The files whose tests take `cuda_sets`, and with the others that take minutes.
+#: The files whose tests use `cuda_sets`, and all files that take minutes.
 CUDA_SETS = ("test_cuda_build.py", "test_cuda_doors.py")
 LONGEST = (*CUDA_SETS, "test_tuning.py", "test_build.py", "test_cuda_tuning.py", "test_readme.py", "test_install.py")
 
 
 @pytest.fixture
 def gpu():
-    """For what a CPU does not have."""
+    """Skip the test unless there is a GPU and a library for it."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -37,7 +37,7 @@ def gpu():
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    """Where the tensors are."""
+    """The device of the tensors."""
     if request.param == "cuda":
         request.getfixturevalue("gpu")
     return request.param
@@ -45,7 +45,7 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def cuda_sets():
-    """The CUDA kernels of a whole library. Making them takes a minute, so nothing makes them again."""
+    """The CUDA kernels of a whole library, made once because that takes a minute."""
     pytest.importorskip("tvm", reason="building needs apache-tvm")
     from dsa_tvm.schedules import CUDA_ARCHS
 
@@ -57,20 +57,20 @@ def cuda_sets():
 
 @pytest.fixture(scope="session")
 def cuda_built(cuda_sets, tmp_path_factory):
-    """The library of them, compiled for every architecture if there is nvcc, which takes minutes."""
+    """The library with these kernels. nvcc, if there is one, compiles them for every architecture in minutes."""
     from cuda_library import build
 
     return build(tmp_path_factory.mktemp("cuda"), cuda_sets)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: of several processes none is left with one of them at the end."""
+    """Run the longest tests first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-@pytest.hookimpl(optionalhook=True)  # a machine with a GPU may be without the plugin
+@pytest.hookimpl(optionalhook=True)  # the plugin may be missing on a machine with a GPU
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n``, one process makes the CUDA kernels, and one each file's own fixtures."""
+    """With ``-n``, one process makes the CUDA kernels, and each file runs in one process with its fixtures."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFixtures(LoadScopeScheduling):

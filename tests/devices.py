@@ -1,4 +1,4 @@
-"""The operators on either device, from arrays to arrays: the tests of the one are those of the other."""
+"""Calls of the operators with arrays, on the CPU or on a GPU, so that both devices share their tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsa_tvm.ops.element_types import STORAGE
 
 
 def dots_of_bf16(device: str) -> bool:
-    """Whether bf16 is multiplied by a CPU's bf16 dot products, which take subnormal numbers for 0."""
+    """Whether the CPU's bf16 dot products are used, which treat subnormal numbers as 0."""
     return device == "cpu" and dsa_tvm.active_target().endswith("-bf16")
 
 
@@ -26,16 +26,14 @@ def dots_of_8_bits(name: str) -> bool:
 
 
 def float_target() -> str:
-    """The CPU target that the kernels for float32 are of."""
+    """The CPU target whose kernels serve float32."""
     from dsa_tvm.schedules import chain
 
     return chain(dsa_tvm.active_target())[-1]
 
 
 def run(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
-    """What ``dsa_tvm.<op>(*args, **kwargs)`` returns.
-
-    On a GPU `run_torch` calls it.
+    """Call ``dsa_tvm.<op>(*args, **kwargs)``, on a GPU through `run_torch`.
 
     Parameters
     ----------
@@ -43,7 +41,7 @@ def run(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
     device : str
         "cpu" or "cuda".
     *args, **kwargs
-        Of the function, the tensors as arrays.
+        Arguments of the function, with tensors as arrays.
     """
     return getattr(dsa_tvm, op)(*args, **kwargs) if device == "cpu" else run_torch(op, device, *args, **kwargs)
 
@@ -71,14 +69,14 @@ def run_torch(op: str, device: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def complete(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with d_v, which has a default in the functions but not in torch.ops."""
+    """The arguments including d_v, which has a default in the functions but not in torch.ops."""
     if not any(attr.name == "d_v" for attr in OPS[op].attrs):
         return arguments
     return {"d_v": 512, **arguments}
 
 
 def as_tuple(x: Any) -> tuple[Any, ...]:
-    """The outputs of an operator that may have one."""
+    """The outputs of an operator as a tuple, even if there is only one."""
     return tuple(x) if isinstance(x, tuple | list) else (x,)
 
 
@@ -90,7 +88,7 @@ def same_bits(x: Any, y: Any) -> bool:
 
 
 def to_device(array: np.ndarray, device: str) -> Any:
-    """A torch tensor of its own."""
+    """A copy of an array as a torch tensor."""
     import torch
 
     bits = array.view(STORAGE.get(array.dtype.name, array.dtype))

@@ -1,4 +1,4 @@
-"""Seeded torch tensors for a call of any operator, on either device, in sizes that reach other kernels on a GPU."""
+"""Seeded torch tensors for calls of any operator on any device, in sizes that reach different kernels on a GPU."""
 
 from __future__ import annotations
 

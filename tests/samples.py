@@ -17,12 +17,12 @@ DTYPES = {
     "uint8": np.dtype(np.uint8),
 }
 
-#: What the numbers 1.0 are in int8: a few of thousands leave its range.
+#: The scale of int8 numbers. A few of thousands of normally distributed numbers exceed the range.
 _INT8_SCALE = 1 / 40
 
 
 def numbers(rng, shape, dtype):
-    """Normally distributed numbers; in int8, rounded multiples of a scale, with ends of the range among them.
+    """Normally distributed numbers. In int8 they are multiples of a scale and include both ends of the range.
 
     Bytes (uint8) carry packed rows, so they are uniform.
     """
@@ -36,12 +36,12 @@ def numbers(rng, shape, dtype):
 
 
 def indexer_inputs(rng, variant, *, s_q=5, s_kv=300, h_idx=64, d_idx=128, scaled=False):
-    """Arguments of `lightning_indexer`, causal, weights scaled as the contract says."""
+    """Arguments of `lightning_indexer`: causal ranges, and weights with the scale that the operator expects."""
     q = numbers(rng, (s_q, h_idx, d_idx), variant["T"])
     k = numbers(rng, (s_kv, d_idx), variant["K"])
     weights = (rng.standard_normal((s_q, h_idx)) * h_idx**-0.5 * d_idx**-0.5).astype(np.float32)
     if variant["T"] == "int8":
-        # They hold the scale of the queries, and here that of the keys, too.
+        # The weights contain the scale of the queries and, here, also that of the keys.
         weights *= np.float32(_INT8_SCALE**2)
     ks = np.zeros(s_q, np.int32)
     ke = np.arange(s_kv - s_q + 1, s_kv + 1, dtype=np.int32)
@@ -50,7 +50,7 @@ def indexer_inputs(rng, variant, *, s_q=5, s_kv=300, h_idx=64, d_idx=128, scaled
 
 
 def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
-    """Arguments of `sparse_mla`, all indices valid."""
+    """Arguments of `sparse_mla` with valid indices only."""
     return {
         "q": rng.standard_normal((s_q, h_q, d_qk)).astype(DTYPES[dtype]),
         "kv": rng.standard_normal((s_kv, d_qk)).astype(DTYPES[dtype]),
@@ -59,7 +59,7 @@ def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
 
 
 def row_inputs(rng, dtype, *, batch=2, capacity=300, s_new=5, d_row=576):
-    """Arguments of `write_rows`, with positions on both sides of the cache and some that stand twice."""
+    """Arguments of `write_rows`, with positions before and behind the cache and with repeated ones."""
     positions = rng.integers(-3, capacity + 3, (batch, s_new)).astype(np.int32)
     positions[:, -1] = positions[:, 0]
     shapes = ((batch, capacity, d_row), (batch, s_new, d_row))
@@ -69,21 +69,21 @@ def row_inputs(rng, dtype, *, batch=2, capacity=300, s_new=5, d_row=576):
 
 
 def repeat_rows(array, distinct):
-    """In place: row i becomes row ``i % distinct``, as tokens of repetitive text are alike."""
+    """Replace row i by row ``i % distinct``, in place, as in repetitive text."""
     array[:] = array[np.arange(len(array)) % distinct]
     return array
 
 
 def packed_attention_inputs(rng, **sizes):
-    """Arguments of `sparse_mla_fp8`, likewise; d_v is 512."""
+    """Arguments of `sparse_mla_fp8` with valid indices only; d_v is 512."""
     arguments = attention_inputs(rng, "bfloat16", **sizes)
     return arguments | {"kv": pack_mla_rows(arguments["kv"])}
 
 
 def flatten(arguments):
-    """Arguments of an indexer or an attention in which every sum has addends of one sign, and most have equal ones.
+    """Arguments of an indexer or an attention whose sums have terms of one sign, most of them equal.
 
-    All numbers of a key are equal, and so are all of a query, for all its heads.
+    All numbers of a key are equal, and so are all numbers of a query in all its heads.
     """
     found = dict(arguments)
     for name in ("q", "index_q", "k", "index_k", "kv"):

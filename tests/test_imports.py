@@ -13,7 +13,7 @@ import dsa_tvm
 
 PACKAGE = Path(dsa_tvm.__file__).parent
 
-#: What each part of the package may import of the others, directly, anywhere in its code.
+#: The other parts that each part of the package may import, anywhere in its code.
 ALLOWED = {
     "errors": set(),
     "spec": {"errors"},
@@ -35,7 +35,7 @@ ALLOWED = {
     },
     "env": {"runtime"},
 }
-#: Free to import anything. Tuning checks and times with the benchmark's means; nothing else imports them.
+#: These may import anything. Only tuning imports one of them: it checks and times as the benchmark does.
 TOPS = {"benchmark", "cli"}
 
 
@@ -47,7 +47,7 @@ def parts():
 
 
 def imported(path):
-    """First names below the package that a file imports, wherever in it."""
+    """The parts of the package that a file imports anywhere."""
     depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
@@ -73,7 +73,7 @@ def test_light(module):
 
 
 def test_measuring_on_a_gpu_takes_no_compiler():
-    """Nor torch: the machine with the GPU has NumPy and the driver."""
+    """Neither TVM nor torch is needed: the machine with the GPU may only have NumPy and the driver."""
     heavy = '{"tvm", "torch", "onnxruntime", "tvm_ffi", "ml_dtypes", "xgboost"}'
     modules = ", ".join(f"dsa_tvm.tuning.{name}" for name in ("command", "gpu.command", "gpu.measure", "worker"))
     code = f"import sys, {modules}; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"

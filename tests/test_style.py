@@ -25,7 +25,7 @@ def test_ruff(command):
 
 
 def test_types(tmp_path):
-    """As it is installed, so that relative imports between the top-level folders resolve."""
+    """Checks the installed layout, in which relative imports between the top-level folders resolve."""
     pytest.importorskip("mypy")
     package = tmp_path / "dsa_tvm"
     shutil.copytree(ROOT / "dsa_tvm", package)

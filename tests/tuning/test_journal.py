@@ -1,4 +1,4 @@
-"""Logs outlive kills, full disks and each other."""
+"""Logs survive kills, full disks and other writers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_killed_at_random_instants(log):
         while more := os.read(reader, 4096):
             told += len(more)
         os.close(reader)
-        # The process may have been killed between the end of `append` and telling so.
+        # The process may have been killed after `append`, before it could report that.
         assert len(numbers(log)) - known in (told, told + 1)
         known = len(numbers(log))
         assert numbers(log) == list(range(known))
@@ -98,7 +98,7 @@ def test_merge_killed_at_every_call(log, tmp_path):
 @pytest.mark.parametrize("writers", [2, 4])
 @pytest.mark.parametrize("merging", [False, True], ids=["", "merging"])
 def test_many_processes(log, tmp_path, writers, merging):
-    """With a merge that replaces the file all the time, too."""
+    """Appends are kept even if a merge replaces the file all the time."""
     each = 60
     source = Log(tmp_path / "source" / "x86-64-v4" / "topk.jsonl")
     write(source, -1, -2)
@@ -107,7 +107,7 @@ def test_many_processes(log, tmp_path, writers, merging):
     def merge_on():
         while not stop.exists():
             merge([source.path], log.path)
-            # Nothing makes the lock go to whoever waits longest.
+            # Let the others have the lock, which need not go to the process that waits longest.
             time.sleep(0.002)
 
     children = [start(lambda w=w: write(log, *range(w * each, (w + 1) * each))) for w in range(writers)]
@@ -207,7 +207,7 @@ def test_full_disk(tmp_path):
 
 
 def test_what_is_no_regular_file(log):
-    """A FIFO is neither waited for nor emptied nor replaced; a device, neither. It is said before anything is done."""
+    """FIFOs and devices are refused before any work. Nobody waits for them, empties them or replaces them."""
     log.path.parent.mkdir(parents=True)
     os.mkfifo(log.path)
     for action in (log.expect_writable, lambda: write(log, 1), lambda: merge([], log.path)):
@@ -223,7 +223,7 @@ def test_what_is_no_regular_file(log):
 
 
 def test_a_link_to_a_log(log, tmp_path):
-    """What it leads to is written and merged into; the link stays."""
+    """Appends and merges go to the target of a link, and the link stays."""
     other = Log(tmp_path / "other" / log.path.parent.name / log.path.name)
     write(other, 1)
     log.path.parent.mkdir(parents=True)

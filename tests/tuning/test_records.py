@@ -1,4 +1,4 @@
-"""Tuning records: nothing damaged, foreign or implausible is believed, and nothing of that kind stops a reader."""
+"""Tuning records: damaged, foreign and implausible lines are rejected, and none of them stops a reader."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def fill(log, count):
 
 
 def signed(document):
-    """A line with a right checksum, whatever it says."""
+    """A line with a correct checksum and any content."""
     return record.canonical(document | {"sum": record.digest(document)})
 
 
 def document(**changes):
-    """What a good line says, without its checksum."""
+    """The content of a good line, without its checksum."""
     plain = json.loads(line_of(make()))
     del plain["sum"]
     return plain | changes
@@ -94,7 +94,7 @@ def test_every_prefix(log):
     for length in range(len(data) + 1):
         log.path.write_bytes(data[:length])
         found, damage = log.read()
-        # A record that lacks only its newline is whole.
+        # A record without its newline is complete.
         assert found == written[: sum(length >= end for end in ends)]
         torn = length not in (0, *ends, *(end + 1 for end in ends))
         assert [item.line for item in damage] == [len(found) + 1] * torn
@@ -104,7 +104,7 @@ def test_flipped_bits(log):
     written = fill(log, 5)
     data, rng = log.path.read_bytes(), random.Random(0)
     newlines = [at for at, byte in enumerate(data) if byte == ord("\n")]
-    # Every newline, and the letter of each exponent: another case would be the same number.
+    # Flip every newline, and the letter of every exponent, which in the other case would mean the same number.
     exponents = [at for at in range(len(data)) if data[at - 1 : at + 2] in (b"5e-", b"1e-", b"2e-")]
     flips = [(at, bit) for at in newlines + exponents for bit in range(8)]
     flips += [(rng.randrange(len(data)), rng.randrange(8)) for _ in range(600)]
@@ -185,7 +185,7 @@ ONE, TWO = {"1": [1e-3]}, {"1": [1e-3], "2": [1e-3]}
         ({"seconds": {}, "default_seconds": {}, "roof": {}}, "seconds: expected some"),
         ({"error": "crashed"}, "seconds: expected none"),
         ({"error": ""}, "error: expected"),
-        # The median counts: one slow run does not hide that the others were impossible.
+        # The median counts, so one slow run does not hide impossible ones.
         (
             {"seconds": {"1": [7.9e-5, 7.9e-5, 1.0]}, "default_seconds": ONE, "roof": {"1": 1e-4}},
             "seconds: expected a m",
@@ -209,7 +209,7 @@ ONE, TWO = {"1": [1e-3]}, {"1": [1e-3], "2": [1e-3]}
     ],
 )
 def test_what_cannot_be_true(changes, reason):
-    """With a right checksum."""
+    """Lines with a correct checksum and a bad field."""
     with pytest.raises(RecordError) as caught:
         parse(signed(document(**changes)))
     assert str(caught.value).startswith(reason)
@@ -218,7 +218,7 @@ def test_what_cannot_be_true(changes, reason):
 @pytest.mark.parametrize("times", [(math.nan,), (math.inf,), (-math.inf,), [1e-3], 1e-3])
 @pytest.mark.parametrize("threads", [1, 0, "1"])
 def test_what_cannot_be_written(times, threads):
-    """What no line can hold is refused as well."""
+    """Values that no line can represent are refused too."""
     with pytest.raises(RecordError, match="seconds: expected"):
         make(seconds={threads: times}, default_seconds={threads: (1e-3,)}, roof={threads: 1e-4})
     if threads != 1:
@@ -237,7 +237,7 @@ WEIRD += [{"1": 1}, {"1": [1, None]}, {"1": ["1"]}, {"1": {"1": [1]}}, {"9" * 50
 
 @pytest.mark.parametrize("field", sorted(document()))
 def test_wrong_types(field):
-    """Either an error that says so, or a line that comes out as it went in."""
+    """A record is either refused with an error, or comes back unchanged from its line."""
     refused = 0
     for value in WEIRD:
         line = signed(document(**{field: value}))

@@ -1,4 +1,4 @@
-"""``dsa-tvm records``."""
+"""The command ``dsa-tvm records``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def variant(n):
 
 @pytest.fixture
 def log(tmp_path):
-    """Four trials, of which one failed, and three finals."""
+    """A directory with four trials, one of them failed, and three finals."""
     log = Log(tmp_path / "logs" / "x86-64-v4" / "topk.jsonl")
     for n, speedup in enumerate((0.5, 1.1, 1.05)):
         log.append(make(bucket=(1, 32768), speedups=(speedup, speedup), decisions=variant(n)))
@@ -74,7 +74,7 @@ def test_best(directory, log, capsys):
     out = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert " ".join(out[0]) == "x86-64-v4 topk: topk 2048 (deepseek-v3.2, deepseek-v3.2-tp8, glm-5)"
     assert " ".join(out[1]) == "size threads x DEFAULT ms of roof decisions"
-    # 2.5 ms of DEFAULT with one thread, 1.25 with two; the roofs are 0.1 and 0.05 ms.
+    # DEFAULT takes 2.5 ms with one thread and 1.25 ms with two. The roofs are 0.1 and 0.05 ms.
     assert " ".join(out[2]) == (
         "1 x 4096 1, 2 4.000, 0.500 0.625, 2.50 16%, 2% scan=64 slack=4 (slower than DEFAULT somewhere: not used)"
     )
@@ -89,7 +89,7 @@ def test_best(directory, log, capsys):
 
 
 def test_best_of_a_gpu(tmp_path, capsys):
-    """Operators that only GPUs are tuned for are among them, and few heads are a search of their own."""
+    """Operators that are tuned only for GPUs are listed too, and few heads count as a search of their own."""
     log = Log(tmp_path / "sm_90a" / "sparse_mla_fp8.jsonl")
     for h_q in (128, 16):
         shape = dict(make("sparse_mla_fp8", (1, 65536)).shape, h_q=h_q)
@@ -131,7 +131,7 @@ def test_show_a_picture(directory, tmp_path, capsys):
 
 
 def test_show_a_picture_without_matplotlib(directory, tmp_path, capsys, monkeypatch):
-    """Before anything is printed or written."""
+    """Errors come before anything is printed or written."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     file = tmp_path / "curve.png"
     with pytest.raises(DsaError, match=r"png: expected matplotlib to be installed.*pip install 'dsa_tvm\[plot\]'"):
@@ -172,12 +172,12 @@ def test_curve_as_text():
 
 
 def heights(speedups):
-    """Of the curve in its picture, in pixels above the axis of the trials, from left to right."""
+    """Heights of the curve in a picture, in pixels above the axis of trials, from left to right."""
     image = pytest.importorskip("matplotlib.image")
     pixels = image.imread(io.BytesIO(curve.as_png(speedups, width=500, height=300)))
     assert pixels.shape[:2] == (300, 500)
     colors = pixels[:, :, :3]
-    # The curve alone has a colour; the axes are dark.
+    # Only the curve has a colour. The axes are dark.
     drawn = colors.max(2) - colors.min(2) > 0.3
     axis = np.flatnonzero((colors.max(2) < 0.3).sum(1) > 300)[-1]
     columns = np.flatnonzero(drawn.any(0))
@@ -185,7 +185,7 @@ def heights(speedups):
 
 
 def test_curve_as_png():
-    """A line that goes up once, in the middle, from the bottom to the top."""
+    """The curve rises once, in the middle, from the bottom to the top."""
     columns, found = heights([1.0] * 50 + [2.0] * 25 + [0.0] * 25)
     middle = (columns[0] + columns[-1]) / 2
     left, right = found[columns < middle - 3], found[columns > middle + 3]
@@ -193,7 +193,7 @@ def test_curve_as_png():
 
 
 def test_a_curve_of_one_trial():
-    """A failed one is a line at the bottom, and one that was better a line at the top."""
+    """A single failed trial is a line at the bottom, a better one a line at the top."""
     for speedup, low, high in ((0.0, 0, 10), (3.0, 200, 300)):
         columns, found = heights([speedup])
         assert len(columns) > 400 and np.ptp(found) == 0 and low < found[0] < high

@@ -22,7 +22,7 @@ BEST = {
 
 
 def worth(best, decisions):
-    """A made-up speed that falls with the distance from `best`."""
+    """A made-up speed that decreases with the distance from `best`."""
     return 2 ** (-0.2 * sum(abs(math.log2((decisions[n] + 1) / (v + 1))) for n, v in best.items()))
 
 
@@ -48,7 +48,7 @@ def test_proposals_are_new_and_legal(op):
 
 
 def test_equal_seeds_and_answers_give_equal_proposals():
-    """Even where somebody else draws from NumPy's global generator, and without a change to what it draws next."""
+    """NumPy's global generator has no effect on the proposals, and does not change."""
     found = []
     for global_seed in (1, 2):
         np.random.seed(global_seed)
@@ -60,14 +60,14 @@ def test_equal_seeds_and_answers_give_equal_proposals():
 
 
 def test_learns():
-    """The last proposals of a guided search are better than those of one that is told nonsense."""
+    """The last proposals of a guided search are better than those of a search that learns nonsense."""
     late = {guided: searched("sparse_mla", 65, 2, guided)[1][-16:] for guided in (True, False)}
     mean = {guided: sum(values) / len(values) for guided, values in late.items()}
     assert mean[True] > 1.15 * mean[False]
 
 
 def test_small_space_ends():
-    """Every combination once, then nothing."""
+    """A search proposes every combination once, and then nothing."""
     search = Search("topk", CPU["topk"], TARGET, seed=3, batch=8)
     legal, told = search.size, set()
     while batch := search.ask():
@@ -84,7 +84,7 @@ def test_small_space_ends():
 
 
 def test_failures_are_avoided():
-    """A value that always fails is proposed less often."""
+    """A value that always fails is proposed less and less."""
     op = "lightning_indexer"
     search = Search(op, CPU[op], TARGET, seed=5, batch=8)
     counts = []
@@ -96,7 +96,7 @@ def test_failures_are_avoided():
 
 
 def test_replay_by_value():
-    """What is sampled can be noted again by value, and decisions of another version are recognised."""
+    """Sampled decisions can be replayed by value, and decisions of another version are recognised."""
     import tvm
 
     for op, module in CPU.items():

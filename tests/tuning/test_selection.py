@@ -1,4 +1,4 @@
-"""Which decisions a library holds, and which of them a call gets."""
+"""Which decisions a library contains, and which of them a call gets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def variant(n):
 
 
 def final(bucket, n, speedup, op="topk", **changes):
-    """A final of `variant(n)`; `speedup` is one for all numbers of threads, or one for each."""
+    """A final of `variant(n)`. `speedup` is one number for all thread counts, or one for each."""
     speedups = speedup if isinstance(speedup, tuple) else (speedup, speedup)
     return make(op, bucket, speedups, kind="final", **{"decisions": variant(n)} | changes)
 
@@ -33,26 +33,26 @@ def lookup(rows, s_q, s_kv):
 
 
 def chosen(records, op="topk"):
-    """Slack by bucket."""
+    """The chosen slack of each bucket."""
     rows = choose(op, records, DEFAULT, LENGTHS)
     return {(s_q, s_kv): lookup(rows, s_q, s_kv)["slack"] for s_q, row in BUCKETS[op].items() for s_kv in row}
 
 
 def others(records):
-    """What is not DEFAULT of that."""
+    """The buckets whose choice is not DEFAULT."""
     return {bucket: slack for bucket, slack in chosen(records).items() if slack != 2048}
 
 
 @pytest.mark.parametrize("op", BUCKETS)
 def test_calls_go_to_the_nearest_bucket(op):
     buckets = [(s_q, s_kv) for s_q, row in BUCKETS[op].items() for s_kv in row]
-    # A bucket tells which it is by its decisions.
+    # The decisions of a bucket are its number.
     records = [final(bucket, n, 2.0, op) for n, bucket in enumerate(buckets)]
     rows = choose(op, records, DEFAULT, LENGTHS)
     assert len(rows) == len(buckets)
 
     def nearest(length, sizes):
-        # By ratio; the geometric middle belongs to the smaller one.
+        # Nearest by ratio. The geometric mean belongs to the smaller size.
         return min(sizes, key=lambda size: (max(length / size, size / length), size))
 
     edges = {(a * b) ** 0.5 for a in (1, 16, 128, 2048, 4096, 32768, 131072) for b in (1, 16, 128, 2048, 4096, 32768)}
@@ -99,7 +99,7 @@ def test_a_kernel_that_is_there_is_used_where_it_gains_little():
 
 
 def test_the_largest_total_gain_first():
-    """Each bucket has a specialist a little better than the one that serves all: it is not worth its place."""
+    """A specialist of a bucket that is only a little better than one for all buckets is not worth a kernel."""
     records = [*everywhere(50, 1.2), final((1, 4096), 1, 1.22), final((16, 4096), 2, 1.23)]
     assert set(chosen(records).values()) == {50}
     records[-1] = final((16, 4096), 2, 1.25)
@@ -107,20 +107,20 @@ def test_the_largest_total_gain_first():
 
 
 def test_gain_is_what_the_others_do_not_bring():
-    """The second of two good all-rounders gains nothing once the first is in."""
+    """The second of two good all-rounders gains nothing once the first is chosen."""
     records = everywhere(1, 1.5) + everywhere(2, 1.49) + [final((1, 4096), 3, 1.6)]
     assert set(chosen(records).values()) == {1, 3}
 
 
 def test_a_loss_elsewhere_is_no_loss():
-    """Other buckets keep what they have: among specialists the best one is taken."""
+    """Of several specialists the best one is taken. Other buckets do not change."""
     general = everywhere(1, 1.2)
     good, better = final((1, 4096), 2, 1.37), [r for r in everywhere(3, 1.0) if r.shape["s_kv"] != 4096]
     assert chosen([*general, good, *better, final((1, 4096), 3, 1.4)])[1, 4096] == 3
 
 
 def test_default_is_as_fast_as_itself():
-    """Whatever it was measured with as a finalist."""
+    """DEFAULT is never chosen as a record, whatever its final says."""
     assert others([final((1, 4096), 2048, 1.5), final((1, 4096), 7, 1.4)]) == {(1, 4096): 7}
 
 
@@ -132,7 +132,7 @@ def test_the_order_of_the_records_does_not_matter():
 def test_slower_with_some_number_of_threads():
     assert not others([final((1, 4096), 7, (2.0, 0.98))])
     assert others([final((1, 4096), 7, (2.0, 0.995))]) == {(1, 4096): 7}
-    # In another bucket the same decisions are as good as measured there.
+    # In another bucket, the same decisions count with what was measured there.
     assert others([final((1, 4096), 7, (2.0, 0.98)), final((16, 4096), 7, 2.0)]) == {(16, 4096): 7}
 
 
