@@ -35,7 +35,7 @@ class CDoor(Door):
         return [call.tensor(t.name).array for t in call.spec.outputs]
 
     def options(self, call: Call) -> ctypes.Structure:
-        """How the call is to run."""
+        """The options of the call."""
         return Options(call.options.get("size", ctypes.sizeof(Options)), call.options.get("num_threads", 0))
 
     def _typed(self, call: Call, inputs: list, outputs: list, options: Any) -> int:

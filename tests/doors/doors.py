@@ -1,4 +1,4 @@
-"""The four doors, each as a way to make a `Call` of `hostile.samples` and get its outputs as NumPy arrays."""
+"""The four doors. Each takes a `Call` of `hostile.samples` and returns its outputs as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from dsa_tvm.spec import OpSpec
 
 
 class Refused(Exception):
-    """A door's own error, whatever it is there."""
+    """Stands for the error of a door, whose class depends on the door."""
 
 
 class Door:
     """One way to call an operator.
 
-    `offers` is what it can express of the needs of cases. `run` writes to the call's outputs where "outputs" is among
-    them.
+    `offers` lists the needs of cases that it can express. If "outputs" is among them, `run` writes to the outputs of
+    the call.
     """
 
     name: str
     offers: frozenset[str]
 
     def can(self, case: Case, spec: OpSpec) -> bool:
-        """Whether the case can be expressed here."""
+        """Whether this door can express the case."""
         return case.needs <= self.offers
 
     def run(self, call: Call) -> list[np.ndarray]:
-        """The outputs; raises `Refused`."""
+        """The outputs of a call. Raises `Refused` if the door refuses it."""
         raise NotImplementedError
 
     def blames(self, message: str, call: Call, name: str) -> bool:
-        """Whether the message names this argument. Ours all have one form."""
+        """Whether a message names this argument. All our messages have the same form."""
         return bool(re.search(rf"{call.spec.name}: {name}: expected .*, got ", message))
 
 
@@ -60,7 +60,7 @@ class OnDevice:
 
 
 class Impostor(OnDevice):
-    """A tensor on the CPU whose capsule is none, or one of something else."""
+    """A tensor on the CPU whose capsule is missing, or belongs to something else."""
 
     def __init__(self, array: np.ndarray, capsule: Any) -> None:
         super().__init__(array)
@@ -74,7 +74,7 @@ class Impostor(OnDevice):
 
 
 class Functions(Door):
-    """The Python functions, over what `convert` makes of an argument."""
+    """The Python functions, with arguments that `convert` has made."""
 
     _common = frozenset({"outputs", "strides", "objects", "bool", "double", "missing", "options", "device"})
 
@@ -96,7 +96,7 @@ class Functions(Door):
         except ArgumentError as error:
             raise Refused(str(error)) from error
         except TypeError as error:
-            # Python's own, for an argument that is not there.
+            # Python itself refuses a missing argument.
             if "missing 1 required" in str(error):
                 raise Refused(str(error)) from error
             raise
@@ -128,7 +128,7 @@ def to_numpy_door(argument: Argument) -> Any:
 
 
 def used_capsule() -> Any:
-    """A capsule whose tensor another consumer has taken; the tensor is gone."""
+    """A capsule whose tensor another consumer has taken."""
     producer = Impostor(np.zeros(4, np.float32), None)
     producer.capsule = producer.array.__dlpack__()
     np.from_dlpack(producer)
@@ -174,7 +174,7 @@ class TorchOps(Door):
         except ArgumentError as error:
             raise Refused(str(error)) from error
         except RuntimeError as error:
-            # torch's own check against the schema.
+            # From torch's check against the schema.
             if "Expected a value of type" in str(error) or "missing value for argument" in str(error):
                 raise Refused(str(error)) from error
             raise
@@ -185,7 +185,7 @@ class TorchOps(Door):
 
 
 def memories(call: Call) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The memory around every argument, as it is and a copy."""
+    """The memory around every argument, and a copy of it."""
     found = {name: memory_of(array) for name, array in call.arrays().items()}
     return {name: (memory, memory.copy()) for name, memory in found.items() if memory.dtype == np.uint8}
 
@@ -196,7 +196,7 @@ def check_memory(call: Call, before: dict[str, tuple[np.ndarray, np.ndarray]]) -
         for output in call.outputs:
             array = call.tensor(output).array
             start = array.ctypes.data - memory.ctypes.data
-            # Its own memory, or that of the input it is.
+            # An output may lie in the memory of an input.
             if 0 <= start <= len(memory) - array.nbytes:
                 old[start : start + array.nbytes] = memory[start : start + array.nbytes]
         assert np.array_equal(old, memory), f"memory around or in {name} was written to"
@@ -207,7 +207,7 @@ DOORS = ("functions, NumPy", "functions, torch", "torch.ops", "ONNX Runtime", "C
 
 
 def make_door(name: str) -> Door:
-    """A door by its name; skips the test where its package is not installed."""
+    """A door by its name. Skips the test if its package is not installed."""
     if "torch" in name:
         pytest.importorskip("torch")
     if name == "ONNX Runtime":

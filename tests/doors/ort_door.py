@@ -17,10 +17,10 @@ from dsa_tvm.spec import OpSpec
 
 
 class OnnxRuntime(Door):
-    """One-node models, whose inputs and outputs are bound where they lie."""
+    """Models of one node, with inputs and outputs bound to the memory of the call."""
 
     name = "ONNX Runtime"
-    # Lists and other objects cannot be written into a model; "missing" and the right kinds of wrong attributes can.
+    # A model cannot contain lists and other objects, but attributes may be missing or have a wrong value.
     offers = frozenset({"missing"})
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class OnnxRuntime(Door):
         try:
             session.run_with_iobinding(binding)
         except RuntimeError:
-            # With bindings Python is told only that much; without them it is told the status too.
+            # With bindings, Python gets only the message. Without them it gets the status too.
             try:
                 session.run_with_ort_values(list(call.outputs), inputs)
             except errors.InvalidArgument as error:
@@ -57,11 +57,11 @@ class OnnxRuntime(Door):
         return [call.tensor(t.name).array for t in call.spec.outputs]
 
     def blames(self, message: str, call: Call, name: str) -> bool:
-        # An attribute that cannot be read has no "got".
+        # The message about an unreadable attribute has no "got".
         if f"{call.spec.name}: {name}: expected " in message or f"input parameter ({name})" in message:
             return True
-        # ONNX Runtime's own checks: a required input left out is named by its position, and of types that do not go
-        # together it says only which operator they were for.
+        # Checks of ONNX Runtime: it names a missing required input by its position, and of types that do not go
+        # together it names only the operator.
         position = list(call.inputs).index(name) if name in call.inputs else -1
         return f"input {position} is marked single but has an empty string" in message or (
             "no kernel def matches node inputs for Op: " + call.spec.onnx_name in message
@@ -76,7 +76,7 @@ class OnnxRuntime(Door):
             while not names[-1] and call.spec.inputs[len(names) - 1].optional:
                 names.pop()
             node = helper.make_node(call.spec.onnx_name, names, list(outputs), domain="ai.dsa", **call.attrs)
-            # Without a rank, so that every check is the kernel's.
+            # Without ranks, so that the kernel does all the checks.
             of_graph, results = ([value(n, kind) for n, kind in group.items() if kind] for group in (inputs, outputs))
             graph = helper.make_graph([node], "one", of_graph, results)
             opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.dsa", 1)]

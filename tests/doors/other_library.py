@@ -1,4 +1,4 @@
-"""Another library than the installed one, through the door that users have for it."""
+"""Use another library than the installed one, as users can."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import dsa_tvm
 from dsa_tvm.spec import DLPACK_TYPES
 
 PROGRAM = Path(__file__).parent.parent / "c" / "embed.c"
-# From PyPI, so that no machine lacks them.
+# These come from PyPI, so that every machine has them.
 CMAKE = [sys.executable, "-m", "cmake"]
 PKG_CONFIG = [sys.executable, "-m", "pkgconf"]
 
@@ -29,7 +29,7 @@ def config(flag):
 
 
 def check(program):
-    """No Python, no TVM: the environment is empty."""
+    """Run a program in an empty environment, without Python and TVM."""
     output = run(program, env={"OMP_NUM_THREADS": "2"})
     assert output.splitlines()[-1] == "ok"
     assert f"version {dsa_tvm.__version__}" in output
@@ -62,7 +62,7 @@ def test_config_flags(tmp_path):
 
 
 def test_every_element_type_has_a_name():
-    """In the header: the numbers are DLPack's, which a C program should not have to write out."""
+    """The header names them, so that a C program need not use the numbers of DLPack."""
     header = (Path(dsa_tvm.__file__).parent / "include" / "dsa_tvm" / "dsa_tvm.h").read_text()
     codes = re.search(r"enum \{\n  DSA_TVM_INT.*?\};", header, re.DOTALL)[0]
     named = {

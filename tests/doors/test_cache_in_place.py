@@ -1,4 +1,4 @@
-"""Caches of fixed capacity in ONNX Runtime: one buffer for what was there and what is, bound to input and output."""
+"""Caches of fixed capacity in ONNX Runtime: one buffer is bound to the past and to the present cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CACHES = {"index_cache": D_IDX, "kv_cache": D_QK}
 
 
 def decode_model():
-    """New rows into two caches, then indexer and attention over all sequences, joined."""
+    """A model that writes new rows to two caches, and runs indexer and attention over all sequences at once."""
     nodes = []
     for name, width in CACHES.items():
         nodes += [
@@ -68,12 +68,12 @@ def make_session(library):
 
 
 def lengths_of(batch, step):
-    """Of the sequences: different ones."""
+    """Different lengths of the sequences."""
     return np.arange(batch) * 9 + 5 + step
 
 
 def tokens(rng, batch, s_new):
-    """What the new tokens bring."""
+    """Inputs for new tokens."""
     made = {f"{n}_rows": rng.standard_normal((batch, s_new, w)).astype(np.float32) for n, w in CACHES.items()}
     made["q"] = rng.standard_normal((batch * s_new, H_IDX, D_IDX)).astype(np.float32)
     made["weights"] = rng.standard_normal((batch * s_new, H_IDX)).astype(np.float32)
@@ -98,7 +98,7 @@ def test_decoding_in_place_gives_what_concatenated_caches_give(batch, library):
     assert addresses == {n: x.ctypes.data for n, x in caches.items()}
     past = [{n: np.zeros((0, w), np.float32) for n, w in CACHES.items()} for _ in range(batch)]
     for step in range(12):
-        # A prompt first, shorter for some: what is behind its end is padding, and goes nowhere.
+        # First a prompt, shorter for some sequences. Rows behind its end are padding and are not written.
         s_new = int(lengths_of(batch, 0).max()) if step == 0 else 1
         lengths = lengths_of(batch, step)
         starts = np.array([len(p["kv_cache"]) for p in past])
@@ -128,7 +128,7 @@ def test_decoding_in_place_gives_what_concatenated_caches_give(batch, library):
             rows = slice(b * s_new, (b + 1) * s_new)
             for n in CACHES:
                 past[b][n] = np.concatenate([past[b][n], new[f"{n}_rows"][b, own]])
-                # The rows that came, those that were there, and behind them nothing at all.
+                # The new rows, the old rows, and nothing behind them.
                 assert (caches[n][b, : lengths[b]] == past[b][n]).all()
                 assert caches[n][b, lengths[b] :].tobytes() == before[n][b, lengths[b] :].tobytes()
             mine = {n: new[n][rows][own] for n in ("q", "weights", "q_mla")}
@@ -211,7 +211,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 
 def peak(code):
-    """MiB that a process says its peak has grown by."""
+    """By how many MiB the peak memory of a process grew, as it reports."""
     code = code.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -97,7 +97,7 @@ def test_default_number_of_threads():
 
 
 def test_a_quota_of_this_machine(tmp_path):
-    """A real cgroup, where this process may make one."""
+    """Uses a real cgroup if this process may make one."""
     group = Path("/sys/fs/cgroup/cpu" if Path("/sys/fs/cgroup/cpu").is_dir() else "/sys/fs/cgroup", "dsa_tvm_test")
     if get_num_threads() < 2 or not os.access(group.parent, os.W_OK):
         pytest.skip("no second CPU, or no right to make a cgroup")
@@ -144,7 +144,7 @@ def test_each_feature_of_a_level_is_looked_at(tmp_path):
 
 
 def test_the_level_of_this_cpu_is_glibcs():
-    """The loader's own opinion, where it tells it."""
+    """The level agrees with that of the loader, if the loader prints it."""
     if not library.active_target().startswith("x86-64-v") or os.environ.get("DSA_TVM_TARGET"):
         pytest.skip("no x86-64, or a target that was set")
     loader = Path("/lib64/ld-linux-x86-64.so.2")

@@ -16,7 +16,7 @@ from dsa_tvm.runtime.tensors import as_tensor
 
 
 class Foreign:
-    """Some package's tensor: nothing but the protocol."""
+    """A tensor of some package, with nothing but the protocol."""
 
     def __init__(self, array, versioned=True, device=(1, 0)):
         self.array, self.versioned, self.device = array, versioned, device
@@ -124,7 +124,7 @@ def test_a_producer_that_does_not_tell_its_device(answer):
 
 
 class OnGpu(Foreign):
-    """Pretends to be on a GPU, in the capsule as well."""
+    """A tensor that pretends to be on a GPU, also in its capsule."""
 
     def __init__(self, array, copied=False, refuses=False, told=(2, 0)):
         super().__init__(array, device=told)
@@ -150,7 +150,7 @@ def view(x, *, cuda=True, writable=False):
 @pytest.mark.parametrize("kind", ["copied", "refuses"])
 @pytest.mark.parametrize("writable", [True, False])
 def test_a_copy_on_a_gpu_is_refused(kind, writable):
-    """It would be freed when the call returns, before its kernels have run."""
+    """The copy would be freed when the call returns, before the kernels have run."""
     with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .* without a copy, got .*copy"):
         view(OnGpu(LOGITS, **{kind: True}), writable=writable)
     x = OnGpu(LOGITS)

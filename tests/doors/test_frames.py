@@ -1,4 +1,4 @@
-"""Calls with plain arrays take a shorter way, and nobody can tell but by the time."""
+"""Calls with plain arrays take a shorter way, which only their time reveals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VARIANTS = OPS["lightning_indexer"].variants
 
 @pytest.fixture
 def ways(monkeypatch):
-    """What a call gives on the shorter way, and on the other; and whether the first was taken."""
+    """The results of a call on the shorter and on the usual way, and whether the shorter way was taken."""
 
     def both(function, *args, **kwargs):
         taken = []
@@ -83,7 +83,7 @@ def test_torch(ways):
 
 
 class Subclass(np.ndarray):
-    """Some package's own array."""
+    """The array class of some package."""
 
 
 N = np.full(5, 300, np.int32)
@@ -163,7 +163,7 @@ def test_many_callers_share_frames():
 
 
 def test_the_library_is_entered_once(monkeypatch):
-    """It checks all arguments each time."""
+    """A call enters the library once, because each entry checks all arguments."""
     lib = calls.library.load()
     counts = []
     real = frames.entry(lib)

@@ -1,4 +1,4 @@
-"""A library is loaded only when it is whole and can run here."""
+"""A library is loaded only if it is complete and can run here."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ assert "tvm_runtime" not in open("/proc/self/maps").read()
 
 @pytest.mark.parametrize("order", ["import tvm, dsa_tvm", "import dsa_tvm; dsa_tvm.active_target(); import tvm"])
 def test_beside_tvm(order):
-    """TVM's runtime defines the symbols our kernels ask for; neither must take the other's."""
+    """TVM's runtime defines the symbols that our kernels use. Neither may use those of the other."""
     pytest.importorskip("tvm")
     code = f"""
 {order}

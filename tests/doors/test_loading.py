@@ -1,4 +1,4 @@
-"""What is loaded is the very file that was checked."""
+"""The loaded file is the very file that was checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def copy(tmp_path):
     return tmp_path / library.LIBRARY_NAME
 
 
-#: Replaces the library in the moment after it was read.
+#: Replaces the library right after it was read.
 SWAP = """
 import os, sys
 from dsa_tvm.runtime import library, loading
@@ -99,7 +99,7 @@ print(found)
 
 @pytest.mark.parametrize("close", ["", "1"])
 def test_many_candidates(tmp_path, close, monkeypatch):
-    """The loader takes a library of a known name for the one that it has: every one needs a name of its own."""
+    """Each candidate needs its own name, because the loader takes an old name for the loaded library."""
     monkeypatch.setenv("CLOSE", close)
     digests = [compile_library(tmp_path / f"{i}.so", i).sha256 for i in range(12)]
     assert run(MANY, tmp_path, *digests).split("\n")[0] == str(list(range(12)))

@@ -38,7 +38,7 @@ EMPTY = [{"s_q": 0}, {"s_kv": 0}, {"s_q": 0, "s_kv": 0}, {"s_kv": 3}, {"s_kv": 1
 
 
 def evaluate(model, feeds):
-    """Outputs of the model; those that NumPy cannot hold as float32."""
+    """Outputs of the model, as float32 if NumPy lacks their type."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 2
@@ -94,7 +94,7 @@ def check(op, feeds, variant=None, model=None, **attrs):
 
 
 def select(rows, ks=None, ke=None, topk=8):
-    """Indices that the model selects; checked against the reference."""
+    """The indices that the model selects, after a check against the reference."""
     logits = np.asarray(rows, np.float32)
     s_q, s_kv = logits.shape
     ks = np.zeros(s_q, np.int32) if ks is None else np.asarray(ks, np.int32)
@@ -128,7 +128,7 @@ def test_empty_and_short_inputs(op, sizes, with_optional):
 @pytest.mark.parametrize("all_dims", [False, True])
 @pytest.mark.parametrize("sizes", [{}, *EMPTY], ids=str)
 def test_fixed_lengths(op, sizes, all_dims):
-    """ONNX Runtime folds what it knows of the shapes: other paths than those of symbolic lengths."""
+    """ONNX Runtime folds known shapes, so fixed lengths take other paths than symbolic ones."""
     optional = [t.name for t in OPS[op].inputs if t.optional]
     dims = {**SIZES, **sizes} if all_dims else {"s_kv": SIZES["s_kv"], **sizes}
     dims = {name: length for name, length in dims.items() if name in OPS[op].dims}
@@ -263,7 +263,7 @@ def test_models_are_valid_onnx(op):
 
 @pytest.mark.parametrize("opset", [19, 21])
 def test_bodies_go_into_a_users_model(opset):
-    """Two layers and a standard node; one body an operator, however often it is attached."""
+    """A model of two layers and a standard node gets one body for each operator, however often it is attached."""
     base = export.build_model("sparse_mla", **ATTRS["sparse_mla"])
     nodes = [
         export.operator_node("sparse_mla", ["q", "kv", "indices"], ["first"], **ATTRS["sparse_mla"]),
@@ -292,7 +292,7 @@ def test_nodes_with_different_optional_inputs_do_not_share_a_body():
 
 
 def renaming(how):
-    """Two layers in one model, and what a tool makes of its functions' names."""
+    """Two layers in one model, with functions that a tool has renamed."""
     base = export.build_model("sparse_mla", **ATTRS["sparse_mla"])
     if how == "add_prefix":
         return compose.add_prefix(base, "a_")
@@ -304,7 +304,7 @@ def renaming(how):
 @pytest.mark.parametrize("restore", [export.attach_bodies, export.detach_bodies])
 @pytest.mark.parametrize("how", ["add_prefix", "twice", "merge_models"])
 def test_renamed_bodies_get_their_names_back(how, restore):
-    """Under another name the library's kernel is not found, and the body runs instead of it."""
+    """Under another name, the kernel of the library is not found, and the body runs in its place."""
     model = renaming(how)
     assert all(f.name != "SparseMLA" for f in model.functions)
     restore(model)
@@ -321,7 +321,7 @@ def test_renamed_bodies_get_their_names_back(how, restore):
 
 
 def test_functions_of_others_keep_their_names():
-    """In our domain as well: what is not one of ours by its arguments is not one."""
+    """Also in our domain: a function with other arguments is not one of ours."""
     model = export.build_model("topk", topk=8)
     other = onnx.helper.make_function(
         *("ai.dsa", "MyTopKIndices", ["x"], ["y"], [onnx.helper.make_node("Neg", ["x"], ["y"])]),
@@ -386,7 +386,7 @@ def test_bad_nodes():
 
 @pytest.mark.parametrize("dims", [{}, {"s_q": 1}], ids=str)
 def test_plain_models_compute_the_same(dims):
-    """Where every row has topk keys in range and nothing is NaN."""
+    """They agree if every row has topk keys in range and nothing is NaN."""
     sizes = {"s_q": 1} if dims else {}
     feeds = make_feeds("dsa_attention", **sizes)
     attrs = ATTRS["dsa_attention"]

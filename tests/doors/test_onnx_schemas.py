@@ -1,4 +1,4 @@
-"""The operators' ONNX schemas, and torch models that are exported with them, with and without the library."""
+"""The ONNX schemas of the operators, and torch models exported with them, run with and without the library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ATTRS = {"topk": 8, "sm_scale": 0.0625, "d_v": 512}
 
 @pytest.fixture(autouse=True)
 def schemas():
-    """Only for these tests."""
+    """Register the schemas for these tests only."""
     export.register_schemas()
     yield
     for spec in OPS.values():
@@ -31,7 +31,7 @@ def schemas():
 
 
 def make_model(op, variant=None, *, optional=(), dims=None, bodies=False, **attrs):
-    """A model of one node, its outputs without shapes."""
+    """A model of one node whose outputs have no shapes."""
     given = {a.name: ATTRS[a.name] for a in OPS[op].attrs} | attrs
     model = export.build_model(op, variant, optional=optional, dims=dims, **given)
     if not bodies:
@@ -57,7 +57,7 @@ def test_types_and_shapes_are_inferred(op, variant, bodies, with_optional):
     length = {OPS[op].inputs[0].shape[0]: 4}
     kinds, shapes = inferred(make_model(op, variant, optional=optional, dims=length, bodies=bodies))
     spec, fixed = OPS[op], {**ATTRS, **length}
-    # A length that nothing fixes keeps the model's own name.
+    # A symbolic length keeps its name in the model.
     assert shapes == [[fixed.get(d, d) for d in t.shape] for t in spec.outputs]
     numbers = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "float16": 10, "bfloat16": 16, "float8_e4m3fn": 17}
     assert kinds == [numbers[spec.dtype_of(t, variant)] for t in spec.outputs]
@@ -75,7 +75,7 @@ def test_unknown_shapes_stay_unknown():
         value.type.tensor_type.ClearField("shape")
     shapes = inferred(model)[1]
     assert [len(shape) for shape in shapes] == [3, 2, 2] and shapes[0][2] == 512
-    # ONNX gives each a name of its own.
+    # ONNX gives each a different name.
     others = [*shapes[0][:2], *shapes[1], *shapes[2]]
     assert len(set(others)) == 6 and not any(isinstance(length, int) for length in others)
 
@@ -183,7 +183,7 @@ def assert_runs(torch, module, model, with_library):
 
 @pytest.mark.filterwarnings("ignore")
 def test_torch_models_are_exported():
-    """One graph for all lengths, which ONNX Runtime runs with the library and without."""
+    """One graph serves all lengths. ONNX Runtime runs it with and without the library."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
     table = export.translation_table()
@@ -247,7 +247,7 @@ def test_symbolic_nodes_are_exported():
 
 
 def test_without_torch():
-    """The table needs it, and says so; the rest of the package does not."""
+    """Only the table needs torch, and it says so."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from dsa_tvm import export\n"

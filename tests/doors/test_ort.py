@@ -47,7 +47,7 @@ def make_model(op, variant=None, optional=(), *, shapes=True, **attrs):
 
 
 def make_inputs(op, variant=None, optional=(), **sizes):
-    """Random inputs by name, of the element types NumPy has for them."""
+    """Random inputs by name, in the element types of the variant."""
     spec, rng, sizes = OPS[op], np.random.default_rng(7), {**SIZES, **sizes}
     made = {}
     for tensor in spec.inputs:
@@ -93,7 +93,7 @@ def make_session(model, session_options=None, provider="CPUExecutionProvider"):
     data = model if isinstance(model, bytes) else model.SerializeToString()
     chosen = session_options or options()
     if provider != "CPUExecutionProvider":
-        # A node that no GPU computes is an error then.
+        # With this, a node that falls back to the CPU is an error.
         chosen.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return ort.InferenceSession(data, chosen, providers=[provider])
 

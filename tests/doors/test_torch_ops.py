@@ -173,7 +173,7 @@ REVERSE_MODE = {
 @pytest.mark.parametrize("name", ["lightning_indexer", "sparse_mla", "dsa_attention"])
 @pytest.mark.parametrize("derivative", [*FORWARD_MODE, *REVERSE_MODE])
 def test_every_derivative_is_refused(name, derivative):
-    """None may be silently zero."""
+    """No derivative may silently be zero."""
     first, *rest = arguments(name, "cpu")
     take = (FORWARD_MODE | REVERSE_MODE)[derivative]
 
@@ -210,7 +210,7 @@ def test_any_argument_may_be_the_dual_one():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", OPS)
 def test_vmap(name):
-    """The operator is called for each element of the batch; the functions say that they cannot be."""
+    """The operator is called for each element of the batch. The functions refuse vmap with a message."""
     first, second = arguments(name, "cpu"), arguments(name, "cpu")
     second = (second[0].flip(0), *second[1:])
     batch = [torch.stack([x, y]) for x, y in zip(first, second, strict=True)]
@@ -224,7 +224,7 @@ def test_vmap(name):
 
 @pytest.mark.parametrize("trace", ["make_fx", "jit"])
 def test_functions_are_not_traced(trace):
-    """A trace would hold an empty output that nothing fills."""
+    """A trace would contain an empty output that nothing fills."""
     logits, ks, ke = arguments("topk", "cpu")
     traces = {"make_fx": lambda f: make_fx(f)(logits), "jit": lambda f: torch.jit.trace(f, logits)}
     with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .* trace.*torch\.ops\.dsa_tvm\.topk"):
@@ -235,7 +235,7 @@ def test_functions_are_not_traced(trace):
 
 
 class Seen(TorchDispatchMode):
-    """Notes the operators that torch dispatches."""
+    """Records the operators that torch dispatches."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", OPS)
 def test_modes_see_the_operator(name, grad, device):
-    """A plain call is computed at once; one that a mode is to see goes there."""
+    """A plain call is computed at once. A call under a mode goes through the dispatcher."""
     args = arguments(name, device)
     with Seen() as seen, torch.set_grad_enabled(grad):
         found = getattr(OPERATORS, name)(*args, **KWARGS[name])
@@ -279,7 +279,7 @@ def test_fake_tensors_have_no_memory():
 
 
 class Selecting(torch.nn.Module):
-    """As models select: no more keys than there are."""
+    """A selection as in models: at most as many keys as there are."""
 
     def forward(self, q, k, weights, ks, ke):
         return OPERATORS.indexer_topk(q, k, weights, ks, ke, topk=min(64, k.shape[0]))
@@ -322,7 +322,7 @@ def test_attributes_are_required_and_integers_symbolic(name):
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("wrong", ["rank", "dtype", "length"])
 def test_fake_tensors_are_checked(name, wrong):
-    """A compiled model does not have to run to be told."""
+    """The error comes when a model is compiled, before it runs."""
     args = [x.to("meta") for x in arguments(name, "cpu")]
     x = args[1]
     args[1] = {"rank": x[None], "dtype": x.double(), "length": torch.cat([x, x], -1)}[wrong]
@@ -342,7 +342,7 @@ def test_reloading(device):
 
 
 class Subclass(torch.Tensor):
-    """Of a module that is not torch's."""
+    """A tensor class from outside torch."""
 
 
 def test_subclasses_are_torch_tensors(device):

@@ -1,4 +1,4 @@
-"""A library is hashed once, and again whenever it may have changed."""
+"""A library is hashed once, and again if it may have changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def copy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     for name in (library.LIBRARY_NAME, library.MANIFEST_NAME):
         shutil.copy(library.default_path().parent / name, tmp_path / name)
-    # In the processes that the tests start, a change has settled at once.
+    # In child processes of the tests, a file counts as settled at once.
     monkeypatch.setattr(verified, "_SETTLED_NS", -1)
     return tmp_path / library.LIBRARY_NAME
 
@@ -73,7 +73,7 @@ def test_another_file_of_the_same_name(copy):
 
 
 def test_another_manifest(copy):
-    """What it names must not lead out of the folder either."""
+    """The names in another manifest must not lead out of the folder."""
     assert times_hashed(copy) == (1, "")
     manifest = copy.parent / library.MANIFEST_NAME
     digest = library.verify(copy)["sha256"]
@@ -85,7 +85,7 @@ def test_another_manifest(copy):
 
 
 def test_a_change_of_just_now_is_not_remembered(copy):
-    """Another one within the same tick of the clock would look the same."""
+    """A second change within the same tick of the clock would go unnoticed."""
     for _ in range(2):
         assert times_hashed(copy, settled="verified._SETTLED_NS = 10**15") == (1, "")
 

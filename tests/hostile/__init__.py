@@ -1,4 +1,4 @@
-"""Hostile calls of any operator, made from its `OpSpec` alone.
+"""Hostile calls of any operator, made only from its `OpSpec`.
 
 Each `Case` turns a valid call into one that must be refused, with an error that names an argument, or that has a
 defined result all the same. A case is written in no door's own terms; what it takes to express it, a door offers or

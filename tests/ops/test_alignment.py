@@ -1,4 +1,4 @@
-"""The same bits at every address an element type allows, with nothing written beside the outputs."""
+"""Results have the same bits at every address that the element type allows, and nothing else is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hostile.samples import place
 
 from dsa_tvm.ops import OPS
 
-# Odd, so that every loop of a kernel has a tail.
+# Odd lengths, so that every loop of a kernel has a tail.
 LENGTHS = {"s_q": 5, "s_kv": 133, "h_idx": 9, "d_idx": 128, "topk": 39, "h_q": 17, "d_qk": 576}
 CASES = [pytest.param(op, v, id="-".join([op, *v.values()])) for op in OPS for v in OPS[op].variants]
 
@@ -38,14 +38,14 @@ def test_any_alignment(op: str, variant: dict[str, str], door_name: str) -> None
 
 
 def shifts(call: Call) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Which arguments to move, and how many bytes behind a 64-byte boundary; 0 for one element."""
+    """The arguments to move, and their distance in bytes from a 64-byte boundary; 0 stands for one element."""
     for names in [*((name,) for name in call.inputs | call.outputs), (*call.inputs, *call.outputs)]:
         for offset in (0, 4, 16):
             yield names, offset
 
 
 def outputs_of(door: Door, call: Call) -> list[bytes]:
-    """The outputs' bytes."""
+    """The outputs as bytes."""
     before = memories(call)
     outputs = door.run(call)
     check_memory(call, before)

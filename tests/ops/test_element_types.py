@@ -1,4 +1,4 @@
-"""Every element type at every kind of edge: a GPU has kernels of their own for each, and so has each kind of CPU."""
+"""Every element type at every kind of edge case. GPUs and CPU targets have different kernels for each of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_tails_of_the_indexer(variant, s_kv, s_q, device):
 @each_variant
 @pytest.mark.parametrize("s_q", [3, 90])
 def test_ranges_of_the_indexer(variant, s_q, device):
-    """Ranges that begin behind 0, that are empty, that leave the keys; and what is outside is not read."""
+    """Ranges may begin after 0, be empty, or go beyond the keys. Keys outside are not read."""
     rng = np.random.default_rng(s_q)
     arguments = indexer_inputs(rng, variant, s_q=s_q, s_kv=400, h_idx=5, d_idx=64, scaled=True)
     arguments["ks"][:], arguments["ke"][:] = rng.integers(40, 460, (2, s_q))
@@ -62,7 +62,7 @@ def test_ranges_of_the_indexer(variant, s_q, device):
 @each_variant
 @pytest.mark.parametrize("topk", [1, 64, 2048])
 def test_indexer_topk(variant, topk, device):
-    """What is selected is what `topk` selects from the logits, ranges and few keys included."""
+    """It selects what `topk` selects from the logits, also with ranges and few keys."""
     rng = np.random.default_rng(topk)
     arguments = indexer_inputs(rng, variant, s_q=40, s_kv=900, h_idx=5, d_idx=64, scaled=True)
     arguments["ks"][:], arguments["ke"][:] = np.sort(rng.integers(-40, 940, (2, 40)), axis=0)
@@ -75,7 +75,7 @@ def test_indexer_topk(variant, topk, device):
 @pytest.mark.parametrize("topk", [1, 15, 16, 17, 63, 65, 129, 700])
 @pytest.mark.parametrize("s_q", [1, 40])
 def test_tails_of_the_attention(dtype, topk, s_q, device):
-    """On a GPU one query's keys are cut into parts, and those of many queries are not."""
+    """On a GPU, the keys of one query are cut into parts, those of many queries are not."""
     h_q = 3 if s_q == 40 else 33
     check_attention(attention_inputs(np.random.default_rng(topk), dtype, s_q=s_q, h_q=h_q, topk=topk), device)
 
@@ -83,7 +83,7 @@ def test_tails_of_the_attention(dtype, topk, s_q, device):
 @each_type
 @pytest.mark.parametrize("s_q", [1, 40])
 def test_options_of_the_attention(dtype, s_q, device):
-    """Indices out of range, lengths, a sink, and rows that nothing selects and that are NaN; all at a time."""
+    """Indices out of range, lengths, a sink and unselected rows with NaN, all at once."""
     rng = np.random.default_rng(s_q)
     arguments = attention_inputs(rng, dtype, s_q=s_q, s_kv=600, h_q=7, topk=500)
     indices = rng.integers(-60, 300, (s_q, 500)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Results and the caller's floating-point mode leave each other alone."""
+"""Results do not depend on the caller's floating-point mode, and calls do not change it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mode(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def operands():
-    """Numbers of which products or results are denormal, an infinity, and enough of them for several threads."""
+    """Numbers with denormal products or results and with an infinity, enough of them for several threads."""
     rng = np.random.default_rng(0)
     index = indexer_inputs(rng, OPS["lightning_indexer"].variants[0], s_q=24, s_kv=3000, h_idx=16, d_idx=64)
     mla = attention_inputs(rng, "float32", s_q=24, s_kv=3000, h_q=16, topk=256)
@@ -69,7 +69,7 @@ def test_same_bits_in_any_mode(mode, operands, name):
     for num_threads in (1, 2, 5):
         mode.set_mode(MODES[name])
         before = mode.get_mode()
-        # Nothing of NumPy's own may run in a mode with traps.
+        # NumPy must not compute anything in a mode with traps.
         try:
             found, after = everything(operands, num_threads), mode.get_mode()
         finally:
@@ -79,7 +79,7 @@ def test_same_bits_in_any_mode(mode, operands, name):
 
 
 def test_the_scale_is_rounded_to_nearest(mode):
-    """One that is finite in float32 only because it is rounded to nearest, and one that is not."""
+    """One scale is finite in float32 only because it is rounded to nearest. Another is not finite."""
     ones = np.ones((1, 1, 576), np.float32), np.zeros((1, 576), np.float32), np.zeros((1, 1), np.int32)
     largest = float(np.finfo(np.float32).max)
     for scale, fits in ((largest * (1 + 2**-26), True), (largest * (1 + 2**-24), False)):
@@ -112,7 +112,7 @@ for _ in range(10):
 
 
 def test_the_threads_of_a_session(operands, tmp_path):
-    """``set_denormal_as_zero`` is taken from a process's first session, for all of its threads."""
+    """The first session of a process sets ``set_denormal_as_zero`` for all threads."""
     pytest.importorskip("onnxruntime")
     from dsa_tvm.export import build_model
 

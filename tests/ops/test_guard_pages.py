@@ -1,4 +1,4 @@
-"""No kernel reads or writes a byte outside its arguments: each one lies against a page that cannot be touched."""
+"""No kernel reads or writes a byte outside its arguments: each argument borders on a page without access."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def fenced(array: np.ndarray, at_end: bool) -> np.ndarray:
-    """A copy that ends (or starts) where a page without access begins (or ends). Never freed: the process is short."""
+    """A copy that ends or starts at a page without access. It is never freed, because the process is short."""
     pages = -(-max(array.nbytes, 1) // PAGE)
     private_anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     start = libc.mmap(None, (pages + 2) * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, private_anonymous, -1, 0)
@@ -53,7 +53,7 @@ def run(op: str, variant: int) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_fenced(op):
-    """In a process of its own: a byte too far would end it."""
+    """Runs in a child process, which an access too far would end."""
     variants = [str(i) for o, i in CASES if o == op]
     done = subprocess.run([sys.executable, str(Path(__file__)), op, *variants], capture_output=True, text=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"

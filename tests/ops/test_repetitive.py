@@ -51,7 +51,7 @@ def packed(arguments, dtype):
 @each_period
 @pytest.mark.parametrize("topk", [500, 2048, 4096])
 def test_attention(dtype, period, topk, device):
-    """Every key is selected again and again, as from a text that repeats itself."""
+    """Every key is selected many times, as from a repetitive text."""
     rng = np.random.default_rng(topk + period)
     arguments = attention(rng, dtype, s_q=2, s_kv=topk, h_q=5, topk=topk)
     arguments["indices"][:] = np.arange(topk)
@@ -61,7 +61,7 @@ def test_attention(dtype, period, topk, device):
 @each_type
 @pytest.mark.parametrize("size", [0.1, 0.3, 0.9])
 def test_attention_of_equal_numbers(dtype, size, device):
-    """A score is a sum of 576 equal products; what it errs by changes the weight that a key has against another."""
+    """A score is a sum of 576 equal products. Its error changes the ratio of the weights of two keys."""
     rng = np.random.default_rng(0)
     arguments = attention(rng, dtype, s_q=4, s_kv=64, h_q=5, topk=64)
     arguments["indices"][:] = np.arange(64)
@@ -101,7 +101,7 @@ def test_equal_logits_are_selected_by_their_index(variant, period, device):
 @pytest.mark.parametrize("size", SIZES)
 @each_period
 def test_every_operator(op, variant, size, period, device):
-    """With every option at a time."""
+    """Every operator, with all options at once."""
     arguments = complete(op, arrays(op, size, variant, period=period))
     outputs = run(op, device, **arguments)
     check(op, outputs if isinstance(outputs, tuple) else (outputs,), arguments, device)

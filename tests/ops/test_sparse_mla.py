@@ -93,7 +93,7 @@ def test_all_scores_minus_infinity(dtype, device):
 
 @pytest.mark.parametrize("sm_scale", [1.0, -1.0, 0.0])
 def test_large_scores_do_not_overflow(sm_scale, device):
-    """Scores near 100, whose exponential f32 does not hold. Their f32 error shows in out: the bound is wider."""
+    """The exponential of scores near 100 exceeds f32. Their f32 error shows in out, so the bound is wider."""
     arguments = attention_inputs(np.random.default_rng(0), "float32", topk=100)
     expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=512)
     for x, y in zip(run("sparse_mla", device, **arguments, sm_scale=sm_scale), expected, strict=True):
@@ -116,7 +116,7 @@ def test_topk_length(device):
 
 
 def normal(x):
-    """What a processor has that takes subnormal float32 for 0."""
+    """Numbers as on a processor that treats subnormal float32 as 0."""
     return np.where(np.abs(x) < 2.0**-126, 0, x)
 
 

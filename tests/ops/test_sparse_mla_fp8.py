@@ -16,7 +16,7 @@ SPEC = OPS["sparse_mla_fp8"]
 
 
 def unpacked(rows):
-    """What packed rows stand for, by ml_dtypes: not the code that the reference has."""
+    """The numbers of packed rows, by ml_dtypes instead of the code of the reference."""
     elements = rows[:, :512].view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(-1, 4, 128)
     scales = np.ascontiguousarray(rows[:, 512:528]).view(np.float32)
     with np.errstate(all="ignore"):
@@ -48,14 +48,14 @@ def test_lengths(topk, device):
 
 
 def test_it_is_sparse_mla_over_what_the_rows_stand_for():
-    """On the CPU, bit for bit."""
+    """On the CPU, results are equal bit for bit."""
     rng = np.random.default_rng(0)
     arguments = packed_attention_inputs(rng, s_q=4, h_q=17, topk=100)
     rows = arguments["kv"]
     rows[:, :512] = rng.integers(0, 256, (300, 512))
     rows[:, 512:528] = rng.uniform(1e-6, 0.01, (300, 4)).astype(np.float32).view(np.uint8)
     rows[7, 512:516] = np.float32(1e-41).reshape(1).view(np.uint8)
-    # NaN in some selected rows, in others not.
+    # Some selected rows contain NaN.
     rows[100:, :512] &= np.where((rows[100:, :512] & 0x7F) == 0x7F, 0x80, 0xFF).astype(np.uint8)
     arguments["indices"][1:] = np.where(arguments["indices"][1:] < 100, 150, arguments["indices"][1:])
     actual = run("sparse_mla_fp8", "cpu", **arguments, sm_scale=SCALE)
@@ -92,7 +92,7 @@ def test_nan_of_an_unselected_row_never_shows(device):
     ("first", "last", "byte"), [(17, 18, 0x7F), (400, 401, 0xFF), (516, 520, 0xFF), (654, 656, 0xFF)]
 )
 def test_nan_of_a_selected_row_shows(first, last, byte, device):
-    """An element, a scale, and what is key only."""
+    """NaN in an element, in a scale, or in the part that is only a key."""
     arguments = packed_attention_inputs(np.random.default_rng(0), s_q=2, topk=100)
     arguments["indices"][:] = np.arange(100)
     arguments["indices"][0, 60] = 200

@@ -1,4 +1,4 @@
-"""New rows of a cache: which of them stay, what else is touched, and every way to have it done in place."""
+"""Writing rows to a cache: which rows stay, what else changes, and all ways to write in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TYPES = [v["T"] for v in SPEC.variants]
 
 
 def bits(rng, shape, dtype):
-    """Any bits: numbers, subnormals, infinities and NaN with whatever payload."""
+    """Random bits: numbers, subnormals, infinities and NaN with any payload."""
     numpy_type = np.dtype(getattr(ml_dtypes, dtype, dtype))
     return rng.integers(0, 256, (*shape[:-1], shape[-1] * numpy_type.itemsize), np.uint8).view(numpy_type)
 
@@ -45,7 +45,7 @@ def test_every_bit_of_every_type(dtype, d_row):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_the_last_of_equal_positions_wins_on_any_number_of_threads(threads):
-    """Rows enough for every thread, in a few places of the cache."""
+    """Enough rows for every thread go to a few positions of the cache."""
     rng = np.random.default_rng(threads)
     for positions in (rng.integers(0, 5, (2, 4000)), np.full((2, 4000), 3), np.arange(8000).reshape(2, 4000) % 50):
         cache, rows, _ = arguments("float32", 2, 50, 4000, 160)
@@ -64,7 +64,7 @@ def test_nothing_to_write_or_nowhere_to_write_it(lengths):
 
 
 def test_a_large_cache_is_copied_whole():
-    """By several tasks, the last of which is shorter."""
+    """Several tasks copy it, and the last one is shorter."""
     cache, rows, positions = arguments("uint8", 3, 1999, 5, 656)
     out = np.zeros_like(cache)
     assert dsa_tvm.write_rows(cache, rows, positions, out=out, num_threads=3) is out
@@ -73,7 +73,7 @@ def test_a_large_cache_is_copied_whole():
 
 @pytest.mark.parametrize("shift", [-1, 1, 24, -50 * 24])
 def test_overlap_that_is_not_the_whole_cache_is_refused(shift):
-    """By an element, by a row, by a sequence."""
+    """The overlap is shifted by an element, a row or a sequence."""
     cache, rows, positions = arguments("int8")
     memory = np.zeros(3 * cache.size, np.int8)
     inside = memory[cache.size : 2 * cache.size].reshape(cache.shape)
