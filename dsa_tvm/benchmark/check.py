@@ -137,7 +137,7 @@ def check_selection(where: str, row: np.ndarray, logits: np.ndarray, topk: int, 
     count = min(topk, int(visible.sum()))
     chosen = row[:count]
     if len(row) != topk or (row[count:] != -1).any():
-        raise CheckError(f"{where}: expected {count} indices and -1 behind")
+        raise CheckError(f"{where}: expected {count} indices followed by -1")
     if not count:
         return 0
     if (chosen < 0).any() or (chosen >= len(logits)).any() or not visible[chosen].all():

@@ -58,7 +58,7 @@ def nvcc_version(nvcc: str) -> tuple[int, int]:
     said = run([nvcc, "--version"])
     found = re.search(r"\brelease (\d+)\.(\d+)", said)
     if not found:
-        raise BuildError(f"nvcc: expected {nvcc} --version to tell its release, got {said!r}")
+        raise BuildError(f"nvcc: expected {nvcc} --version to name its release, got {said!r}")
     return int(found[1]), int(found[2])
 
 

@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def place(sub, **kwargs):
         sub.add_argument("path", type=Path, metavar="DIR", help="logs (default: those of the package)", **kwargs)
 
-    verify = command("verify", _verify, "read logs and report every line that cannot be believed")
+    verify = command("verify", _verify, "check logs and report every line that is rejected")
     place(verify, nargs="*")
 
-    best = command("best", _best, "the best finals for each size, and which of them a library would hold")
+    best = command("best", _best, "the best finals for each size, and which of them a library would contain")
     place(best, nargs="?")
     best.add_argument("--target", help="only this target")
     best.add_argument("--op", choices=list(cpu.BUCKETS), help="only this operator")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merging = command("merge", _merge, "add the lines of logs to those of a directory")
     merging.add_argument("source", nargs="+", type=Path, help="a log or a directory of logs")
     merging.add_argument("--into", type=Path, required=True, metavar="DIR", help="the directory to add to")
-    merging.add_argument("--finals", action="store_true", help="leave out the trials: all that a build needs")
+    merging.add_argument("--finals", action="store_true", help="leave out the trials, which no build needs")
 
     show = command("show", _show, "the trials of searches, and how the best speedup grew")
     place(show, nargs="?")

@@ -105,7 +105,7 @@ def check(library: Library, problem: Problem, operands: Operands, stream: Stream
     problem.check(operands.outputs(problem.rows))
     for name, memory in (*operands.written.items(), ("workspace", call.workspace)):
         if memory is not None and memory.is_overrun():
-            raise CheckError(f"{problem.work.op}: {name}: something was written behind its end")
+            raise CheckError(f"{problem.work.op}: {name}: memory behind its end was written")
 
 
 @dataclass(frozen=True)
