@@ -127,19 +127,8 @@ def test_what_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A directory on a file system of 64 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
-def test_full_disk(disk):
+def test_full_disk(small_disk):
+    disk = small_disk(64)
     (disk / "old").write_bytes(b"old")
     with pytest.raises(OSError, match="No space left"):
         write_atomically(disk / "old", bytes(100_000))

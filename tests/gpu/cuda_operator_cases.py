@@ -92,7 +92,7 @@ def test_sparse_mla(dtype, s_q, h_q, optional):
 
 @pytest.mark.parametrize(("s_q", "parts"), [(1, 4), (2, 2), (3, 1), (4, 1), (5, 2), (7, 1), (8, 1)])
 def test_parts(s_q, parts):
-    """On four multiprocessors, five blocks take two rounds, the second with one block. Ten parts take three half rounds."""
+    """On four multiprocessors five blocks take two rounds, the second with one block; ten parts take 1.5 rounds."""
     h_q, topk = 64, 1024
     a = attention_inputs(np.random.default_rng(0), "bfloat16", s_q=s_q, s_kv=9, h_q=h_q, d_qk=D_QK, topk=topk)
     outputs = [np.zeros((s_q, h_q, D_V), a["q"].dtype), *np.zeros((2, s_q, h_q), np.float32)]
