@@ -70,7 +70,7 @@ def test_what_does_not_hold_in_a_type_is_not_taken_from_another(changes):
 
 def test_records_of_another_type_alone():
     found, said = planned(final(BF16, FEW))
-    assert found == [FEW] * 4 and "tuned for bfloat16 serves float32, float16, bf" in said[0]
+    assert found == [FEW] * 4 and "decisions tuned for bfloat16 serve float32, float16, bf" in said[0]
 
 
 def test_records_of_another_model_are_none():
