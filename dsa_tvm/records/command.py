@@ -13,7 +13,7 @@ from ..ops import OPS
 from ..presets import PRESETS
 from ..runtime.files import expect_writable, write_atomically
 from ..terminal.extras import expect_installed
-from ..terminal.text import digits, table
+from ..terminal.text import digits, size_of, table
 from . import curve, selection
 from .log import Damage, Log, default_directory, logs, merge
 from .record import KINDS, Record, as_key
@@ -213,10 +213,10 @@ def _print_table(rows: list[list[str]], first: str) -> None:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    s_q, _, s_kv = text.partition("x")
-    if not (s_q.isdecimal() and s_kv.isdecimal() and max(len(s_q), len(s_kv)) < 11):
+    size = size_of(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"expected S_QxS_KV such as 1x32768, got {text!r}")
-    return int(s_q), int(s_kv)
+    return size
 
 
 def _try_png(path: Path) -> None:
