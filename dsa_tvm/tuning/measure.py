@@ -21,8 +21,8 @@ from ..benchmark.check import CheckError
 from ..errors import DsaError
 from ..ops.element_types import STORAGE
 from .fleet import Remote
-from .problem import Problem
-from .tasks import Effort, Task, irregular, repetitive
+from .problem import Problem, problems
+from .tasks import Effort, Task
 from .turns import Timer, in_turns
 
 DEFAULT, CANDIDATE = 0, 1
@@ -53,7 +53,7 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
         The machine is not there, or went away.
     """
     with _opened(library, remote) as (module, device):
-        *odd, timed = _problems(task)
+        *odd, timed = problems(task)
         for problem in odd:
             check(module, device, problem, CANDIDATE, 2)
         arguments = _on_this_machine(task) if remote is None else _arguments(timed, device)
@@ -88,13 +88,6 @@ def check(module: Any, device: Any, problem: Problem, which: int, threads: int) 
     _checked(module, device, problem, _arguments(problem, device), which, threads)
 
 
-@functools.lru_cache(maxsize=1)
-def _problems(task: Task) -> tuple[Problem, ...]:
-    """The irregular inputs of the latest task and, last, the inputs to time. They serve all its candidates."""
-    odd = [Problem.of(work, task.variant, range(work.lengths["s_q"])) for work in (irregular(task), repetitive(task))]
-    return *odd, Problem.of(task.inputs(), task.variant, sorted({0, task.s_q - 1}))
-
-
 def _checked(
     module: Any, device: Any, problem: Problem, arguments: Sequence[Any], which: int, threads: int
 ) -> list[Any]:
@@ -114,7 +107,7 @@ def _timer(module: Any, which: int, threads: int, arguments: Sequence[Any]) -> T
 @functools.lru_cache(maxsize=1)
 def _on_this_machine(task: Task) -> list[Any]:
     """The arguments for timing, which stay in place from candidate to candidate."""
-    return _arguments(_problems(task)[-1], tvm.cpu())
+    return _arguments(problems(task)[-1], tvm.cpu())
 
 
 def _arguments(problem: Problem, device: Any) -> list[Any]:
