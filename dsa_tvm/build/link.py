@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -35,6 +37,16 @@ _FLAGS = ("-std=gnu11", "-g0", "-Wall", "-Wextra", "-Werror=implicit-function-de
 def export_directory() -> Path:
     """Where the C files are."""
     return package_files.find("export/c")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options ``--cc`` and ``--nvcc`` of commands that compile."""
+    parser.add_argument(
+        "--cc", default=os.environ.get("CC", "cc"), help="C compiler for the target (default: $CC or cc)"
+    )
+    parser.add_argument(
+        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
+    )
 
 
 def expect_compiler(cc: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
 from .. import env, presets
+from ..build import link
 from ..errors import ArgumentError, DsaError
 from ..ops import OPS
 from ..records.selection import cpu, gpu
@@ -56,10 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rpc", default="", metavar="HOST:PORT", help="measure on the machines of this TVM tracker")
     parser.add_argument("--key", default="", help="key of the RPC servers")
-    parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler for the target")
-    parser.add_argument(
-        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
-    )
+    link.add_arguments(parser)
     parser.add_argument(
         "--build-only", type=Path, metavar="DIR", help="build candidates for a GPU architecture into DIR, and stop"
     )

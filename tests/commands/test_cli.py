@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,15 @@ def test_env():
     report = json.loads(document.stdout)
     assert report["library"]["target in use"] == dsa_tvm.active_target()
     assert report["packages"]["numpy"] and "target in use: " in text.stdout
+
+
+def test_extras_in_messages_exist():
+    """Every extra that an error tells users to install is one of pyproject.toml."""
+    sources = [path.read_text() for path in Path(dsa_tvm.__file__).parent.rglob("*.py")]
+    found = {name for text in sources for name in re.findall(r"dsa_tvm\[(\w+)\]", text)}
+    calls = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    found |= {call.args[1].value for call in calls if getattr(call.func, "id", "") == "expect_installed"}
+    assert {"build", "tune", "plot", "onnx"} <= found <= set(metadata("dsa_tvm").get_all("Provides-Extra"))
 
 
 def test_env_needs_the_standard_library_only():
