@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import safetensors
@@ -20,7 +21,7 @@ import torch
 import transformers
 
 from ..errors import ArgumentError, ModelError
-from .families import FAMILIES
+from .families import FAMILIES, Family
 
 #: Element types that a model is loaded in, by name.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -32,6 +33,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 _FP8 = torch.float8_e4m3fn
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _EXPERTS = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")
+#: In old checkpoints, and computed.
+_COMPUTED = ".rotary_emb.inv_freq"
 #: Names in a message; a model has thousands.
 _NAMED = 5
 
@@ -74,6 +77,77 @@ def load_model(
     with ExitStack() as files:
         _fill(model, _Tensors(directory, files, block), first, _published_layers(settings, config))
     return model.eval()
+
+
+class Checkpoint:
+    """A published checkpoint whose parts are read one at a time, so that it may be larger than memory.
+
+    Used as a context manager: the files are open until its end.
+
+    Parameters
+    ----------
+    directory : str or Path
+    dtype : torch.dtype
+        What weights are converted to, fp8 ones too. What Transformers keeps in float32 stays there.
+
+    Attributes
+    ----------
+    config : transformers.PreTrainedConfig
+    family : Family
+
+    Raises
+    ------
+    ModelError
+        As `load_model`.
+    """
+
+    def __init__(self, directory: str | Path, *, dtype: torch.dtype = torch.float32):
+        directory = Path(directory)
+        settings = read_config(directory)
+        block = _block_size(settings.pop("quantization_config", None))
+        self.config, _ = _config(settings, None)
+        self.family = family_of(self.config)
+        self.dtype = dtype
+        self._files = ExitStack()
+        try:
+            self._tensors = _Tensors(directory, self._files, block)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._files.close()
+
+    def read(self, make: Callable[[], Any], prefix: str) -> Any:
+        """A module with its weights from the checkpoint.
+
+        Parameters
+        ----------
+        make : callable
+            Makes the module; none of its tensors takes memory while it does.
+        prefix : str
+            What the names of its tensors begin with in the checkpoint, such as ``model.layers.3.self_attn.``.
+
+        Returns
+        -------
+        module : torch.nn.Module
+            In evaluation mode.
+
+        Raises
+        ------
+        ModelError
+            A tensor with this prefix is missing, too many, truncated, or of another shape; the message names it.
+        """
+        module = _without_memory(make, self.dtype)
+        classes = getattr(self.family.module, f"{self.family.prefix}PreTrainedModel")
+        _keep_float32(module, classes, self.dtype, prefix)
+        _read_weights(module, self._tensors, lambda name: prefix + name)
+        unused = [n for n in self._tensors.names if n.startswith(prefix) and n not in self._tensors.used]
+        _complain("not expected", [n for n in unused if not n.endswith(_COMPUTED)], "of the model")
+        return module.eval()
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -135,26 +209,40 @@ def _published_layers(settings: dict[str, Any], config: Any) -> int:
     return settings.get("num_hidden_layers", type(config)().num_hidden_layers)
 
 
+def family_of(config: Any) -> Family:
+    """The family of a configuration."""
+    return next(f for f in FAMILIES if f.model_type == config.model_type)
+
+
 def _empty(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model without memory for its weights."""
-    family = next(f for f in FAMILIES if f.model_type == config.model_type)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model = getattr(transformers, f"{family.prefix}ForCausalLM")(config)
-    finally:
-        torch.set_default_dtype(before)
-    kept = [*(model._keep_in_fp32_modules_strict or ())]
-    if dtype == torch.float16:  # what Transformers means by the list without "strict"
-        kept += model._keep_in_fp32_modules or ()
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in kept):
-            parameter.data = parameter.data.float()
+    made = getattr(transformers, f"{family_of(config).prefix}ForCausalLM")
+    model = _without_memory(lambda: made(config), dtype)
+    _keep_float32(model, model, dtype)
     # Its buffers are computed, not read.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config)
     return model
+
+
+def _without_memory(make: Callable[[], Any], dtype: torch.dtype) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _keep_float32(module: torch.nn.Module, rules: Any, dtype: torch.dtype, prefix: str = "") -> None:
+    """Make those parameters float32 that Transformers keeps so, by the rules of a model or its class."""
+    kept = [*(rules._keep_in_fp32_modules_strict or ())]
+    if dtype == torch.float16:  # what Transformers means by the list without "strict"
+        kept += rules._keep_in_fp32_modules or ()
+    for name, parameter in module.named_parameters():
+        if any(part in prefix + name for part in kept):
+            parameter.data = parameter.data.float()
 
 
 class _Tensors:
@@ -227,10 +315,25 @@ def _paths(directory: Path) -> list[Path]:
 
 def _fill(model: Any, tensors: _Tensors, first: int, published: int) -> None:
     """Give a model without weights those of a checkpoint; its layer 0 is the checkpoint's `first`."""
-    wanted = dict(model.state_dict())
-    if model.config.tie_word_embeddings and not tensors.has("lm_head.weight"):
-        del wanted["lm_head.weight"]
-    sources = {name: _sources(_shifted(name, first), x, tensors) for name, x in wanted.items()}
+    tied = model.config.tie_word_embeddings and not tensors.has("lm_head.weight")
+    _read_weights(model, tensors, lambda name: _shifted(name, first), left_out=["lm_head.weight"] if tied else [])
+    last = first + model.config.num_hidden_layers
+    _complain(
+        "not expected",
+        [n for n in tensors.names if n not in tensors.used and not _left_out(n, first, last, published)],
+        "of the model",
+    )
+    model.tie_weights()
+    empty = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_meta]
+    _complain("missing", empty, "in the files")
+
+
+def _read_weights(
+    module: torch.nn.Module, tensors: _Tensors, name_of: Callable[[str], str], left_out: Iterable[str] = ()
+) -> None:
+    """Give a module without weights those of a checkpoint, which calls them `name_of` their names here."""
+    wanted = {name: x for name, x in module.state_dict().items() if name not in left_out}
+    sources = {name: _sources(name_of(name), x, tensors) for name, x in wanted.items()}
     _complain(
         "missing", [part for parts in sources.values() for part, _ in parts if not tensors.has(part)], "in the files"
     )
@@ -243,16 +346,7 @@ def _fill(model: Any, tensors: _Tensors, first: int, published: int) -> None:
             for part, place in parts:
                 piece = place(value)
                 piece.copy_(tensors.read(part, tuple(piece.shape), like.dtype))
-        _assign(model, name, value)
-    last = first + model.config.num_hidden_layers
-    _complain(
-        "not expected",
-        [n for n in tensors.names if n not in tensors.used and not _left_out(n, first, last, published)],
-        "of the model",
-    )
-    model.tie_weights()
-    empty = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_meta]
-    _complain("missing", empty, "in the files")
+        _assign(module, name, value)
 
 
 def _shifted(name: str, first: int) -> str:
@@ -282,7 +376,7 @@ def _left_out(name: str, first: int, last: int, published: int) -> bool:
         return False
     layer = int(match[1])
     # Behind the model's own layers are those that predict further tokens.
-    return not first <= layer < last or layer >= published or name.endswith(".rotary_emb.inv_freq")
+    return not first <= layer < last or layer >= published or name.endswith(_COMPUTED)
 
 
 def _assign(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:

@@ -102,16 +102,15 @@ def select(
     fits = statically_known_true(s_kv <= topk)
     width = s_kv if fits else topk
     if not fits:
-        keys = _widened(k.reshape(b * s_kv, -1), _served("d_idx", k.shape[-1]))
+        keys = widened(k.reshape(b * s_kv, -1), served("d_idx", k.shape[-1]))
         # A key whose scale is NaN is never selected.
         k_scale = None if seen is None else torch.where(seen, 1.0, torch.nan).flatten()
 
     def scored(part: slice) -> torch.Tensor:
-        q = indexer.wq_b(q_latent[:, part]).unflatten(-1, (indexer.n_heads, indexer.head_dim))
-        q_rot = rotate(q[..., :rope], q[..., :1, :rope], cos[:, part], sin[:, part], unsqueeze_dim=2)[0]
-        q = _widened(torch.cat([q_rot, q[..., rope:]], -1).to(keys.dtype), keys.shape[-1])
-        x = hidden_states[:, part].to(indexer.weights_proj.weight.dtype)
-        weights = indexer.weights_proj(x).float() * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+        q, weights = index_queries(
+            indexer, rotate, hidden_states[:, part], q_latent[:, part], (cos[:, part], sin[:, part])
+        )
+        q = widened(q.to(keys.dtype), keys.shape[-1])
         if dense is not None:
             return _among(dense[:, part], q, keys.view(b, s_kv, -1), weights, topk)
         rows = indexer_topk(
@@ -135,6 +134,28 @@ def select(
     if dense is not None:
         bytes_each += 8 * s_kv
     return _in_blocks(selected, s_q, bytes_each, k.device)
+
+
+def index_queries(
+    indexer: Any,
+    rotate: Callable,
+    hidden_states: torch.Tensor,
+    q_latent: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and head weights of the indexer, as `lightning_indexer` takes them; the arguments are those of `select`.
+
+    Returns
+    -------
+    q : tensor [b, s_q, h_idx, d_idx]
+    weights : tensor [b, s_q, h_idx], float32
+    """
+    rope = indexer.qk_rope_head_dim
+    q = indexer.wq_b(q_latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+    q_rot = rotate(q[..., :rope], q[..., :1, :rope], *position_embeddings, unsqueeze_dim=2)[0]
+    x = hidden_states.to(indexer.weights_proj.weight.dtype)
+    weights = indexer.weights_proj(x).float() * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+    return torch.cat([q_rot, q[..., rope:]], -1), weights
 
 
 def attend(
@@ -188,14 +209,14 @@ def attend(
     _check_type(query)
     b, h, s_q, _ = query.shape
     rank, nope, rope = module.kv_lora_rank, module.qk_nope_head_dim, module.qk_rope_head_dim
-    w_k, w_v = _up_projections(module, h, query)
+    w_k, w_v = up_projections(module, h, query)
     kv, rows = _rows(latent, k_rot, indices, rank, rope)
-    d_v, d_qk = _served("d_v", rank), kv.shape[-1]
+    d_v, d_qk = served("d_v", rank), kv.shape[-1]
 
     def attended(part: slice) -> torch.Tensor:
         # Heads come first, so that the tokens of all sequences form one matrix for each head.
         q_nope, q_rot = query[:, :, part].transpose(0, 1).flatten(1, 2).split([nope, rope], -1)
-        q = torch.cat([_widened(torch.bmm(q_nope, w_k), d_v), _widened(q_rot, d_qk - d_v)], -1)
+        q = torch.cat([widened(torch.bmm(q_nope, w_k), d_v), widened(q_rot, d_qk - d_v)], -1)
         q = q.transpose(0, 1).to(kv.dtype).contiguous()
         out, _, _ = sparse_mla(q, kv, rows[:, part].flatten(0, 1), sm_scale=scaling, d_v=d_v)
         out = torch.bmm(out[..., :rank].to(query.dtype).transpose(0, 1), w_v.transpose(1, 2))
@@ -264,7 +285,7 @@ def _whole_ranges(start: torch.Tensor, end: torch.Tensor, width: int, seen: torc
     return torch.where(inside, rows, -1).to(torch.int32)
 
 
-def _up_projections(module: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def up_projections(module: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """W_k [h_q, qk_nope, rank] and W_v [h_q, v, rank] of `kv_b_proj`, which may be any module."""
     projection, rank = module.kv_b_proj, module.kv_lora_rank
     if getattr(projection, "bias", None) is not None:
@@ -290,16 +311,16 @@ def _rows(
             parts = [part.index_select(0, flat.clamp(min=0)) for part in parts]
             here = torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device)
             indices = torch.where(flat >= 0, here, -1).view(indices.shape)
-    d_v = _served("d_v", rank)
-    d_qk = _served("d_qk", d_v + rope)
+    d_v = served("d_v", rank)
+    d_qk = served("d_qk", d_v + rope)
     if (d_v, d_qk) != (rank, rank + rope):  # zeros add nothing to a product
         if len(parts) == 1:
             parts = list(parts[0].split([rank, rope], -1))
-        parts = [_widened(parts[0], d_v), _widened(parts[1], d_qk - d_v)]
+        parts = [widened(parts[0], d_v), widened(parts[1], d_qk - d_v)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).contiguous(), indices
 
 
-def _served(dim: str, length: int) -> int:
+def served(dim: str, length: int) -> int:
     """The next larger length that the operators serve. If there is none, `length`: the operator then refuses it."""
     for value in DIMS[dim].values:
         if value >= length:
@@ -307,5 +328,6 @@ def _served(dim: str, length: int) -> int:
     return length
 
 
-def _widened(x: torch.Tensor, length: int) -> torch.Tensor:
+def widened(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros behind the last dimension, up to `length`."""
     return x if x.shape[-1] == length else torch.nn.functional.pad(x, (0, length - x.shape[-1]))
