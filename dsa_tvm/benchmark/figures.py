@@ -37,7 +37,6 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
     Raises
     ------
     ArgumentError
-        An operator, a preset or a number cannot be measured, or the JSON file cannot be written.
     """
     for op in args.op:
         if op not in OPERATORS:
@@ -64,7 +63,6 @@ def check_threads(command: str, threads: Sequence[int]) -> None:
     Raises
     ------
     ArgumentError
-        A number is out of range.
     """
     for number in threads:
         if number not in THREADS:
@@ -123,8 +121,15 @@ def raise_for_wrong(rows: Sequence[Mapping[str, Any]]) -> None:
         raise CheckError(f"bench: {len(failed)} of {len(rows)} results are wrong; the first: {failed[0]}")
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Path, document: Mapping[str, Any], command: str = "bench") -> None:
     """Write figures, together with the environment they were taken in.
+
+    Parameters
+    ----------
+    path : Path
+    document : mapping
+    command : str
+        For the message of an error.
 
     Raises
     ------
@@ -135,4 +140,4 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
         text = json.dumps({"environment": env.report(), **document}, indent=2) + "\n"
         write_atomically(path, text.encode(), in_place=True)
     except OSError as error:
-        raise DsaError(f"bench: json: expected a file that can be written, got {error}") from error
+        raise DsaError(f"{command}: json: expected a file that can be written, got {error}") from error

@@ -1,4 +1,4 @@
-"""Turns a text into inputs of sparse attention. Bytes are tokens, and seeded weights stand in for a trained layer."""
+"""A text as the inputs of sparse attention: bytes are tokens, and seeded weights stand in for a trained layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..presets import Preset
 #: Large text files of the standard library, the largest first.
 _MODULES = ("pydoc_data.topics", "_pydecimal", "turtle", "typing")
 _WIDTH = 128
-#: The vector of a token includes the bytes before it, each with this factor relative to the next.
+#: A token's vector mixes in the bytes before it, each by this much less than the one after it.
 _TAPS, _DECAY = 8, 0.75
 _POSITION = 0.3
 
@@ -25,7 +25,7 @@ def default_text() -> Path:
     Raises
     ------
     ArgumentError
-        None of the known texts exists as a file.
+        None of the known ones is there as a file.
     """
     for name in _MODULES:
         try:
@@ -44,9 +44,9 @@ def read(path: Path, tokens: int, at_least: int) -> np.ndarray:
     ----------
     path : Path
     tokens : int
-        The most bytes to read.
+        Read at most so many.
     at_least : int
-        The fewest bytes to accept.
+        Refuse a text with fewer.
 
     Returns
     -------
@@ -69,13 +69,13 @@ def read(path: Path, tokens: int, at_least: int) -> np.ndarray:
 
 
 def size(tokens: int, preset: Preset) -> int:
-    """The peak memory of `embed` in bytes, without the queries."""
+    """Bytes that `embed` holds at its peak for so many tokens, without the queries."""
     return 4 * tokens * (preset.d_idx + 2 * preset.d_qk + 3 * _WIDTH)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tensors of one attention layer for a text, float32 and C-contiguous.
+    """What one attention layer has of a text, float32 and C-contiguous.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Prompt:
     index_q : ndarray [m, h_idx, d_idx]
     weights : ndarray [m, h_idx]
     q : ndarray [m, h_q, d_qk]
-        Queries of the last m tokens.
+        Of the last m tokens.
     """
 
     index_k: np.ndarray
@@ -116,14 +116,14 @@ class Prompt:
 def embed(tokens: np.ndarray, queries: int, preset: Preset, seed: int = 0) -> Prompt:
     """Make the inputs of a layer.
 
-    Equal bytes after equal bytes have nearly equal vectors, and every query head looks for keys like that of its own
-    token. So the selection follows the text.
+    Equal bytes after equal bytes have nearly equal vectors, and every query head looks for keys like its own token's,
+    so that the selection follows the text.
 
     Parameters
     ----------
     tokens : ndarray [n], uint8
     queries : int
-        The number of last tokens that become queries.
+        How many of the last tokens ask.
     preset : Preset
     seed : int
 
@@ -152,19 +152,19 @@ def embed(tokens: np.ndarray, queries: int, preset: Preset, seed: int = 0) -> Pr
 
 
 def _hidden(rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:
-    """Hidden states [n, _WIDTH]: a decaying sum over the vectors of a byte and those before it, plus its position."""
+    """[n, _WIDTH]: a decaying sum of the vectors of a byte and those before it, and a little of its position."""
     n, half = len(tokens), _WIDTH // 2
     table = rng.standard_normal((256, _WIDTH), np.float32)
     angles = np.arange(n, dtype=np.float32)[:, None] * np.geomspace(1, 1e-4, half, dtype=np.float32)
     hidden = np.concatenate([np.sin(angles), np.cos(angles)], axis=1) * np.float32(_POSITION)
     for tap in range(min(_TAPS, n)):
-        # Roll it, so that "ab" and "ba" differ.
+        # Rolled, so that "ab" and "ba" differ.
         vectors = np.roll(table, tap, axis=1) * np.float32(_DECAY**tap)
         hidden[tap:] += vectors[tokens[: n - tap]]
     return _normalized(hidden)
 
 
 def _normalized(x: np.ndarray) -> np.ndarray:
-    """Scale the last axis to a mean square of 1, in place."""
+    """In place: every last axis to a mean square of 1."""
     x *= 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True))
     return x
