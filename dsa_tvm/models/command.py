@@ -1,17 +1,24 @@
-"""``dsa-tvm export`` and ``dsa-tvm generate``."""
+"""``dsa-tvm export``, ``dsa-tvm generate`` and ``dsa-tvm recall``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DsaError
+from ..runtime import machine
+from ..runtime.files import expect_writable, write_atomically
+from ..spec import DIMS
+from ..terminal.extras import expect_installed
+from ..terminal.progress import Progress
 
 _DTYPES = ("float32", "float16")
+_TOPKS = (256, 512, 1024, 2048, 4096)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +49,30 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-library", action="store_true", help="run the bodies of standard operators instead")
 
 
+def add_recall_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `run_recall` reads."""
+    parser.add_argument("checkpoint", type=Path, help="directory with config.json and .safetensors")
+    parser.add_argument(
+        "--text", type=Path, required=True, metavar="FILE", help="text; without a tokenizer, numbers of tokens"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the checkpoint's)")
+    parser.add_argument("--bytes", action="store_true", help="take the bytes of the text as tokens")
+    parser.add_argument(
+        "--topk", type=int, nargs="+", default=[*_TOPKS], metavar="N", help="keys to select (default: 256 to 4096)"
+    )
+    parser.add_argument("--layers", type=_layers, metavar="A:B", help="layers A to B - 1 only (default: all)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="the first N tokens only (default: all)")
+    parser.add_argument(
+        "--queries", type=int, default=256, metavar="N", help="tokens that are looked at, evenly spread (default: 256)"
+    )
+    parser.add_argument(
+        "--dtype", choices=(*_DTYPES, "bfloat16"), default="float32", help="element type (default: float32)"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE as well")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw them into FILE, a PNG, with matplotlib")
+
+
 def _layers(text: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
@@ -68,7 +99,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Print tokens as they come. Progress and times go to standard error."""
-    tokenizer = _tokenizer(args)
+    tokenizer = _tokenizer(args.tokenizer, args.directory)
     prompt = _prompt(args.prompt, tokenizer)
     from .onnx import Generator
 
@@ -82,9 +113,92 @@ def run_generate(args: argparse.Namespace) -> None:
     print(generator.timing, file=sys.stderr)
 
 
-def _tokenizer(args: argparse.Namespace) -> Any:
-    path = args.tokenizer or args.directory / "tokenizer.json"
-    if args.tokenizer is None and not path.is_file():
+def run_recall(args: argparse.Namespace) -> None:
+    """Print tables of what the selected tokens hold, and write what is asked for."""
+    threads = args.threads or machine.usable_cpus()
+    _check_recall(args, threads)
+    expect_installed("recall", "models", "torch", "transformers", "safetensors", "tokenizers")
+    if args.out:
+        expect_installed("recall: out", "plot", "matplotlib")
+    tokens = _text(args)[: args.tokens]
+    import torch
+
+    from ..runtime.library import set_num_threads
+    from .recall import picture, report
+    from .recall.measure import recall
+
+    torch.set_num_threads(threads)
+    set_num_threads(threads)
+    with Progress(args.layers[1] if args.layers else _number_of_layers(args.checkpoint)) as progress:
+        found = recall(
+            args.checkpoint,
+            tokens,
+            sorted(set(args.topk)),
+            queries=args.queries,
+            layers=args.layers,
+            dtype=args.dtype,
+            say=progress.step,
+        )
+    title = f"{args.checkpoint}, {args.text}: {len(tokens)} tokens, {len(found.positions)} queries, {args.dtype}"
+    print(title)
+    for line in report.lines(found):
+        print(line)
+    if args.json:
+        document = {"checkpoint": str(args.checkpoint), "text": str(args.text), "tokens": len(tokens)}
+        text = json.dumps({**document, "dtype": args.dtype, **found.document()})
+        _write("json", args.json, text.encode() + b"\n")
+    if args.out:
+        _write("out", args.out, picture.as_png(found, title))
+
+
+def _check_recall(args: argparse.Namespace, threads: int) -> None:
+    if threads not in machine.THREADS:
+        first, last = machine.THREADS[0], machine.THREADS[-1]
+        raise ArgumentError(f"recall: threads: expected {first}..{last}, got {threads}")
+    most = DIMS["topk"].maximum
+    for topk in args.topk:
+        if not 1 <= topk <= most:
+            raise ArgumentError(f"recall: topk: expected 1..{most}, got {topk}")
+    for name in ("tokens", "queries"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ArgumentError(f"recall: {name}: expected at least 1, got {value}")
+    if args.bytes and args.tokenizer:
+        raise ArgumentError("recall: expected --bytes or --tokenizer, got both")
+    for name in ("json", "out"):
+        if (path := getattr(args, name)) is not None:
+            try:
+                expect_writable(path)
+            except OSError as error:
+                raise ArgumentError(f"recall: {name}: expected a file that can be written, got {error}") from error
+
+
+def _write(name: str, path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data, in_place=True)
+    except OSError as error:
+        raise DsaError(f"recall: {name}: expected a file that can be written, got {error}") from error
+
+
+def _number_of_layers(checkpoint: Path) -> int:
+    from .checkpoint import Checkpoint
+
+    with Checkpoint(checkpoint) as opened:
+        return opened.config.num_hidden_layers
+
+
+def _text(args: argparse.Namespace) -> list[int]:
+    """The tokens of the text of `run_recall`."""
+    if args.bytes:
+        return list(args.text.read_bytes())
+    tokens = _prompt(args.text, _tokenizer(args.tokenizer, args.checkpoint))
+    if not tokens:
+        raise ArgumentError(f"{args.text}: expected at least one token, got none")
+    return tokens
+
+
+def _tokenizer(chosen: Path | None, directory: Path) -> Any:
+    path = chosen or directory / "tokenizer.json"
+    if chosen is None and not path.is_file():
         return None
     from tokenizers import Tokenizer
 
