@@ -94,6 +94,18 @@ def _generate(args: argparse.Namespace) -> None:
     command.run_generate(args)
 
 
+def _cost(args: argparse.Namespace) -> None:
+    from .benchmark.cost import command
+
+    command.run(args)
+
+
+def _recall(args: argparse.Namespace) -> None:
+    from .models import command
+
+    command.run_recall(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsa-tvm", description="DeepSeek Sparse Attention kernels")
     parser.add_argument("--version", action="version", version=f"dsa-tvm {__version__}")
@@ -138,18 +150,26 @@ def _parser() -> argparse.ArgumentParser:
 
     add_tune_arguments(tune)
 
-    records = command("records", _records, "check, compare, merge and show tuning records")
+    records = command("records", _records, "check, compare, join and look at tuning records")
     from .records.command import add_arguments as add_records_arguments
 
     add_records_arguments(records)
 
-    from .models.command import add_export_arguments, add_generate_arguments
+    from .models.command import add_export_arguments, add_generate_arguments, add_recall_arguments
 
     export = command("export", _export, "make an ONNX model of a DSA checkpoint")
     add_export_arguments(export)
 
     generate = command("generate", _generate, "generate tokens with an exported model in ONNX Runtime")
     add_generate_arguments(generate)
+
+    cost = command("cost", _cost, "time and price of a token in one attention layer, by position, ours and others")
+    from .benchmark.cost.arguments import add_arguments as add_cost_arguments
+
+    add_cost_arguments(cost)
+
+    recall = command("recall", _recall, "how much of dense attention the selected tokens hold, on a text of yours")
+    add_recall_arguments(recall)
 
     env = command("env", _env, "describe the environment, for a bug report")
     env.add_argument("--json", action="store_true")

@@ -25,7 +25,7 @@ ALLOWED = {
     "functions": {"ops", "runtime"},
     "torch_ops": {"errors", "ops", "runtime", "spec"},
     "export": {"errors", "ops", "runtime", "spec", "torch_ops"},
-    "models": {"errors", "export", "runtime", "spec", "torch_ops"},
+    "models": {"errors", "export", "runtime", "spec", "terminal", "torch_ops"},
     "schedules": {"gpu", "ops", "spec"},
     "records": {"errors", "gpu", "ops", "presets", "runtime", "spec", "terminal"},
     "build": {"errors", "gpu", "ops", "presets", "records", "runtime", "schedules", "spec", "terminal"},

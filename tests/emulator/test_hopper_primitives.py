@@ -1,4 +1,4 @@
-"""The models of sm_90a's products and box copies compute like the instructions."""
+"""The models of sm_90a's products and copies of boxes compute what the instructions do."""
 
 from __future__ import annotations
 
