@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_tune_arguments(tune)
 
-    records = command("records", _records, "check, compare, join and look at tuning records")
+    records = command("records", _records, "check, compare, merge and show tuning records")
     from .records.command import add_arguments as add_records_arguments
 
     add_records_arguments(records)

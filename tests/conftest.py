@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,25 @@ def device(request):
     if request.param == "cuda":
         request.getfixturevalue("gpu")
     return request.param
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of some KiB and returns its directory."""
+    mounted = []
+
+    def mount(kib):
+        path = tmp_path / "disk"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(path)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import sys
@@ -201,16 +200,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch", action="append", default=[], help="GPU architecture for --target cuda, such as sm_90 (default: all)"
     )
-    parser.add_argument(
-        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
-    )
-    parser.add_argument("--report", action="store_true", help="tell what every kernel of the library takes")
+    parser.add_argument("--report", action="store_true", help="print the resources of every kernel in the library")
     parser.add_argument(
         "--sanitize",
         choices=list(link.SANITIZERS),
-        help="have the compiler's sanitizer watch the C files: a library for debugging",
+        help="build a library for debugging, whose C files a sanitizer of the compiler watches",
     )
-    parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler (default: $CC or cc)")
+    link.add_arguments(parser)
     parser.add_argument(
         "--records", metavar="DIR", help=f"tuning logs (default: the package's); {NO_RECORDS} for default decisions"
     )
@@ -221,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in WIDTHS:
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, action="append", default=[], help=f"serve this {name} too")
+        parser.add_argument(flag, type=int, action="append", default=[], help=f"also serve this {name}")
 
 
 def run(args: argparse.Namespace, version: str) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -37,6 +39,16 @@ def export_directory() -> Path:
     return package_files.find("export/c")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options ``--cc`` and ``--nvcc`` of commands that compile."""
+    parser.add_argument(
+        "--cc", default=os.environ.get("CC", "cc"), help="C compiler for the target (default: $CC or cc)"
+    )
+    parser.add_argument(
+        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
+    )
+
+
 def expect_compiler(cc: str) -> None:
     """Raise `BuildError` unless `cc` is on PATH."""
     if not shutil.which(cc):
@@ -58,7 +70,7 @@ def nvcc_version(nvcc: str) -> tuple[int, int]:
     said = run([nvcc, "--version"])
     found = re.search(r"\brelease (\d+)\.(\d+)", said)
     if not found:
-        raise BuildError(f"nvcc: expected {nvcc} --version to tell its release, got {said!r}")
+        raise BuildError(f"nvcc: expected {nvcc} --version to name its release, got {said!r}")
     return int(found[1]), int(found[2])
 
 

@@ -74,7 +74,9 @@ def make(
                     followed.setdefault(like, []).append(types)
             for like, unmeasured in followed.items():
                 serves = ", ".join(map(_in_words, unmeasured))
-                progress(f"{op} on {target}: what was tuned for {_in_words(like)} serves {serves}, not measured there")
+                progress(
+                    f"{op} on {target}: decisions tuned for {_in_words(like)} serve {serves} too, which have no records"
+                )
             plan[target][op] = {types: rows[types] for types in variants}
     return plan
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..spec import OpSpec, TensorSpec
 from . import indexer_topk, lightning_indexer, sparse_mla
 
 
-def reference(index_q, index_k, weights, ks, ke, q, kv, index_k_scale=None, attn_sink=None, *, topk, sm_scale, d_v):
+def reference(
+    index_q: np.ndarray,
+    index_k: np.ndarray,
+    weights: np.ndarray,
+    ks: np.ndarray,
+    ke: np.ndarray,
+    q: np.ndarray,
+    kv: np.ndarray,
+    index_k_scale: np.ndarray | None = None,
+    attn_sink: np.ndarray | None = None,
+    *,
+    topk: int,
+    sm_scale: float,
+    d_v: int,
+) -> tuple[np.ndarray, ...]:
     """float64 attention, with the arguments of `indexer_topk.reference` and `sparse_mla.reference`.
 
     Returns

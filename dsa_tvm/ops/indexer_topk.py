@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..spec import OpSpec
 from . import lightning_indexer, topk
 
 
-def reference(q, k, weights, ks, ke, k_scale=None, *, topk):
+def reference(
+    q: np.ndarray,
+    k: np.ndarray,
+    weights: np.ndarray,
+    ks: np.ndarray,
+    ke: np.ndarray,
+    k_scale: np.ndarray | None = None,
+    *,
+    topk: int,
+) -> tuple[np.ndarray, ...]:
     """Select from float64 logits; the arguments are those of `lightning_indexer.reference` and `topk`.
 
     Returns

@@ -56,7 +56,14 @@ def in_range(ks: np.ndarray, ke: np.ndarray, s_kv: int) -> np.ndarray:
     return (ks[:, None] <= keys) & (keys < ke[:, None])
 
 
-def reference(q, k, weights, ks, ke, k_scale=None):
+def reference(
+    q: np.ndarray,
+    k: np.ndarray,
+    weights: np.ndarray,
+    ks: np.ndarray,
+    ke: np.ndarray,
+    k_scale: np.ndarray | None = None,
+) -> tuple[np.ndarray, ...]:
     """Compute float64 logits by the formula above.
 
     Parameters

@@ -34,7 +34,16 @@ TOLERANCE = {
 }
 
 
-def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v):
+def reference(
+    q: np.ndarray,
+    kv: np.ndarray,
+    indices: np.ndarray,
+    attn_sink: np.ndarray | None = None,
+    topk_length: np.ndarray | None = None,
+    *,
+    sm_scale: float,
+    d_v: int,
+) -> tuple[np.ndarray, ...]:
     """float64 attention, one query at a time.
 
     Parameters

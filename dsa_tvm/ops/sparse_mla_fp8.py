@@ -17,7 +17,16 @@ from . import packed_rows, sparse_mla
 KERNEL = {"T": packed_rows.KEY_ONLY, "K": packed_rows.SCALED}
 
 
-def reference(q, kv, indices, attn_sink=None, topk_length=None, *, sm_scale, d_v):
+def reference(
+    q: np.ndarray,
+    kv: np.ndarray,
+    indices: np.ndarray,
+    attn_sink: np.ndarray | None = None,
+    topk_length: np.ndarray | None = None,
+    *,
+    sm_scale: float,
+    d_v: int,
+) -> tuple[np.ndarray, ...]:
     """Compute float64 attention over the unpacked rows.
 
     Parameters

@@ -18,7 +18,7 @@ from .lightning_indexer import TOPK_ATTR
 INDICES = TensorSpec("indices", "int32", ("s_q", "topk"))
 
 
-def reference(logits, ks, ke, topk):
+def reference(logits: np.ndarray, ks: np.ndarray, ke: np.ndarray, topk: int) -> tuple[np.ndarray, ...]:
     """Select by a stable sort of each row.
 
     Parameters

@@ -14,7 +14,7 @@ import numpy as np
 from ..spec import OpSpec, TensorSpec, Tolerance
 
 
-def reference(cache, rows, positions):
+def reference(cache: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return the cache with the rows in it.
 
     Parameters

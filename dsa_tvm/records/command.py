@@ -13,7 +13,7 @@ from ..ops import OPS
 from ..presets import PRESETS
 from ..runtime.files import expect_writable, write_atomically
 from ..terminal.extras import expect_installed
-from ..terminal.text import digits, table
+from ..terminal.text import digits, size_of, table
 from . import curve, selection
 from .log import Damage, Log, default_directory, logs, merge
 from .record import KINDS, Record, as_key
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def place(sub, **kwargs):
         sub.add_argument("path", type=Path, metavar="DIR", help="logs (default: those of the package)", **kwargs)
 
-    verify = command("verify", _verify, "read logs and report every line that cannot be believed")
+    verify = command("verify", _verify, "check logs and report every line that is rejected")
     place(verify, nargs="*")
 
-    best = command("best", _best, "the best finals for each size, and which of them a library would hold")
+    best = command("best", _best, "the best finals for each size, and which of them a library would contain")
     place(best, nargs="?")
     best.add_argument("--target", help="only this target")
     best.add_argument("--op", choices=list(cpu.BUCKETS), help="only this operator")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merging = command("merge", _merge, "add the lines of logs to those of a directory")
     merging.add_argument("source", nargs="+", type=Path, help="a log or a directory of logs")
     merging.add_argument("--into", type=Path, required=True, metavar="DIR", help="the directory to add to")
-    merging.add_argument("--finals", action="store_true", help="leave out the trials: all that a build needs")
+    merging.add_argument("--finals", action="store_true", help="leave out the trials, which no build needs")
 
     show = command("show", _show, "the trials of searches, and how the best speedup grew")
     place(show, nargs="?")
@@ -213,10 +213,10 @@ def _print_table(rows: list[list[str]], first: str) -> None:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    s_q, _, s_kv = text.partition("x")
-    if not (s_q.isdecimal() and s_kv.isdecimal() and max(len(s_q), len(s_kv)) < 11):
+    size = size_of(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"expected S_QxS_KV such as 1x32768, got {text!r}")
-    return int(s_q), int(s_kv)
+    return size
 
 
 def _try_png(path: Path) -> None:

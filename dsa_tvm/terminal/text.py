@@ -1,4 +1,4 @@
-"""Format results as text: aligned columns, and numbers with three digits."""
+"""Text for terminals: aligned columns, numbers with three digits, and sizes that users write."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def duration(seconds: float) -> str:
     units = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
     unit, factor = next((u for u in units if seconds * u[1] >= 1), units[-1])
     return f"{digits(seconds * factor)} {unit}"
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """The two lengths of a size such as ``1x32768``; None if `text` is something else."""
+    left, _, right = text.partition("x")
+    # Python refuses to read numbers of thousands of digits.
+    if not all(n.isdecimal() and len(n) <= 10 for n in (left, right)):
+        return None
+    return int(left), int(right)

@@ -1,4 +1,4 @@
-"""From decisions to candidate libraries: kernels compiled in workers, linked here."""
+"""Builds candidate libraries for CPUs: workers compile kernels, and this process links them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Builder(CandidateBuilder):
     ----------
     workers : Workers
     directory : Path
-        For the objects and libraries; the caller removes it.
+        For objects and libraries; the caller removes it.
     cc : str
         C compiler for the target.
     seconds : float
-        Limit for one compilation.
+        Time limit of one compilation.
     modules : mapping
         Kernel module by operator.
     """
@@ -68,7 +68,7 @@ class Builder(CandidateBuilder):
         return self._expected(task, self.libraries(task, [self.default(task)]))
 
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
-        """A library for each of `proposals`, in any order, or why there is none."""
+        """The library of each proposal, by its position, or the error that left it without one. Any order."""
         linker, default = self._linker(task)
         module = self.modules[task.op]
         paths = [self._path(task, ".o") for _ in proposals]
@@ -98,7 +98,7 @@ class Builder(CandidateBuilder):
                 yield i, future.result()
 
     def _linker(self, task: Task) -> tuple[Linker, Path]:
-        """Made once for each kernel, with the object of DEFAULT that every candidate is measured against."""
+        """The linker of a kernel, made once, and the object of DEFAULT with which its candidates are compared."""
         key = (task.op, task.types)
         if key not in self._linkers:
             default = self._path(task, ".default.o")

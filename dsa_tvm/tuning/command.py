@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
 from .. import env, presets
+from ..build import link
 from ..errors import ArgumentError, DsaError
 from ..ops import OPS
 from ..records.selection import cpu, gpu
@@ -47,22 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="element types of the queries (default: float32 on CPUs; on GPUs bfloat16 and float8_e4m3fn)",
     )
     parser.add_argument("--trials", type=int, default=64, help="candidates for each kernel and size (default: 64)")
-    parser.add_argument("--timeout", type=float, default=math.inf, metavar="S", help="begin no trial after S seconds")
-    parser.add_argument("--threads", type=int, nargs="+", default=[], help="time with these (default: 1 and all CPUs)")
-    parser.add_argument("--output", type=Path, default=Path("tuning_logs"), help="directory (default: tuning_logs)")
+    parser.add_argument("--timeout", type=float, default=math.inf, metavar="S", help="start no trial after S seconds")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[], help="thread counts to time with (default: 1 and all CPUs)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("tuning_logs"), help="directory of the logs (default: tuning_logs)"
+    )
     parser.add_argument("--rpc", default="", metavar="HOST:PORT", help="measure on the machines of this TVM tracker")
     parser.add_argument("--key", default="", help="key of the RPC servers")
-    parser.add_argument("--cc", default=os.environ.get("CC", "cc"), help="C compiler for the target")
-    parser.add_argument(
-        "--nvcc", default=os.environ.get("CUDACXX", "nvcc"), help="CUDA compiler (default: $CUDACXX or nvcc)"
-    )
+    link.add_arguments(parser)
     parser.add_argument(
         "--build-only", type=Path, metavar="DIR", help="build candidates for a GPU architecture into DIR, and stop"
     )
     parser.add_argument(
         "--measure", type=Path, metavar="DIR", help="measure what --build-only left in DIR, on this machine's GPU"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: 0)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
             for shape in shapes or cpu.buckets(op)
         ]
         builder = Builder(workers, directory, args.cc)
-        print(f"dsa-tvm tune: measuring what the machine can do for {target}", file=sys.stderr, flush=True)
+        print(f"dsa-tvm tune: measuring the peak of this machine for {target}", file=sys.stderr, flush=True)
         request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
         try:
             gflops = workers.ask(request, 120)

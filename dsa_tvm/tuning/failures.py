@@ -128,8 +128,8 @@ class Losses:
         self._row += 1
         if self._row == _MOST_LOST:
             raise DsaError(
-                f"tune: {title}: {_MOST_LOST} candidates in a row could not be tried; the last: {outcome}; what was "
-                "measured is kept, and the same command goes on from there"
+                f"tune: {title}: {_MOST_LOST} candidates in a row could not be tried; the last: {outcome}; "
+                "measurements are kept, and the same command continues from there"
             )
         self._say(f"{title}: a candidate could not be tried and has no record: {outcome}")
 

@@ -1,4 +1,4 @@
-"""The tuning job: propose, build, check and time, keep every trial, and measure the best once more against DEFAULT."""
+"""The tuning job: propose, build, check and time, record every trial, and measure the best again beside DEFAULT."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from .tasks import Effort, Task
 from .trials import Trials
 from .workers import BATCH, Request, Workers
 
-#: Trials that are measured again at the end.
+#: The number of candidates that are measured again at the end.
 FINALISTS = 4
-#: Measuring effort by kind of record.
+#: How thoroughly to measure, by kind of record.
 EFFORT: Mapping[str, Mapping[str, Any]] = {
     "trial": {"seconds": 0.3, "rounds": (2, 9)},
     "final": {"seconds": 2.0, "rounds": (5, 41)},
 }
-#: DEFAULT this much slower than it was: something else keeps the machine busy.
+#: If DEFAULT is this much slower than before, something else keeps the machine busy.
 _DISTURBED = 1.3
-#: Kind of the error where no machine of a fleet could be asked: `measure.UnreachableError`, which imports TVM.
+#: The kind of error if no machine of a fleet could be reached. `measure`, which has the class, imports TVM.
 _UNREACHABLE = "UnreachableError"
 _TIMES = ("seconds", "default_seconds")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a job was asked for.
+    """The options of a job.
 
     Parameters
     ----------
     trials : int
-        For each task, those of earlier jobs in the log included.
+        For each task, including those of earlier jobs in the log.
     timeout : float
         Seconds after which no new trial begins; infinity for none.
     threads : tuple of int
-        Thread counts that every candidate is timed with.
+        Thread counts with which every candidate is timed.
     output : Path
         Directory of the logs.
     machine : str
-        Name of this kind of machine; trials of another are not taken for its own.
+        Name of this kind of machine. Trials of other machines do not count.
     gflops : mapping
         The machine's multiply-add limit by number of threads.
     remote : Remote, optional
@@ -81,9 +81,9 @@ class Job:
     options : Options
     tasks : sequence of Task
     workers : Workers
-        They measure.
+        Processes that measure.
     source : Source
-        Has the candidates.
+        Gives the candidates.
     """
 
     def __init__(self, options: Options, tasks: Sequence[Task], workers: Workers, source: Source) -> None:
@@ -93,23 +93,23 @@ class Job:
         self._lost: set[tuple] = set()
 
     def run(self, progress: Progress) -> list[Record]:
-        """Tune every task; the finals in the order of the tasks.
+        """Tune every task. Returns the finals in the order of the tasks.
 
         Raises
         ------
         DsaError
-            DEFAULT itself fails, the log cannot be written, or no machine is left.
+            DEFAULT itself fails, a log cannot be written, or no machine is left.
         """
         families: dict[tuple, list[Task]] = {}
         for task in self._tasks:
             families.setdefault(task.family, []).append(task)
-        # All of them now, not when hours have gone into the first.
+        # Check all logs now, not after hours of tuning.
         for log in {self._log(task).path: self._log(task) for task in self._tasks}.values():
             log.expect_writable()
         return [final for tasks in families.values() for final in self._tune(tasks, progress)]
 
     def _tune(self, tasks: Sequence[Task], progress: Progress) -> list[Record]:
-        """Tune a family: a candidate is measured at every size of it."""
+        """Tune a family. A candidate is measured at all its sizes."""
         first, options = tasks[0], self._options
         losses = Losses(progress.say)
         log = self._log(first)
@@ -135,7 +135,7 @@ class Job:
                 if as_key(decisions) in self._lost:
                     search.skip(decisions)
         finalists = [d for d in trials.best(FINALISTS) if d != self._source.default(first)]
-        # A job that was killed during its finals goes on with those that are missing.
+        # A job that was killed during its finals only measures the missing ones.
         missing = [d for d in finalists if not finals.is_done(d)]
         for record in self._measured(tasks, missing, "final", finals, losses):
             log.append(record)
@@ -148,7 +148,7 @@ class Job:
     def _proposals(
         self, task: Task, search: Proposer, covered: Sequence[Record], trials: Trials
     ) -> Iterator[list[dict[str, int]]]:
-        """Batches of new decisions: what was begun, DEFAULT and what won at other sizes first, then the search's."""
+        """Batches of new decisions: first begun candidates, DEFAULT and winners at other sizes, then the search's."""
         others = sorted((r for r in covered if r.kind == "final"), key=lambda r: r.speedup, reverse=True)
         known = [*trials.begun(), self._source.default(task), *(dict(r.decisions) for r in others)]
         seeds = [d for i, d in enumerate(known) if search.covers(d) and not trials.is_done(d) and d not in known[:i]]
@@ -161,9 +161,9 @@ class Job:
     def _measured(
         self, tasks: Sequence[Task], proposals: Sequence[dict[str, int]], kind: str, known: Trials, losses: Losses
     ) -> Iterator[Record]:
-        """Build, then measure: on one machine the two would disturb each other.
+        """Build all, then measure all, because on one machine the two would disturb each other.
 
-        A candidate that could not be tried has no record.
+        A candidate that could not be tried gets no record.
         """
         libraries: dict[int, Path] = {}
         for i, outcome in self._source.libraries(tasks[0], proposals) if proposals else ():
@@ -181,7 +181,7 @@ class Job:
                     continue
                 record = self._record(task, kind, proposals[i], outcome)
                 if record.error is not None:
-                    # It is not worth looking at elsewhere.
+                    # It failed, so it need not be measured at other sizes.
                     self._source.discard(libraries.pop(i))
                 yield record
         for library in libraries.values():
@@ -193,7 +193,7 @@ class Job:
         Raises
         ------
         DsaError
-            DEFAULT could not, or several in a row.
+            DEFAULT could not be tried, or several candidates in a row.
         """
         if not (isinstance(outcome, WorkerError) and (outcome.is_surroundings or outcome.kind == _UNREACHABLE)):
             losses.end()
@@ -205,8 +205,8 @@ class Job:
         return True
 
     def _settled(self, task: Task, libraries: Mapping[int, Path], kind: str) -> Iterator[tuple[int, Any | WorkerError]]:
-        # A machine that went away costs a candidate its turn, so it gets another one, on another machine perhaps. So
-        # does a candidate that was measured while something else kept the machine busy.
+        # A candidate gets another turn if its machine went away, possibly on another machine. The same holds if
+        # something else kept the machine busy.
         for chances in (2, 1, 0):
             again = {}
             for i, outcome in self._timed(task, libraries, kind):
@@ -217,7 +217,7 @@ class Job:
             libraries = again
 
     def _is_disturbed(self, task: Task, outcome: Any) -> bool:
-        """Whether DEFAULT took much longer beside this candidate than beside another."""
+        """Whether DEFAULT took much longer beside this candidate than beside others."""
         if isinstance(outcome, WorkerError) or self._options.remote:
             return False
         disturbed = False
@@ -231,7 +231,7 @@ class Job:
         if not libraries:
             return
         remote = self._options.remote
-        # Asked each time, because machines come and go.
+        # Count them each time, because machines come and go.
         machines = fleet.count(remote) if remote else 1
         effort = Effort(self._options.threads, **EFFORT[kind])
         order = list(libraries)
@@ -255,7 +255,7 @@ class Job:
         reason = ""
         if isinstance(outcome, WorkerError):
             if outcome.kind == "LibraryError":
-                # No candidate's fault, and that of all that come: the GPU is gone.
+                # The GPU is gone. That is not the fault of this candidate, and all others would fail as well.
                 raise DsaError(f"tune: {task.title}: {outcome}")
             reason = failure(outcome)
         else:

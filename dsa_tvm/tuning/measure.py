@@ -1,7 +1,7 @@
-"""What a candidate is worth: checked against the reference, then timed in turns with the default decisions.
+"""Measures a candidate on a CPU: checks it against the reference, then times it in turns with DEFAULT.
 
-Runs in a worker process, on this machine or through TVM's RPC on another. A candidate library holds two kernel sets,
-0 the default and 1 the candidate, and TVM's runtime is all that the other machine needs to run them.
+This runs in a worker process, on this machine or through TVM's RPC on another one, which needs nothing but TVM's
+runtime. A candidate library has two kernel sets, 0 for DEFAULT and 1 for the candidate.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ..benchmark.check import CheckError
 from ..errors import DsaError
 from ..ops.element_types import STORAGE
 from .fleet import Remote
-from .problem import Problem
-from .tasks import Effort, Task, irregular, repetitive
+from .problem import Problem, problems
+from .tasks import Effort, Task
 from .turns import Timer, in_turns
 
 DEFAULT, CANDIDATE = 0, 1
 
 
 class RemoteError(DsaError):
-    """The machine, not the candidate, is at fault: no server of the key, or one that went away."""
+    """The machine is at fault, not the candidate: no server has the key, or a server went away."""
 
 
 class UnreachableError(RemoteError):
-    """There is no machine to ask: nothing of the candidate has run."""
+    """No machine could be reached, so the candidate did not run."""
 
 
 def measure(library: str, task: Task, effort: Effort, remote: Remote | None = None) -> dict[str, dict[int, Any]]:
@@ -42,17 +42,18 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
     Returns
     -------
     dict
-        ``"seconds"`` and ``"default_seconds"``: number of threads to the seconds of one call in each round;
-        ``"gflops"``: the multiply-add limit of a machine of a fleet, which may be another one every time.
+        ``"seconds"`` and ``"default_seconds"``: the seconds of one call in each round, by number of threads;
+        ``"gflops"``: the multiply-add limit of the machine, if it belongs to a fleet and may differ each time.
 
     Raises
     ------
     CheckError
-        The candidate's result is wrong.
+        The result of the candidate is wrong.
     RemoteError
+        The machine is not there, or went away.
     """
     with _opened(library, remote) as (module, device):
-        *odd, timed = _problems(task)
+        *odd, timed = problems(task)
         for problem in odd:
             check(module, device, problem, CANDIDATE, 2)
         arguments = _on_this_machine(task) if remote is None else _arguments(timed, device)
@@ -77,29 +78,23 @@ def machine(library: str, threads: Sequence[int], remote: Remote | None = None) 
 
 
 def check(module: Any, device: Any, problem: Problem, which: int, threads: int) -> None:
-    """Hold one kernel set's results against the float64 reference.
+    """Check the results of one kernel set against the float64 reference.
 
     Raises
     ------
     CheckError
+        A result is wrong.
     """
     _checked(module, device, problem, _arguments(problem, device), which, threads)
-
-
-@functools.lru_cache(maxsize=1)
-def _problems(task: Task) -> tuple[Problem, ...]:
-    """The latest task's odd inputs and, last, those that are timed; made once and not for every candidate."""
-    odd = [Problem.of(work, task.variant, range(work.lengths["s_q"])) for work in (irregular(task), repetitive(task))]
-    return *odd, Problem.of(task.inputs(), task.variant, sorted({0, task.s_q - 1}))
 
 
 def _checked(
     module: Any, device: Any, problem: Problem, arguments: Sequence[Any], which: int, threads: int
 ) -> list[Any]:
-    """The outputs of one kernel set, after they have been held against the reference."""
+    """The outputs of one kernel set, after a check against the reference."""
     outputs = _poisoned(problem, device)
     module["call"](which, threads, *arguments, *outputs)
-    # The sums of CPUs are f32 for every element type.
+    # CPUs sum in f32 for every element type.
     dtype = "float32" if problem.work.op == "lightning_indexer" else ""
     problem.check([x.numpy()[list(problem.rows)] for x in outputs], dtype)
     return outputs
@@ -111,8 +106,8 @@ def _timer(module: Any, which: int, threads: int, arguments: Sequence[Any]) -> T
 
 @functools.lru_cache(maxsize=1)
 def _on_this_machine(task: Task) -> list[Any]:
-    """The arguments that are timed, which stay where they are from candidate to candidate."""
-    return _arguments(_problems(task)[-1], tvm.cpu())
+    """The arguments for timing, which stay in place from candidate to candidate."""
+    return _arguments(problems(task)[-1], tvm.cpu())
 
 
 def _arguments(problem: Problem, device: Any) -> list[Any]:
@@ -122,7 +117,7 @@ def _arguments(problem: Problem, device: Any) -> list[Any]:
 
 
 def _poisoned(problem: Problem, device: Any) -> list[Any]:
-    """Outputs that hold what no kernel writes: -77 for indices, a NaN in any floating-point type."""
+    """Outputs filled with values that no kernel writes: -77 for indices, NaN for any floating-point type."""
     found = []
     for dtype, shape in problem.results():
         bits = np.empty(shape, STORAGE[dtype])
@@ -134,14 +129,14 @@ def _poisoned(problem: Problem, device: Any) -> list[Any]:
 
 
 def _tensor(dtype: str, bits: np.ndarray, device: Any) -> Any:
-    """Of an element type that NumPy lacks, perhaps."""
+    """A tensor of an element type that NumPy may lack."""
     return tvm.runtime.tensor(bits if bits.dtype.name == dtype else bits.view(getattr(ml_dtypes, dtype)), device)
 
 
 @contextlib.contextmanager
 def _opened(library: str, remote: Remote | None) -> Iterator[tuple[Any, Any]]:
     if remote is None:
-        # Unloaded when nobody holds it: a worker sees thousands.
+        # Unload it when nobody holds it, because a worker sees thousands.
         yield tvm_ffi.load_module(library, keep_module_alive=False), tvm.cpu()
         return
     from tvm import rpc
@@ -160,5 +155,5 @@ def _opened(library: str, remote: Remote | None) -> Iterator[tuple[Any, Any]]:
     except CheckError:
         raise
     except Exception as error:
-        # Whether the candidate or the machine ended the session, nobody can tell from here.
+        # Here nobody can tell whether the candidate or the machine ended the session.
         raise RemoteError(f"rpc: {type(error).__name__}: {error}") from error

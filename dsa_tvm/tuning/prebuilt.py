@@ -143,17 +143,17 @@ def load(directory: Path) -> Contents:
     try:
         document = json.loads(path.read_bytes())
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            raise ValueError(f"expected a {_FORMAT!r} file")
+            raise ValueError(f"a file that is not in the format {_FORMAT!r}")
         stated = document.pop("sum", None)
         if digest(document) != stated:
-            raise ValueError("its checksum is another")
+            raise ValueError("a checksum that does not match")
         del document["format"]
         document["preset"] = _preset(document["preset"])
         _expect_map(document["versions"], str)
         document["families"] = [_family(f, document["target"], document["preset"]) for f in document["families"]]
         contents = Contents(**document)
         if not is_arch(contents.target):
-            raise ValueError(f"no architecture: {contents.target!r}")
+            raise ValueError(f"an unknown architecture: {contents.target!r}")
     # A directory from somebody else may contain anything, so everything is checked.
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DsaError(f"tune: expected {path}, made by --build-only, got {error}") from error
@@ -165,43 +165,43 @@ def _preset(fields: dict[str, Any]) -> Preset:
     preset = Preset(**{"sm_scale": 1.0} | fields)
     for name, length in preset.lengths.items():
         if type(length) is not int or not DIMS[name].admits(length):
-            raise ValueError(f"no {name}: {reprlib.repr(length)}")
+            raise ValueError(f"an invalid {name}: {reprlib.repr(length)}")
     if type(preset.sm_scale) is not float or not math.isfinite(preset.sm_scale):
-        raise ValueError(f"no sm_scale: {reprlib.repr(preset.sm_scale)}")
+        raise ValueError(f"an invalid sm_scale: {reprlib.repr(preset.sm_scale)}")
     return preset
 
 
 def _expect_map(value: Any, kind: type) -> None:
     """Check that a value maps names to values of exactly one type."""
     if not (isinstance(value, dict) and all(type(item) is kind for item in value.values())):
-        raise ValueError(f"expected names and {kind.__name__}, got {reprlib.repr(value)}")
+        raise ValueError(f"something else than names and {kind.__name__}: {reprlib.repr(value)}")
 
 
 def _built(fields: dict[str, Any]) -> Built:
     built = Built(**fields)
     _expect_map(built.decisions, int)
     if not all(isinstance(text, str) for text in (built.file, built.sha256, built.error)):
-        raise ValueError(f"no candidate: {reprlib.repr(fields)}")
+        raise ValueError(f"an invalid candidate: {reprlib.repr(fields)}")
     return built
 
 
 def _family(fields: dict[str, Any], target: str, preset: Preset) -> Family:
     family = Family(**fields)
     if family.op not in OPS or not isinstance(family.stage, str):
-        raise ValueError(f"no operator and stage: {reprlib.repr([family.op, family.stage])}")
+        raise ValueError(f"an unknown operator or stage: {reprlib.repr([family.op, family.stage])}")
     _expect_map(family.default, int)
     family.baseline = _built(fields["baseline"])
     family.candidates = [_built(c) for c in fields["candidates"]]
     for built in (family.baseline, *family.candidates):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.so", built.file):
-            raise ValueError(f"no file name of this directory: {built.file!r}")
+            raise ValueError(f"a file name that is not in this directory: {built.file!r}")
     if tuple(family.types) not in [tuple(v.values()) for v in OPS[family.op].variants]:
-        raise ValueError(f"no element types of {family.op}: {family.types}")
+        raise ValueError(f"element types that {family.op} does not have: {family.types}")
     for s_q, s_kv in family.shapes:
         if not all(type(n) is int and 1 <= n <= INT32_MAX for n in (s_q, s_kv)):
-            raise ValueError(f"no size: {reprlib.repr([s_q, s_kv])}")
+            raise ValueError(f"an invalid size: {reprlib.repr([s_q, s_kv])}")
         if Task(family.op, target, preset, s_q, s_kv, tuple(family.types)).stage != family.stage:
-            raise ValueError(f"{family.op}: {s_q} x {s_kv} is no size of the stage {family.stage}")
+            raise ValueError(f"{family.op}: {s_q} x {s_kv}, which is not a size of the stage {family.stage}")
     if family.spec != spec_hash(family.op):
         raise ValueError(f"candidates for another version of {family.op}; this is dsa_tvm {__version__}")
     return family

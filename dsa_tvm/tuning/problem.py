@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from ..benchmark.check import OF_KEYS, check
 from ..benchmark.workload import Workload
 from ..ops.element_types import decode, encode
+from .tasks import Task, checks
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,16 @@ class Problem:
         """
         dtype = dtype or next(iter(self.variant.values()), "float32")
         check(self.work, outputs, range(len(self.rows)), known=self.references, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def problems(task: Task) -> tuple[Problem, ...]:
+    """The inputs that check the candidates of the latest task and, last, the inputs to time."""
+    odd = [Problem.of(work, task.variant, _ends(work.lengths["s_q"])) for work in checks(task)]
+    last = task.s_q - 1
+    return *odd, Problem.of(task.inputs(), task.variant, sorted({0, last // 2, last}))
+
+
+def _ends(count: int) -> list[int]:
+    """Queries to check: all if there are few, else those at both ends. The first ones are irregular."""
+    return sorted({*range(min(count, 48)), *range(max(count - 16, 0), count)})

@@ -1,8 +1,8 @@
-"""A worker process: compiles candidates and measures them, so that one which crashes or hangs takes nothing along.
+"""A worker process compiles and measures candidates, so that a crash or a hang ends nothing else.
 
-Started as ``python -m dsa_tvm.tuning.worker ROLE``; `HANDLERS` says what each role takes. Requests and answers are
-pickles with a length before them, on standard input and on what was standard output; whatever else prints goes to
-standard error, which the parent keeps for a crash's last words.
+It is started as ``python -m dsa_tvm.tuning.worker ROLE``, and `HANDLERS` lists the requests of each role. Requests come
+on standard input, and answers go to the original standard output, each as a length and a pickle. All other output goes
+to standard error, whose last lines the parent reports after a crash.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def receive(file: IO[bytes]) -> Any:
     Raises
     ------
     EOFError
-        The other side is gone.
+        The other side has closed its end.
     """
     head = file.read(LENGTH.size)
     if len(head) < LENGTH.size:
@@ -53,7 +53,7 @@ def receive(file: IO[bytes]) -> Any:
 def compile_object(
     module: str, op: str, variant: Mapping[str, str], target: str, decisions: Mapping[str, int], suffix: str, path: str
 ) -> None:
-    """Compile one candidate's kernel to an object file; `suffix` keeps its symbols apart from another's."""
+    """Compile the kernel of one candidate to an object file. `suffix` keeps its symbols apart from others."""
     from ..build.candidates import compile_kernel
     from ..schedules import space
 
@@ -75,13 +75,13 @@ def _of_nvcc() -> dict[str, Callable[..., Any]]:
 
 
 def _of_gpu() -> dict[str, Callable[..., Any]]:
-    # Not a word of TVM: the machine with the GPU need not have it.
+    # No import of TVM, because the machine with the GPU may lack it.
     from .gpu.measure import facts, measure
 
     return {"facts": facts, "measure": measure}
 
 
-#: What a worker does, by its role: compile for a CPU and measure there, compile for a GPU, or measure on one.
+#: Handlers of requests by role: compile and measure for a CPU, compile for a GPU, or measure on a GPU.
 HANDLERS: Mapping[str, Callable[[], dict[str, Callable[..., Any]]]] = {
     "cpu": _of_cpu,
     "nvcc": _of_nvcc,
@@ -91,7 +91,7 @@ HANDLERS: Mapping[str, Callable[[], dict[str, Callable[..., Any]]]] = {
 
 def main() -> None:
     """Answer requests until the parent closes its end."""
-    # Dies with a parent that was killed, even in the middle of a candidate that never returns.
+    # End with the parent if it is killed, even during a candidate that never returns.
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -111,7 +111,7 @@ def main() -> None:
         try:
             answer = ("done", handlers[name](*arguments))
         except CudaError as error:
-            # What this process still has on the GPU is worth nothing.
+            # After this, the process can do nothing more on the GPU.
             print(error, flush=True)
             os._exit(1)
         except MemoryError as error:

@@ -101,6 +101,51 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
     }
 
 
+@T.meta_class
+class _Tiles:
+    """Register tiles: the scores of some keys for some heads, relu, and the sum over the heads in `lanes`.
+
+    Head h is added to lane ``h % lanes``, in the order of the heads. So a sum does not depend on how heads are tiled.
+    """
+
+    def __init__(self, products, in_place, copied, queries, weights, long, lanes, h_idx) -> None:
+        self.products, self.in_place, self.copied, self.queries = products, in_place, copied, queries
+        self.weights, self.long, self.lanes, self.h_idx = weights, long, lanes, h_idx
+
+    @T.inline
+    def run(self, acc, t, start, in_place, i, hb, h0):
+        """Tile t of the keys from `start` on, for as many heads as `acc` has, from h0 of head block hb on."""
+        for part in T.serial(self.products.parts(self.products.d_idx)):
+            if part > 0:
+                for j in T.unroll(acc.shape[0]):
+                    for h in T.vectorized(acc.shape[1]):
+                        self.long[j, h] = T.if_then_else(part == 1, acc[j, h], self.long[j, h] + acc[j, h])
+            for j in T.unroll(acc.shape[0]):
+                for h in T.vectorized(acc.shape[1]):
+                    acc[j, h] = self.products.start(i, hb, h0 + h)
+            if t < in_place:
+                self.products.add(acc, self.in_place, start + t * acc.shape[0], self.queries, i, hb, h0, part)
+            else:
+                self.products.add(acc, self.copied, t * acc.shape[0], self.queries, i, hb, h0, part)
+        if self.products.parts(self.products.d_idx) > 1:
+            for j in T.unroll(acc.shape[0]):
+                for h in T.vectorized(acc.shape[1]):
+                    acc[j, h] = acc[j, h] + self.long[j, h]
+        # Leave heads past h_idx out of the sum: with an infinite key they are NaN.
+        for j in T.unroll(acc.shape[0]):
+            if hb == 0 and h0 == 0:
+                for h in T.vectorized(self.lanes.shape[1]):
+                    self.lanes[t * acc.shape[0] + j, h] = T.float32(0)
+            for p in T.unroll(acc.shape[1] // self.lanes.shape[1]):
+                for h in T.vectorized(self.lanes.shape[1]):
+                    self.lanes[t * acc.shape[0] + j, h] = self.lanes[t * acc.shape[0] + j, h] + T.Select(
+                        hb * self.weights.shape[2] + h0 + p * self.lanes.shape[1] + h < self.h_idx,
+                        self.products.score(acc[j, p * self.lanes.shape[1] + h])
+                        * self.weights[i, hb, h0 + p * self.lanes.shape[1] + h],
+                        T.float32(0),
+                    )
+
+
 def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None) -> tirx.PrimFunc:
     """Make the kernel for the queries [m0, m1) and the keys [n0, n1).
 
@@ -126,6 +171,9 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
     blocks = (h_idx + HV - 1) // HV
     Products = products_of(dots)
     LANES = Products.lanes
+    # A model may have fewer heads than a tile. They take a tile of half the width, and smaller ones of a vector.
+    NARROW = 16 if HV > 16 and HV % 16 == 0 else LANES
+    HALF = HV // 2 if HV % (2 * NARROW) == 0 and HV > 2 * NARROW else NARROW
     IN_PLACE = c.in_place == 1 and Products.reads_in_place(k_type)
     if HV % LANES or STEP // Products.entries % UD:
         raise ValueError(f"lightning_indexer: decisions that do not divide for {dots} dot products: {c}")
@@ -162,10 +210,13 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             kp = T.sblock_alloc_buffer((BK, Products.key_width(d_idx)), Products.packed)
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), Products.sums, scope="local")
+            fewer = T.sblock_alloc_buffer((TK, HALF), Products.sums, scope="local")
+            few = T.sblock_alloc_buffer((TK, NARROW), Products.sums, scope="local")
             # The sum of the earlier parts of products over many entries.
             long = T.sblock_alloc_buffer((TK, HV), Products.sums)
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
             products = Products(Q, K, (q_type, k_type), (TK, HV, UD), d_idx)
+            tiles = _Tiles(products, K if IN_PLACE else kp, kp, qp, wp, long, lanes, h_idx)
             products.put_queries(qp, m0, m1 - m0, blocks, h_idx)
             for i, hb, h in T.grid(m1 - m0, blocks, HV):
                 if hb * HV + h < h_idx:
@@ -196,36 +247,22 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                     if start < high and low < stop and low < high:
                         for hb in T.serial(blocks):
                             for t in T.serial((stop - start + TK - 1) // TK):
-                                for part in T.serial(Products.parts(d_idx)):
-                                    if part > 0:
-                                        for j in T.unroll(TK):
-                                            for h in T.vectorized(HV):
-                                                long[j, h] = T.if_then_else(
-                                                    part == 1, acc[j, h], long[j, h] + acc[j, h]
-                                                )
-                                    for j in T.unroll(TK):
-                                        for h in T.vectorized(HV):
-                                            acc[j, h] = products.start(i, hb, h)
-                                    if t < in_place:
-                                        products.add(acc, K if IN_PLACE else kp, start + t * TK, qp, i, hb, part)
-                                    else:
-                                        products.add(acc, kp, t * TK, qp, i, hb, part)
-                                if Products.parts(d_idx) > 1:
-                                    for j in T.unroll(TK):
-                                        for h in T.vectorized(HV):
-                                            acc[j, h] = acc[j, h] + long[j, h]
-                                # Leave heads past h_idx out of the sum: with an infinite key they are NaN.
-                                for j in T.unroll(TK):
-                                    if hb == 0:
-                                        for h in T.vectorized(LANES):
-                                            lanes[t * TK + j, h] = T.float32(0)
-                                    for p in T.unroll(HV // LANES):
-                                        for h in T.vectorized(LANES):
-                                            lanes[t * TK + j, h] = lanes[t * TK + j, h] + T.Select(
-                                                hb * HV + p * LANES + h < h_idx,
-                                                products.score(acc[j, p * LANES + h]) * wp[i, hb, p * LANES + h],
-                                                T.float32(0),
-                                            )
+                                left: T.let = T.min(h_idx - hb * HV, T.int64(HV))
+                                if NARROW == HV:
+                                    tiles.run(acc, t, start, in_place, i, hb, 0)
+                                elif left > HV - NARROW:
+                                    tiles.run(acc, t, start, in_place, i, hb, 0)
+                                else:
+                                    first: T.let = (
+                                        T.Select(left > HALF - NARROW, T.int64(HALF), T.int64(0))
+                                        if HALF > NARROW
+                                        else T.int64(0)
+                                    )
+                                    if HALF > NARROW:  # known here already, unlike `first`
+                                        if first > 0:
+                                            tiles.run(fewer, t, start, in_place, i, hb, 0)
+                                    for g in T.serial((left - first + NARROW - 1) // NARROW):
+                                        tiles.run(few, t, start, in_place, i, hb, first + g * NARROW)
                         for j in T.serial(stop - start):
                             half = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
                             for h in T.vectorized(LANES):

@@ -161,13 +161,14 @@ class FloatProducts:
                 packed[at, d * STEP + l] = T.float32(0)
 
     @T.inline
-    def add(self, acc, keys, first, queries, i, hb, part):
+    def add(self, acc, keys, first, queries, i, hb, h0, part):
         for d in T.serial(part * (CHAIN // self.tile[2]), T.min((part + 1) * CHAIN, self.d_idx) // self.tile[2]):
             for u in T.unroll(self.tile[2]):
                 for j in T.unroll(self.tile[0]):
-                    for h in T.vectorized(self.tile[1]):
+                    for h in T.vectorized(acc.shape[1]):
                         acc[j, h] = (
-                            acc[j, h] + keys[first + j, d * self.tile[2] + u] * queries[i, hb, d * self.tile[2] + u, h]
+                            acc[j, h]
+                            + keys[first + j, d * self.tile[2] + u] * queries[i, hb, d * self.tile[2] + u, h0 + h]
                         )
 
 
@@ -234,17 +235,19 @@ class Bf16Products:
                 packed[at, d * STEP + l] = T.uint16(0)
 
     @T.inline
-    def add(self, acc, keys, first, queries, i, hb, part):
+    def add(self, acc, keys, first, queries, i, hb, h0, part):
         for d in T.serial(
             part * (CHAIN // 2 // self.tile[2]), T.min((part + 1) * CHAIN, self.d_idx) // 2 // self.tile[2]
         ):
             for u in T.unroll(self.tile[2]):
                 for j in T.unroll(self.tile[0]):
-                    for g in T.unroll(self.tile[1] // 16):
+                    for g in T.unroll(acc.shape[1] // 16):
                         acc[j, T.Ramp(16 * g, 1, 16)] = bf16_dot(
                             acc[j, T.Ramp(16 * g, 1, 16)],
                             T.reinterpret("uint32", keys[first + j, T.Ramp(2 * (d * self.tile[2] + u), 1, 2)]),
-                            T.reinterpret("uint32x16", queries[i, hb, d * self.tile[2] + u, T.Ramp(32 * g, 1, 32)]),
+                            T.reinterpret(
+                                "uint32x16", queries[i, hb, d * self.tile[2] + u, T.Ramp(2 * h0 + 32 * g, 1, 32)]
+                            ),
                         )
 
 
@@ -331,15 +334,15 @@ class _Int8Products:
             packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.Broadcast(T.uint32(0), STEP // 4)
 
     @T.inline
-    def add(self, acc, keys, first, queries, i, hb, part):
+    def add(self, acc, keys, first, queries, i, hb, h0, part):
         for d in T.serial(self.d_idx // 4 // self.tile[2]):
             for u in T.unroll(self.tile[2]):
                 for j in T.unroll(self.tile[0]):
-                    for g in T.unroll(self.tile[1] // self.lanes):
+                    for g in T.unroll(acc.shape[1] // self.lanes):
                         acc[j, T.Ramp(self.lanes * g, 1, self.lanes)] = self.dot(
                             acc[j, T.Ramp(self.lanes * g, 1, self.lanes)],
                             keys[first + j, d * self.tile[2] + u],
-                            queries[i, hb, d * self.tile[2] + u, T.Ramp(self.lanes * g, 1, self.lanes)],
+                            queries[i, hb, d * self.tile[2] + u, T.Ramp(h0 + self.lanes * g, 1, self.lanes)],
                         )
 
 

@@ -1,4 +1,4 @@
-"""Libraries for other sizes and machines, and for every CPU level of this one."""
+"""Builds libraries for other sizes and machines, and for every CPU level that this machine runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cli(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-#: Decisions that a search might have found, by the bucket they won.
+#: Decisions that a search might have found, by the bucket in which they were fastest.
 FOUND = {
     ("lightning_indexer", 1, 2048): {"rows": 1, "min_keys": 64, "tasks_per_thread": 2},
     ("topk", 1, 4096): {"slack": 512, "scan": 48, "sample": 128},
@@ -47,7 +47,7 @@ FOUND = {
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A library for more sizes, from a directory of records, some of them damaged or of no use."""
+    """A library for more sizes, built from records of which some are damaged or unusable."""
     from dsa_tvm.schedules import CPU
 
     target = float_target()
@@ -57,7 +57,7 @@ def tuned(tmp_path_factory):
         decisions = asdict(CPU[op].DEFAULT[target]) | changed
         Log(logs / target / f"{op}.jsonl").append(make(op, (s_q, s_kv), decisions=decisions, **kinds))
     topk = Log(logs / target / "topk.jsonl")
-    # Faster, if they were true: one that never gets ahead, one that the factory refuses, one of another version.
+    # These claim to be faster: one makes no progress, one is refused by the factory, one is from another version.
     for wrong in ({"slack": 2048, "scan": 0, "sample": 128}, {"slack": 2048, "scan": 17, "sample": 128}, {"wide": 1}):
         topk.append(make("topk", (1, 32768), (9, 9), decisions=wrong, **kinds))
     with open(topk.path, "a") as file:
@@ -67,7 +67,7 @@ def tuned(tmp_path_factory):
 
 
 def test_other_sizes(tuned):
-    """What the error for an unserved size advises works."""
+    """The advice in the error for an unserved size works."""
     arguments = indexer_inputs(np.random.default_rng(0), OPS["lightning_indexer"].variants[0], h_idx=5, d_idx=96)
     with pytest.raises(dsa_tvm.ArgumentError, match="dsa-tvm build --d-idx 96"):
         dsa_tvm.lightning_indexer(**arguments)
@@ -80,7 +80,7 @@ def test_other_sizes(tuned):
 
 
 def test_sums_over_the_widest_keys_hold_the_tolerance(tuned):
-    """1024 equal products, whose rounding errors all have one sign."""
+    """Sums of 1024 equal products, whose rounding errors all have the same sign."""
     rng = np.random.default_rng(0)
     index = flatten(indexer_inputs(rng, OPS["lightning_indexer"].variants[0], s_kv=999, h_idx=5, d_idx=1024))
     index["k"][:] = np.linspace(0.5, 1, 999, dtype=np.float32)[:, None]
@@ -121,7 +121,7 @@ def test_the_manifest_says_which_decisions_serve_what(tuned):
 @pytest.mark.parametrize("s_q", [1, 19])
 @pytest.mark.parametrize("s_kv", [1, 1999, 20011])
 def test_the_buckets_of_a_tuned_library(tuned, s_q, s_kv):
-    """Lengths that no tile divides: the reference's values, and the same bits for any number of threads."""
+    """Lengths that no tile divides give correct values, and the same bits for any number of threads."""
     rng = np.random.default_rng(s_kv)
     width = min(s_kv, 389)
     index = indexer_inputs(rng, OPS["lightning_indexer"].variants[0], s_q=s_q, s_kv=s_kv, h_idx=9, d_idx=32)
@@ -191,7 +191,7 @@ def test_refusals(tmp_path, arguments, words):
 
 @pytest.mark.parametrize("target", DEFAULT_TARGETS["x86_64"])
 def test_every_level_this_cpu_runs(target):
-    """The tests of the operators once more, on kernels that were not picked."""
+    """Runs the tests of the operators again, on the kernels that the library does not pick here."""
     if target not in library.verify(library.default_path())["targets"]:
         pytest.skip(f"the library has no kernels for {target}")
     if target == dsa_tvm.active_target():

@@ -1,4 +1,4 @@
-"""The C files use each other in one direction."""
+"""C files use each other in one direction only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsa_tvm.spec import DIMS
 
 pytestmark = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("nm")), reason="there is no C compiler")
 
-#: What the build generates for a library with CUDA kernels: no stage has any.
+#: The generated table of a library with CUDA kernels, here without any stage.
 NO_STAGES = "".join(
     f"#define dsa_shape_{stage}(call) NULL\n#define dsa_launch_{stage}(call, ...) dsa_cuda_unserved(call)\n"
     for stage in (
@@ -31,7 +31,7 @@ def symbols(path, *options):
 
 
 def test_no_circle(tmp_path):
-    """Of two files, at most one uses what the other defines, through others or not."""
+    """Of any two files, at most one uses symbols of the other, directly or indirectly."""
     spec_table.write(tmp_path, DIMS, "0")
     (tmp_path / "cuda_launch.h").write_text(NO_STAGES)
     source = link.export_directory() / "src"
@@ -46,5 +46,5 @@ def test_no_circle(tmp_path):
         used[name] = symbols(out, "-j", "--undefined-only")
     graph = {name: {defined[s] for s in found if s in defined} - {name} for name, found in used.items()}
     assert sum(map(len, graph.values())) > 20
-    # Raises CycleError with the files.
+    # This raises a CycleError that names the files.
     list(TopologicalSorter(graph).static_order())

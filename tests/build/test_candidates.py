@@ -1,4 +1,4 @@
-"""Libraries made for measuring, called through TVM's runtime as a tuning job calls them."""
+"""Libraries for measuring, called through TVM's runtime as in a tuning job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ S_Q, S_KV = 3, 500
 
 
 def make(op, target, decisions, directory, cc="cc"):
-    """A library of DEFAULT and of other decisions."""
+    """A library with DEFAULT and with other decisions."""
     from dsa_tvm.schedules import CPU
 
     from dsa_tvm.build import candidates
@@ -40,7 +40,7 @@ def make(op, target, decisions, directory, cc="cc"):
 
 
 def installed_decisions(op):
-    """Those of the kernel that the installed library takes for our lengths."""
+    """The decisions of the kernel that the installed library uses for our lengths."""
     from dsa_tvm.schedules import CPU
 
     rows = library.verify(library.default_path())["kernels"][float_target()][op]
@@ -50,7 +50,7 @@ def installed_decisions(op):
 
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory):
-    """`sparse_mla`: optional inputs, attributes of both kinds, and bits that depend on the decisions."""
+    """`sparse_mla`, with optional inputs and both kinds of attributes. Its bits depend on the decisions."""
     directory = tmp_path_factory.mktemp("attention")
     return make("sparse_mla", float_target(), installed_decisions("sparse_mla"), directory)
 
@@ -60,14 +60,14 @@ def local(path):
 
 
 def through_rpc(path):
-    """TVM's own server, in this process."""
+    """A module behind TVM's RPC server in this process."""
     session = tvm.rpc.LocalSession()
     session.upload(str(path))
     return session.load_module(path.name), session.cpu()
 
 
 def packed(device, topk=77):
-    """Arguments in the order in which the operator has them."""
+    """Arguments in the order of the operator."""
     inputs = attention_inputs(np.random.default_rng(0), "float32", s_q=S_Q, s_kv=S_KV, h_q=41, topk=topk)
     outputs = [np.full(shape, np.nan, np.float32) for shape in ((S_Q, 41, 512), (S_Q, 41), (S_Q, 41))]
     tensors = [tvm.runtime.tensor(x, device) for x in (*inputs.values(), *outputs)]
@@ -82,7 +82,7 @@ def test_same_bits_as_the_installed_library(attention, load):
         expected = dsa_tvm.sparse_mla(**inputs, sm_scale=0.125, num_threads=num_threads)
         assert module["call"](1, num_threads, *arguments) is None
         assert all(np.array_equal(x.numpy(), y) for x, y in zip(arguments[-3:], expected, strict=True))
-        # The default's may be other bits, but not other values.
+        # DEFAULT may give other bits, but not other values.
         module["call"](0, num_threads, *arguments)
         np.testing.assert_allclose(arguments[-3].numpy(), expected[0], rtol=1e-4, atol=1e-5)
 
@@ -122,7 +122,7 @@ assert sys.argv[1] not in open("/proc/self/maps").read() and not started & tasks
 
 
 def test_its_threads_end_with_it(attention):
-    """A search loads and unloads thousands."""
+    """A search loads and unloads thousands of libraries, so their threads must end with them."""
     done = subprocess.run([sys.executable, "-c", UNLOAD, str(attention)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

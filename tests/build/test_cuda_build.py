@@ -29,7 +29,7 @@ from dsa_tvm.build.cuda import report as resources
 
 NVCC = shutil.which("nvcc")
 
-#: Shared memory a block can have, in KiB.
+#: Shared memory of a block in KiB.
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227, "sm_120": 99, "compute_80": 99}
 
 
@@ -40,7 +40,7 @@ def sets(cuda_sets):
 
 @pytest.fixture(scope="module")
 def compiled(cuda_built):
-    """What the manifest says of the CUDA kernels."""
+    """The part of the manifest about CUDA kernels."""
     if not NVCC:
         pytest.skip("nvcc is not installed")
     return library.verify(cuda_built)["cuda"]
@@ -48,7 +48,7 @@ def compiled(cuda_built):
 
 @pytest.fixture(scope="module")
 def entries(compiled):
-    """What the assembler says of every kernel, for every architecture."""
+    """What the assembler says about every kernel, for every architecture."""
     return compiled["resources"]
 
 
@@ -70,24 +70,24 @@ def test_registers_and_shared_memory(entries):
 
 
 def test_the_assembler_did_what_was_meant(compiled):
-    """No products of warpgroups one after the other, no waits that it put in, and registers change hands."""
+    """It did not serialize products of warpgroups, did not insert waits, and lets registers change hands."""
     assert compiled["remarks"] == []
 
 
 def test_blocks_of_a_multiprocessor(entries):
-    """Hopper's indexer for many queries hides one block's sums behind the other's products."""
+    """Two blocks of Hopper's indexer for many queries fit, so that one sums while the other multiplies."""
     blocks = {(e["kernel"], e["arch"]): e["blocks"] for e in entries}
     assert min(blocks.values()) >= 1
     many = {count for (kernel, _), count in blocks.items() if "hopper_many" in kernel}
     assert many == {2}
 
 
-#: Registers of a thread at the launch, by threads of a block: all that the warpgroups then share out with setmaxnreg.
+#: Registers per thread at launch, by threads per block. The warpgroups redistribute them with setmaxnreg.
 LAUNCHED_WITH = {256: 128, 384: 168, 640: 96}
 
 
 def test_registers_of_kernels_that_share_them_out(entries):
-    """With one less the last warpgroup would wait for its registers for ever."""
+    """With fewer registers, the last warpgroup would wait for ever."""
     found = {
         e["kernel"]: (e["threads"], e["registers"])
         for e in entries
@@ -108,7 +108,7 @@ def test_registers_of_kernels_that_share_them_out(entries):
     ],
 )
 def test_a_kernel_that_would_hang_is_not_built(op, stage, shares):
-    """Said of another nvcc, whose launch gives 8 registers fewer."""
+    """Simulates another nvcc, whose kernels start with 8 registers less."""
     kernels = cuda_kernels.OPERATORS[op]("sm_90a", DIMS, lambda *described: described[-1])
     unit = fatbins.make_unit(op, [next(k for k in kernels if f"__{stage}__" in k.symbol(op))])
     (function,) = unit.functions
@@ -123,7 +123,7 @@ def test_a_kernel_that_would_hang_is_not_built(op, stage, shares):
         )
 
     resources.expect_registers(said(LAUNCHED_WITH[threads]), unit)
-    words = f"{function.symbol}: expected at least {LAUNCHED_WITH[threads]} registers of a thread.*{shares}, got"
+    words = f"{function.symbol}: expected at least {LAUNCHED_WITH[threads]} registers per thread.*{shares}, got"
     with pytest.raises(BuildError, match=words):
         resources.expect_registers(said(LAUNCHED_WITH[threads] - 8), unit)
 
@@ -167,7 +167,7 @@ MEANT = {
 
 @pytest.mark.parametrize(("arch", "kernel"), MEANT)
 def test_instructions(arch, kernel, sets, tmp_path):
-    """What the disassembler finds in the machine code, not what was written."""
+    """Looks at the machine code with the disassembler, not at the source."""
     if not NVCC:
         pytest.skip("nvcc is not installed")
     disassembler = find_disassembler()
@@ -182,7 +182,7 @@ def test_instructions(arch, kernel, sets, tmp_path):
     command = [NVCC, *flags, "-Xptxas", "-v", "-gencode", code, "-cubin", "-o", "kernel.cubin", "kernel.cu"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stderr
     assert "(C75" not in said, said
-    # A kernel has no variables: where there is one, an operand of inline assembly is the address of something else.
+    # A kernel has no variables. If there is one, inline assembly takes the address of something else.
     assert " 0 bytes gmem" in said, said
     disassembled = [disassembler, "-c", str(tmp_path / "kernel.cubin")]
     machine_code = subprocess.run(disassembled, capture_output=True, text=True, check=True).stdout
@@ -191,7 +191,7 @@ def test_instructions(arch, kernel, sets, tmp_path):
 
 
 def find_disassembler():
-    """On PATH, or from NVIDIA's package."""
+    """The disassembler on PATH or from NVIDIA's package."""
     spec = importlib.util.find_spec("nvidia")
     places = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
     found = [str(path) for place in places for path in place.glob("**/bin/nvdisasm")]
@@ -208,7 +208,7 @@ def test_shared_memory(sets):
 
 
 def test_products_of_each_architecture(sets):
-    """Where fp8 is multiplied as it is, and nowhere in code that any later GPU may be given."""
+    """fp8 is multiplied as fp8 on the architectures that can, and never in PTX for later GPUs."""
     found = {}
     for kernels in sets:
         (symbol, product), *_ = [
@@ -280,7 +280,7 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes smem, 440 bytes cme
     ],
 )
 def test_resident_blocks(arch, threads, registers, shared, blocks):
-    """As NVIDIA's tables of compute capabilities have it."""
+    """The numbers are those of NVIDIA's tables of compute capabilities."""
     assert architectures.resident_blocks(arch, threads, registers, shared) == blocks
 
 

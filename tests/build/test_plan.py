@@ -1,4 +1,4 @@
-"""Whose records decide what a CPU kernel is compiled with, by element types."""
+"""Which records decide on a CPU kernel, depending on its element types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("tvm", reason="kernel factories need apache-tvm")
 
 TARGET, BUCKET = "x86-64-v3", (16, 32768)
 F32, BF16, F16, PACKED = ("float32",), ("bfloat16",), ("float16",), ("bfloat16", "float8_e4m3fn")
-#: Two choices for the attention that differ from DEFAULT.
+#: Two sets of decisions for the attention, both different from DEFAULT.
 FEW, MANY = {"block_keys": 72}, {"block_keys": 96}
 
 
@@ -29,7 +29,7 @@ def final(types, changed, **changes):
 
 
 def planned(*records, preset="deepseek-v3.2"):
-    """Decisions of the bucket by element types, and what the build says."""
+    """The decisions of the bucket by element types, and the lines that the build prints."""
     from dsa_tvm.build import plan
 
     said = []
@@ -46,8 +46,8 @@ def test_what_was_measured_in_one_type_serves_others_aloud():
     found, said = planned(final(F32, MANY))
     assert found == [MANY] * 4
     assert said == [
-        f"sparse_mla on {TARGET}: what was tuned for float32 serves bfloat16, float16, bfloat16/float8_e4m3fn, "
-        "not measured there"
+        f"sparse_mla on {TARGET}: decisions tuned for float32 serve bfloat16, float16, bfloat16/float8_e4m3fn too, "
+        "which have no records"
     ]
 
 
@@ -56,7 +56,7 @@ def test_records_of_a_type_decide_for_it():
     # Packed rows become bfloat16 before they are multiplied.
     assert found == [MANY, FEW, FEW, FEW]
     assert said == [
-        f"sparse_mla on {TARGET}: what was tuned for bfloat16 serves bfloat16/float8_e4m3fn, not measured there"
+        f"sparse_mla on {TARGET}: decisions tuned for bfloat16 serve bfloat16/float8_e4m3fn too, which have no records"
     ]
 
 
@@ -70,7 +70,7 @@ def test_what_does_not_hold_in_a_type_is_not_taken_from_another(changes):
 
 def test_records_of_another_type_alone():
     found, said = planned(final(BF16, FEW))
-    assert found == [FEW] * 4 and "tuned for bfloat16 serves float32, float16, bf" in said[0]
+    assert found == [FEW] * 4 and "decisions tuned for bfloat16 serve float32, float16, bf" in said[0]
 
 
 def test_records_of_another_model_are_none():
@@ -78,7 +78,7 @@ def test_records_of_another_model_are_none():
 
 
 def test_a_table_by_element_types():
-    """Rows of a type have no entry for another: its calls go on to the next."""
+    """A row has no entry for other types, whose calls continue to the next row."""
     from dsa_tvm.build import kernel_table, objects, plan
 
     records = [final(F32, MANY), final(BF16, FEW)]

@@ -1,4 +1,4 @@
-"""The C files under the sanitizers of the compiler: for addresses, undefined behaviour and threads."""
+"""Runs the C files under the compiler's sanitizers for addresses, undefined behaviour and threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUT = SimpleNamespace(
 )
 KERNELS = {"lightning_indexer": "plain_indexer", "topk": "plain_topk", "sparse_mla": "plain_mla"}
 TYPES = {"lightning_indexer": ("float32", "float32"), "topk": (), "sparse_mla": ("float32",)}
-#: What a sanitizer prints of an error, or nothing.
+#: What a sanitizer prints about an error.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=1:exitcode=66",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -44,7 +44,7 @@ def run(program, *arguments, **environment):
 
 @pytest.fixture(scope="module", params=list(link.SANITIZERS))
 def sanitizer(request, tmp_path_factory):
-    """The name of one that the compiler has, and that runs here."""
+    """The name of a sanitizer that the compiler has and that runs here."""
     work = tmp_path_factory.mktemp("sanitizer")
     (work / "nothing.c").write_text("int main(void) { return 0; }\n")
     flags = link.SANITIZERS[request.param]
@@ -63,7 +63,7 @@ def sanitizer(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(sanitizer, tmp_path_factory):
-    """A library of C alone, all of which the sanitizer watches, kernels too."""
+    """A library that is all C, including its kernels, so that the sanitizer watches everything."""
     work = tmp_path_factory.mktemp("plain")
     spec_table.write(work, DIMS, "0")
     tables = {op: [Kernels(INT32_MAX, INT32_MAX, CUT, {TYPES[op]: name})] for op, name in KERNELS.items()}
@@ -88,7 +88,7 @@ def compiled(program, library, sanitizer, directory):
 
 
 def test_an_error_is_reported(plain, sanitizer, tmp_path):
-    """A sanitizer that says nothing may not be there: a read behind an array, and one output of two threads."""
+    """The sanitizer works: it reports a read behind an array, and two threads that share an output."""
     (tmp_path / "broken.c").write_text(
         """
         #include <pthread.h>
@@ -130,14 +130,14 @@ def test_an_error_is_reported(plain, sanitizer, tmp_path):
 
 @pytest.mark.parametrize("program", ["embed", "callers"])
 def test_programs(program, plain, sanitizer, tmp_path):
-    """What an application does: alone, and with many threads, wrong arguments and a child."""
+    """Programs make calls as applications do: alone, with many threads, with wrong arguments, and in a child."""
     arguments = ["fork"] if (program, sanitizer) == ("callers", "address") else []
     done = run(compiled(program, plain, sanitizer, tmp_path), *arguments)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "ok", done.stdout + done.stderr
 
 
 def test_hostile_calls(tmp_path):
-    """Every hostile call of the C door on a whole library, as ``dsa-tvm build --sanitize address`` makes it."""
+    """Every hostile call of the C door, on a complete library from ``dsa-tvm build --sanitize address``."""
     runtime = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("the compiler has no AddressSanitizer that a Python process can load")

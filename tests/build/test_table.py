@@ -1,4 +1,4 @@
-"""Which row of a table a call takes, on a library whose kernels only say which row they are."""
+"""Which row of a table a call takes, in a library whose kernels only report their row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsa_tvm.errors import BuildError
 from dsa_tvm.runtime import files, library
 from dsa_tvm.spec import DIMS, INT32_MAX
 
-#: Largest s_q and s_kv of each row; those of different operators end at different lengths.
+#: The largest s_q and s_kv of each row. They differ between operators.
 TABLES = {
     "lightning_indexer": [(4, 100), (4, INT32_MAX), (20, 33), (INT32_MAX, INT32_MAX)],
     "topk": [(1, 50), (INT32_MAX, 200), (9, INT32_MAX), (INT32_MAX, INT32_MAX)],
@@ -27,7 +27,7 @@ TABLES = {
 }
 NAMES = {"lightning_indexer": "indexer", "topk": "topk", "sparse_mla": "mla"}
 TYPES = {"lightning_indexer": ("float32", "float32"), "topk": (), "sparse_mla": ("float32",)}
-#: Groups of 2 queries a thread and tasks of 7 keys: far from a call's own lengths.
+#: Groups of 2 queries for each thread and tasks of 7 keys, which are far from the lengths of calls.
 CUT = SimpleNamespace(rows=2, task_keys=7, block_keys=7, min_keys=7, tasks_per_thread=1, heads=8, task_heads=8)
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C co
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The library in use."""
+    """Makes a library of such kernels the one in use."""
     work = tmp_path_factory.mktemp("rows")
     tables = {
         op: [Kernels(s_q, s_kv, CUT, {TYPES[op]: f"{NAMES[op]}_{i}"}) for i, (s_q, s_kv) in enumerate(table)]
@@ -82,7 +82,7 @@ def test_a_call_takes_the_first_row_that_serves_its_lengths(num_threads):
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
 @pytest.mark.usefixtures("rows")
 def test_a_group_of_queries_takes_the_rows_of_its_call(num_threads):
-    """Its own lengths depend on the number of threads."""
+    """The lengths of the call count, because those of a group depend on the number of threads."""
     for s_q, s_kv in product((1, 5, 17, 21), (33, 34, 201)):
         index, ranges, attention = arguments(s_q, s_kv)
         indexer, topk, mla = (expected(op, s_q, s_kv) for op in TABLES)
@@ -95,7 +95,7 @@ def test_a_group_of_queries_takes_the_rows_of_its_call(num_threads):
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
 @pytest.mark.usefixtures("rows")
 def test_a_cache_takes_the_rows_of_what_is_in_use(num_threads):
-    """Not of its capacity, and a batch of sequences those that each of them takes."""
+    """The length in use counts, not the capacity. In a batch, each sequence counts by itself."""
     for batch, s_new, length, capacity in product((1, 3, 20), (1, 5), (33, 34, 51, 101), (101, 1000)):
         s_q, s_kv = batch * s_new, batch * capacity
         index, (ks, ke), attention = arguments(s_q, s_kv)
@@ -107,7 +107,7 @@ def test_a_cache_takes_the_rows_of_what_is_in_use(num_threads):
         assert (logits == indexer).all(), case
         indices = dsa_tvm.indexer_topk(*index, ks, ke, topk=1, num_threads=num_threads)
         assert (indices == 10 * indexer + topk).all(), case
-        # The rows of the attention are chosen as those of sparse_mla, whose indices say nothing of a length.
+        # dsa_attention chooses rows as sparse_mla does, whose indices do not tell a length.
         mla = expected("sparse_mla", s_q, s_kv)
         _, lse = dsa_tvm.dsa_attention(*index, ks, ke, *attention, topk=1, sm_scale=0.1, num_threads=num_threads)
         assert (lse == 100 * indexer + 10 * topk + mla).all(), case
@@ -116,13 +116,13 @@ def test_a_cache_takes_the_rows_of_what_is_in_use(num_threads):
 @pytest.mark.parametrize("s_new", [1, 3])
 @pytest.mark.usefixtures("rows")
 def test_a_query_is_scored_with_the_keys_that_it_sees(s_new):
-    """In whole blocks, of 7 keys: not with those of other sequences, nor with those that are not in use."""
+    """It is scored in whole blocks of 7 keys, without keys of other sequences and keys that are not in use."""
     batch, length, capacity = 8, 40, 700
     index, (ks, ke), _ = arguments(batch * s_new, batch * capacity)
     ks += np.repeat(np.arange(batch, dtype=np.int32) * capacity, s_new)
     ke[...] = ks + length
     dsa_tvm.indexer_topk(*index, ks, ke, topk=1, num_threads=1)
-    # Two queries are scored at a time, perhaps of different sequences.
+    # Two queries, which may belong to different sequences, are scored at a time.
     assert (index[2].reshape(-1) == 42).all()
     nobody = np.zeros_like(ks)
     dsa_tvm.indexer_topk(*index, nobody, nobody, topk=1, num_threads=1)

@@ -1,4 +1,4 @@
-"""What TVM 0.27 gets wrong and this package works around. A test that fails here means a workaround can go."""
+"""Faults of TVM 0.27 that this package works around. If a test fails here, a workaround can be removed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ print(y.numpy()[0])
 
 
 def outcome(tmp_path, body):
-    """What a script prints, in a process of its own: TVMScript may end it."""
+    """The output of a script. It runs in a child process, which TVMScript may end."""
     (tmp_path / "case.py").write_text(HEADER + body)
     command = [sys.executable, "-P", str(tmp_path / "case.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -66,7 +66,7 @@ def outcome(tmp_path, body):
 
 
 def test_fp8_cast_is_wrong(tmp_path):
-    """So elements.py converts with integer arithmetic: zero and subnormals become normal numbers, NaN becomes 480."""
+    """Zero and subnormals become normal numbers, NaN becomes 480. So elements.py converts with integers."""
     got = np.array(outcome(tmp_path, FP8_CAST), np.float32)
     codes = np.arange(256)
     mantissa, exponent, sign = codes & 7, codes >> 3 & 15, np.where(codes & 128, -1, 1)
@@ -78,12 +78,12 @@ def test_fp8_cast_is_wrong(tmp_path):
 
 
 def test_a_number_is_taken_to_equal_itself(tmp_path):
-    """So elements.is_nan looks at the bits."""
+    """TVM folds x == x to true. So elements.is_nan looks at the bits."""
     assert outcome(tmp_path, NAN_TEST) == ["0"], "TVM no longer folds x != x: elements.is_nan can be that"
 
 
 def test_tune_context_imports_tensor_intrinsics():
-    """`tuning.search` keeps `TuneContext` from importing what costs a minute and no CPU kernel needs."""
+    """It takes a minute and is of no use to CPU kernels, so `tuning.search` prevents it."""
     import inspect
 
     from tvm.s_tir.meta_schedule import TuneContext

@@ -1,7 +1,8 @@
-"""The command's reports and refusals."""
+"""What ``dsa-tvm`` prints and what it refuses."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,17 @@ def test_env():
     assert report["packages"]["numpy"] and "target in use: " in text.stdout
 
 
+def test_extras_in_messages_exist():
+    """Every extra that an error tells users to install is one of pyproject.toml."""
+    sources = [path.read_text() for path in Path(dsa_tvm.__file__).parent.rglob("*.py")]
+    found = {name for text in sources for name in re.findall(r"dsa_tvm\[(\w+)\]", text)}
+    calls = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    found |= {call.args[1].value for call in calls if getattr(call.func, "id", "") == "expect_installed"}
+    assert {"build", "tune", "plot", "onnx"} <= found <= set(metadata("dsa_tvm").get_all("Provides-Extra"))
+
+
 def test_env_needs_the_standard_library_only():
-    """Isolated from site-packages, and with a library that is not there: values, not exceptions."""
+    """It reports values, not exceptions, even without site-packages and without a library."""
     package = Path(dsa_tvm.__file__).parent.parent
     code = f"import sys; sys.path.append({str(package)!r}); from dsa_tvm import env; print(env.report()['library'])"
     done = cli_code(code, DSA_TVM_LIBRARY="/nowhere/libdsa_tvm.so")
@@ -62,7 +73,7 @@ CPU revision\t: 1
 
 
 def test_arm_cores_have_names(tmp_path, monkeypatch):
-    """Records of other CPUs must not pass for one's own: the name tells cores and boards apart."""
+    """Names tell cores and boards apart, so that records of other CPUs do not pass for those of this one."""
     monkeypatch.setattr(env, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(env, "_BOARDS", (tmp_path / "none", tmp_path / "model"))
 
@@ -97,7 +108,7 @@ def test_config():
 
 
 def test_config_quotes_flags_for_a_shell(tmp_path):
-    """Paths are as they are. A comma would be cut by -Wl, and a relative path means another folder to the linker."""
+    """Flags keep odd paths intact. -Wl would split at a comma, and a relative path would mean another folder later."""
     lib = tmp_path / "a b's, c"
     lib.mkdir()
     shutil.copy(dsa_tvm.get_library_path(), lib)
@@ -131,16 +142,16 @@ COMMAND = [sys.executable, "-m", "dsa_tvm.cli"]
 
 
 def through(shell, **environment):
-    """What a shell makes of a command line; `$dsa` is the command."""
+    """Runs a command line in a shell; `$dsa` is the command."""
     whole = {**os.environ, "dsa": " ".join(COMMAND), **environment}
-    # Otherwise argparse meets the error itself, and says nothing.
+    # Otherwise argparse would get the error and hide it.
     whole.pop("PYTHONUNBUFFERED", None)
     return subprocess.run(["bash", "-c", f"set -o pipefail; {shell}"], capture_output=True, env=whole)
 
 
 @pytest.mark.parametrize("arguments", ["records best", "env", "records show", "--help", "config"])
 def test_nobody_reads(arguments):
-    """As for other commands: no traceback, not at exit either, and the status says the signal's number."""
+    """As for other commands, there is no traceback, not even at exit, and the status tells the signal."""
     done = through(f"$dsa {arguments} | (exec 0<&-)")
     assert done.returncode in (0, 141) and not done.stderr  # 0 where all had been written before
     assert through("$dsa records show | head -1").stdout.count(b"\n") == 1
@@ -163,7 +174,7 @@ def test_closed_streams(closed):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_names_that_standard_output_cannot_encode(tmp_path, encoding):
-    """The bytes of a name that is no text come out as they are."""
+    """The bytes of a file name that is not valid text are printed unchanged."""
     name = b"\xff\xe9\xe2\x82\xac"  # the last three are a euro sign
     directory = os.fsencode(tmp_path) + b"/" + name
     os.makedirs(directory + b"/x86-64-v3")
@@ -202,17 +213,12 @@ def test_build_says_at_once_that_it_cannot_write(tmp_path, out):
     assert done.stderr.count("\n") == 1
 
 
-def test_build_says_at_once_that_the_disk_is_full(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(tmp_path)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        (tmp_path / "filler").write_bytes(bytes(4096))
-        done = cli("build", "--out", str(tmp_path))
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
-        assert os.listdir(tmp_path) == ["filler"]
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+def test_build_says_at_once_that_the_disk_is_full(small_disk):
+    disk = small_disk(4)
+    (disk / "filler").write_bytes(bytes(4096))
+    done = cli("build", "--out", str(disk))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+    assert os.listdir(disk) == ["filler"]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,7 @@ def test_build_refuses_what_cuda_kernels_do_not_serve(tmp_path, arguments, messa
 
 
 def test_a_picture_of_no_trials(tmp_path):
-    """The package's own records have finals only."""
+    """The records of the package contain only finals."""
     op, shape = "topk", "1x32768"
     found, _ = records.read_directory(records.default_directory())
     assert not [r for r in found if r.kind == "trial"]
@@ -240,7 +246,7 @@ def test_a_picture_of_no_trials(tmp_path):
     assert done.returncode == 1 and "expected a search with trials" in done.stderr and not picture.exists(), done
 
 
-#: What a user may put where something else was meant.
+#: Values that a user may give by mistake.
 ODD = [
     "",
     "-1",
@@ -261,7 +267,7 @@ ODD = [
 
 
 def test_no_traceback(tmp_path):
-    """Odd values at every option of every command, in one process; with a fixed seed."""
+    """Tries odd values for every option of every command, in one process and with a fixed seed."""
     code = f"""
 import io, random, sys, contextlib
 from dsa_tvm import cli

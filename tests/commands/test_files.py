@@ -1,4 +1,4 @@
-"""What is written goes where the path leads, whole or not at all; what is temporary is cleared after a kill."""
+"""Files are written where the path leads, whole or not at all. Temporary files are removed even after a kill."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 def test_links_stay(tmp_path):
-    """A symbolic link keeps leading to what is written, through several and to a file that is not there yet."""
+    """Symbolic links stay and lead to the new content, also chains of links and links to a missing file."""
     first, second, target = tmp_path / "first", tmp_path / "second", tmp_path / "there" / "file"
     target.parent.mkdir()
     first.symlink_to("second")
@@ -41,7 +41,7 @@ def test_a_link_to_itself(tmp_path):
 
 
 def test_fifo(tmp_path):
-    """More than a pipe holds at a time; the FIFO is still there."""
+    """A FIFO gets more than fits in a pipe, and is still there."""
     path, data, read = tmp_path / "fifo", os.urandom(300_000), []
     os.mkfifo(path)
     expect_writable(path)  # does not wait for the reader
@@ -71,7 +71,7 @@ def test_a_device_stays_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_standard_output_goes_on(tmp_path, name):
-    """A file that the shell opened is neither replaced nor overwritten from its start."""
+    """A file that the shell has opened is neither replaced nor overwritten from its start."""
     code = (
         "from pathlib import Path; from dsa_tvm.runtime.files import expect_writable, write_atomically\n"
         f"path = Path({name!r}); print('before'); expect_writable(path)\n"
@@ -84,7 +84,7 @@ def test_standard_output_goes_on(tmp_path, name):
 
 
 def test_permissions(tmp_path):
-    """A file keeps its own; a new one has those that the umask leaves."""
+    """A file keeps its permissions. A new file gets those that the umask allows."""
     private, new = tmp_path / "private", tmp_path / "new"
     private.write_bytes(b"old")
     private.chmod(0o600)
@@ -127,25 +127,14 @@ def test_what_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 64 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
-def test_full_disk(disk):
+def test_full_disk(small_disk):
+    disk = small_disk(64)
     (disk / "old").write_bytes(b"old")
     with pytest.raises(OSError, match="No space left"):
         write_atomically(disk / "old", bytes(100_000))
     (disk / "filler").write_bytes(bytes((64 - 4) * 1024))
     for path in (disk / "old", disk / "new"):
-        # The error names what the caller knows, not a file beside it.
+        # The error names the path of the caller, not a temporary file.
         with pytest.raises(OSError, match=f"No space left on device: '{disk}'"):
             expect_writable(path)
     with pytest.raises(OSError, match="No space left"):
@@ -155,7 +144,7 @@ def test_full_disk(disk):
 
 @ROOT_ONLY
 def test_a_mounted_file_is_written_in_place(tmp_path):
-    """As containers have them: it cannot be replaced."""
+    """A mounted file, as in containers, cannot be replaced."""
     inner, outer = tmp_path / "inner", tmp_path / "outer"
     inner.write_bytes(b"inner")
     outer.write_bytes(b"a longer text")
@@ -201,7 +190,7 @@ def test_scratch_clears_what_nobody_owns(tmp_path, monkeypatch):
     assert left.is_dir()
     living, owned = started()
     assert not left.exists() and owned.is_dir()
-    # Neither what has another name nor what a link of such a name leads to is touched.
+    # Files with other names, and the targets of links, are not touched.
     precious = tmp_path / "dsa-tvm.scratch.notes"
     precious.mkdir()
     (precious / "file").touch()
@@ -213,7 +202,7 @@ def test_scratch_clears_what_nobody_owns(tmp_path, monkeypatch):
 
 
 def test_scratch_is_its_own_owner(tmp_path, monkeypatch):
-    """One process may have two."""
+    """One process may have two scratch directories."""
     monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
     with scratch() as first, scratch() as second:
         assert first.is_dir() and second.is_dir() and first != second

@@ -1,4 +1,4 @@
-"""What a process may use: limits of control groups as the kernel's documentation describes them, on made-up trees."""
+"""The limits of a process, tested on made-up trees of control groups as in the kernel's documentation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_groups(kernel):
 
 
 def test_memory_of_version_2(kernel):
-    """The least of the group and those above it counts; pages of files that nobody uses are free."""
+    """The smallest limit of the group and its parents counts. Unused pages of files count as free."""
     top = kernel.mount("cgroup2", "rw,nsdelegate", place="unified")
     kernel.process("0::/a/b")
     put(top / "a", memory__max=500 * MIB, memory__current=450 * MIB, memory__stat=f"anon 1\ninactive_file {50 * MIB}")
@@ -77,7 +77,7 @@ def test_memory_of_version_1(kernel):
 
 
 def test_a_container_sees_its_own_group_only(kernel):
-    """The mount's root is the group, and the process's path is one outside."""
+    """The root of the mount is the group itself, but the path of the process is the one outside."""
     group = kernel.mount("cgroup", "rw,memory", root="/docker/4711")
     kernel.process("4:memory:/docker/4711")
     put(group, memory__limit_in_bytes=300 * MIB, memory__usage_in_bytes=100 * MIB)
@@ -106,7 +106,7 @@ def test_quota_of_version_2(kernel, monkeypatch, limit, cpus):
 
 @pytest.mark.parametrize(("quota", "cpus"), [("-1", 64), ("350000", 4), ("300000", 3), ("1000", 1)])
 def test_quota_of_version_1(kernel, monkeypatch, quota, cpus):
-    """Mounted together with another controller; the group above has the quota."""
+    """The controller is mounted together with another one, and the parent has the quota."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
     top = kernel.mount("cgroup", "rw,cpu,cpuacct", place="cpu,cpuacct")
     kernel.process("3:cpu,cpuacct:/a/b")
@@ -140,7 +140,7 @@ def test_ulimit():
 
 
 def test_a_control_group_of_this_machine():
-    """The real thing, where there may be one."""
+    """Uses a real control group if this machine allows one."""
     places = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
     names = ("memory.limit_in_bytes", "memory.max")
     for place in places:

@@ -1,4 +1,4 @@
-"""Runs generated CUDA kernels on the CPU, with every out-of-bounds access an error and missing barriers visible."""
+"""Runs generated CUDA kernels on the CPU. Every access out of bounds is an error, and missing barriers show."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class KernelError(Exception):
-    """A kernel did what has no defined result: the message says which block and thread did what."""
+    """A kernel did something undefined. The message names the block, the thread and the operation."""
 
 
 class Guarded:
-    """A copy of an array next to pages that cannot be touched.
+    """A copy of an array between pages without access.
 
     Parameters
     ----------
     array : ndarray
     at_end : bool
-        Whether the array ends where the page behind begins. Otherwise it begins where the page before ends.
+        Whether the array ends where the next page begins. Otherwise it begins where the previous page ends.
     """
 
     def __init__(self, array: np.ndarray, at_end: bool) -> None:
@@ -63,7 +63,7 @@ class Guarded:
         ctypes.memmove(self.address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
 
     def take_back(self) -> None:
-        """Copy the memory back to the array, where that can be written, and free it."""
+        """Copy the memory back to the array if that is writable, and free it."""
         if self.array.flags.writeable and self.array.nbytes:
             raw = (ctypes.c_char * self.array.nbytes).from_address(self.address)
             self.array[...] = np.frombuffer(raw, self.array.dtype).reshape(self.array.shape)
@@ -73,16 +73,16 @@ class Guarded:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """An argument that the kernel takes as a ``CUtensorMap``.
+    """An argument for a ``CUtensorMap`` parameter.
 
     Parameters
     ----------
     array : ndarray
-        Two or three dimensions of 1, 2 or 4 bytes an element.
+        An array of two or three dimensions, with elements of 1, 2 or 4 bytes.
     box : tuple of int
-        As many rows, and elements of a row, as a copy brings.
+        The numbers of rows and of elements in a row that one copy loads.
     swizzle : int
-        Bytes to a row of the pattern in shared memory: 128, 64, 32, or 0 for none.
+        Bytes in a row of the pattern in shared memory: 128, 64, 32, or 0 for none.
     """
 
     array: np.ndarray
@@ -96,9 +96,9 @@ class Emulator:
     Parameters
     ----------
     source : str
-        What `schedules.cuda.source.cuda_source` gives.
+        Source from `schedules.cuda.source.cuda_source`.
     headers : Path
-        `schedules.cuda.source.DEVICE_HEADERS`; the model of the primitives is found first.
+        `schedules.cuda.source.DEVICE_HEADERS`. The emulator's model of the primitives is found first.
     directory : Path
         Where to compile.
     """
@@ -109,11 +109,11 @@ class Emulator:
         thunks = [_thunk(name, self.kernels[name][1], int(blocks or 1)) for _, blocks, name, _ in found]
         text = directory / "kernels.cc"
         text.write_text("\n".join((source, *thunks, "#include <driver.h>\n")))
-        #: Also a CUDA driver, to whoever finds it by its name.
+        #: By this name, the library also serves as a CUDA driver.
         self.path = directory / "libcuda.so.1"
-        # CUDA reads memory as whatever type it likes; NaN and infinities are as in the C library.
+        # CUDA code reads memory as any type. NaN and infinities behave as in the C library.
         flags = ("-std=c++20", "-O1", "-ftree-vectorize", "-march=native", "-fno-strict-aliasing", "-fwrapv", "-w")
-        # Several of these may be loaded, and share nothing.
+        # Several of these may be loaded at once and must share nothing.
         shared = ("-fPIC", "-fno-gnu-unique", "-shared", "-Wl,-Bsymbolic", "-o", str(self.path))
         include = ("-I", str(HERE), "-I", str(headers))
         done = subprocess.run(("g++", *flags, *include, str(text), *shared, "-ldl"), capture_output=True, text=True)
@@ -147,20 +147,20 @@ class Emulator:
         order: int = 0,
         eager: bool = False,
     ) -> None:
-        """Run a kernel to its end.
+        """Run a kernel until it ends.
 
         Parameters
         ----------
         name : str
         grid : sequence of int
-            One to three numbers of blocks.
+            The number of blocks in one to three dimensions.
         *args : ndarray, TensorMap, number or None
-            As the kernel declares them. Arrays lie in guarded memory while it runs.
+            The arguments in order. While the kernel runs, arrays are in guarded memory.
         shared_bytes : int
         order : int
-            In which threads run: 0 ascending, 1 descending, otherwise the seed of a random one.
+            The order in which threads run: 0 ascending, 1 descending, otherwise the seed of a random order.
         eager : bool
-            Whether asynchronous copies land at once, instead of when they are waited for.
+            Whether asynchronous copies finish at once, instead of when the kernel waits for them.
 
         Raises
         ------

@@ -34,7 +34,7 @@ SCHEDULES = [(0, False), (1, True), (2, False), (3, True)]
 
 
 def symbols():
-    """Every kernel under its name."""
+    """All kernels by their symbols."""
     for name, (dtype, c, d_qk, d_v) in KERNELS.items():
         yield name, sparse_mla.tensor_ir({"T": dtype}, c, d_qk, d_v)
         yield f"{name}_combine", combine.tensor_ir({"T": dtype}, d_v)
@@ -46,7 +46,7 @@ def misaligned(array):
 
 
 def packed(arguments, d_v):
-    """The arguments with their rows packed, and with the numbers that these stand for."""
+    """The arguments with packed rows, and the same with the numbers in these rows."""
     rows = pack_mla_rows(arguments["kv"], d_v)
     return arguments | {"kv": rows}, arguments | {"kv": unpack_mla_rows(rows, d_v)}
 
@@ -92,7 +92,7 @@ def launch(emulator, symbols, c, shared_bytes, out, arguments, sm_scale, parts, 
 
 
 def compare(actual, arguments, dtype, sm_scale, d_v):
-    """The outputs against float64."""
+    """Check the outputs against float64."""
     expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=d_v)
     for output, x, y in zip(SPEC.outputs, actual, expected, strict=True):
         assert_close(x, y, SPEC.tolerance[output.name][dtype])
@@ -119,7 +119,7 @@ def check(emulator, name, arguments, sm_scale=None, **options):
 
 
 def check_last_valid(check, arguments, topk, position):
-    """One valid index among `topk`, which threads look for in several passes of several loads each."""
+    """Check one valid index among `topk`, which threads search in several passes of several loads."""
     arguments["indices"] = np.full((1, topk), -1, np.int32)
     arguments["indices"][0, position] = 5
     out, _, lse = check(arguments)

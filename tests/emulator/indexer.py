@@ -1,4 +1,4 @@
-"""What every indexer's tests do with its launches: ``run(a, **options)`` gives the logits of the inputs `a`."""
+"""Checks that the tests of both indexers share. ``run(a, **options)`` returns the logits of the inputs `a`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPEC = OPS["lightning_indexer"]
 
 
 def check(run, a, tolerance="float32", **options):
-    """The logits, compared with float64: by default as close as sums of float32 are."""
+    """Compare the logits with float64, by default with the tolerance of float32 sums."""
     with np.errstate(invalid="ignore"):  # infinity less infinity
         (expected,) = SPEC.reference(**a)
     logits = run(a, **options)
@@ -22,7 +22,7 @@ def check(run, a, tolerance="float32", **options):
 
 
 def check_narrow_sums(emulator, run, dtype):
-    """Sums as tensor cores make them are within the type's tolerance.
+    """Check that the sums of tensor cores are within the tolerance of the type.
 
     Those of e4m3 on sm_89 and sm_90a are not within that of float32; sm_120 keeps 25 places of them (MMA-Sim,
     arXiv:2511.10909), as of others.
@@ -46,24 +46,24 @@ def check_narrow_sums(emulator, run, dtype):
 
 
 def check_repetitive_rows(run, variant, h_idx, d_idx):
-    """All heads of all queries equal, and all keys: long sums of equal addends."""
+    """Check equal heads, queries and keys, which give long sums of equal terms."""
     a = indexer_inputs(np.random.default_rng(1), variant, s_kv=200, h_idx=h_idx, d_idx=d_idx)
     a["q"][:], a["k"][:] = np.abs(a["q"][0, 0]), np.abs(a["k"][0])
     check(run, a)
-    # One number everywhere, whose products and sums have many digits.
+    # The same number everywhere, with many digits in its products and sums.
     one = {name: np.full_like(a[name], a[name].flat[2]) for name in ("q", "k")}
     check(run, a | one | {"weights": np.full_like(a["weights"], 1 / 3)})
 
 
 def any_ranges(a, seed):
-    """Ranges of 500 keys in and out of bounds, empty ones and of one key among them."""
+    """Ranges of 500 keys in and out of bounds, also empty ones and ones of a single key."""
     a["ks"][:], a["ke"][:] = np.random.default_rng(seed).integers(-50, 550, (2, len(a["ks"])))
     a["ks"][:5] = -(2**31), 2**31 - 1, 200, 499, 0
     a["ke"][:5] = 2**31 - 1, -(2**31), 201, 500, 0
 
 
 def nan_and_infinity(a):
-    """In queries and keys of which no product is of infinity and 0, but in rows that are made for it."""
+    """NaN and infinities in queries and keys. Only some rows have a product of infinity and 0."""
     a["ke"][:] = len(a["k"])
     for argument in ("q", "k"):
         a[argument][a[argument] == 0] = 1
@@ -75,13 +75,13 @@ def nan_and_infinity(a):
 
 
 def key_codes(dtype, step=1):
-    """The bits of keys: all there are, or every one of `step`."""
+    """All bit patterns of a key, or every `step`-th."""
     width = DTYPES[dtype].itemsize
     return np.arange(0, 256**width, step, f"uint{8 * width}").view(DTYPES[dtype])
 
 
 def check_codes(run, a, codes):
-    """One head, q = e0, weight 1: the logit is relu of the key's first entry."""
+    """With one head, q = e0 and weight 1, the logit is relu of the key's first entry."""
     a["q"][:], a["k"][:], a["weights"][:] = 0, 0, 1
     a["q"][:, 0, 0] = 1, -1
     a["k"][:, 0] = codes
@@ -92,7 +92,7 @@ def check_codes(run, a, codes):
 
 
 def check_unseen_keys(run, a):
-    """Of 500 keys those outside [100, 200) do not matter."""
+    """Check that of 500 keys only those in [100, 200) matter."""
     a["ks"][:], a["ke"][:] = 100, 200
     before = run(a)
     a = {**a, "k": a["k"].copy(), "k_scale": a["k_scale"].copy()}
@@ -103,7 +103,7 @@ def check_unseen_keys(run, a):
 
 
 def check_some_queries(run, a):
-    """The rows of some of 12 queries, and of these only the keys of 300 that they see."""
+    """Check a launch for some of 12 queries: it writes only their rows, and there only the keys that they see."""
     a["ks"][:], a["ke"][:] = np.arange(12) * 20 - 10, np.arange(12) * 25 + 20
     a["ke"][7] = 0
     everything = run(a)

@@ -60,7 +60,7 @@ def test_lengths(emulator, name, topk):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_many_keys(emulator, name):
-    """Behind the first hundreds no weight is large any more."""
+    """After the first hundreds of keys, no weight is large any more."""
     check(emulator, name, inputs(name, topk=1500, s_kv=900))
 
 
@@ -68,7 +68,7 @@ def test_many_keys(emulator, name):
 @pytest.mark.parametrize("distinct", [1, 3])
 @pytest.mark.parametrize(("topk", "parts"), [(2048, 1), (4096, 1), (4096, 64)])
 def test_repetitive_rows(emulator, name, distinct, topk, parts):
-    """Thousands of equal addends: a sum that is one chain of them errs the same way at every step."""
+    """With thousands of equal terms, a sum that is one long chain errs the same way at every step."""
     arguments = inputs(name, distinct, s_q=1, s_kv=50, h_q=2, topk=topk)
     repeat_rows(arguments["kv"], distinct)
     arguments["indices"][:] = np.arange(topk) % 50
@@ -100,7 +100,7 @@ def test_every_schedule_gives_the_same_bits(emulator, name):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("parts", [2, 5, 40])
 def test_parts(emulator, name, parts):
-    """Of which some have no valid key and some only scores of -inf."""
+    """Some parts have no valid key, and some only scores of -inf."""
     arguments = inputs(name, s_q=4, h_q=5, topk=200)
     arguments["q"] = np.abs(arguments["q"])
     arguments["kv"][7, 64 if KERNELS[name][2] > 64 else 5] = -np.inf
@@ -167,7 +167,7 @@ def test_all_scores_minus_infinity(emulator, name, sink):
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("sm_scale", [3.0, -3.0, 0.0])
 def test_large_scores_do_not_overflow(emulator, name, sm_scale, parts):
-    """Scores near 100, whose exponential f32 does not hold. Their error shows in out: the bound is wider."""
+    """The exponential of scores near 100 exceeds f32. Their error shows in out, so the bound is wider."""
     arguments = inputs(name, s_q=1, topk=100)
     expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=64)
     for x, y in zip(attend(emulator, name, arguments, sm_scale, parts), expected, strict=True):
@@ -177,7 +177,7 @@ def test_large_scores_do_not_overflow(emulator, name, sm_scale, parts):
 @pytest.mark.parametrize("falling", [False, True])
 @pytest.mark.parametrize("name", TYPES)
 def test_scores_that_rise_or_fall(emulator, name, falling):
-    """Each block's largest score is far from the last one's, upwards or downwards, and far below 0."""
+    """The largest scores of successive blocks are far apart, rising or falling, and far below 0."""
     arguments = inputs(name, s_q=1, h_q=7, topk=120)
     arguments["q"][:] = np.arange(96) >= 64
     arguments["kv"][:, 64:] = (np.arange(150)[:, None] / 4 - 50).astype(arguments["kv"].dtype)

@@ -1,4 +1,4 @@
-"""The CUDA token selector, run on the CPU: exact and the same for every kind of row and every order of threads."""
+"""The CUDA token selector on the CPU is exact and deterministic for every kind of row and order of threads."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_rows_in_parts(select, data, parts):
 
 @pytest.mark.parametrize("s_kv", [9000, 20000, 70000])
 def test_a_sample_that_misleads(select, s_kv):
-    """Whether large values lie where a sample of 4096 looks, or everywhere else."""
+    """Large values are only where a sample of 4096 looks, or only elsewhere."""
     rng = np.random.default_rng(s_kv)
     looks = np.zeros(s_kv, bool)
     looks[(np.arange(1024) * (s_kv // 4) // 1024 * 4)[:, None] + np.arange(4)] = True

@@ -1,4 +1,4 @@
-"""The CUDA kernels that write new rows of a cache and copy it, run on the CPU."""
+"""The CUDA kernels that write new rows to a cache and copy it, run on the CPU."""
 
 from __future__ import annotations
 

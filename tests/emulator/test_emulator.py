@@ -1,4 +1,4 @@
-"""The emulator computes what the instructions do, and finds what a GPU would not tell."""
+"""The emulator computes like the instructions, and finds errors that a GPU would not report."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_the_last_valid_index(emulator, position):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("valid", [1, 2, 3, 5, 12, 20, 40, 80, 130, 200])
 def test_few_valid_keys_among_many(emulator, name, valid):
-    """They hold most of the weight: rounded to 16 bits alone, the weights would miss the tolerance."""
+    """Few keys have most of the weight. With weights in 16 bits, out would miss the tolerance."""
     rng = np.random.default_rng(valid)
     arguments = inputs(name, valid, s_q=3, h_q=[1, 40, 64, 70][valid % 4], topk=300)
     for row in arguments["indices"]:
@@ -103,7 +103,7 @@ def test_every_schedule_gives_the_same_bits(emulator, parts):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("parts", [2, 7])
 def test_parts(emulator, name, parts):
-    """Of which some have no valid key and some only scores of -inf."""
+    """Some parts have no valid key, and some only scores of -inf."""
     arguments = inputs(name, s_q=4, h_q=5, topk=400)
     arguments["q"] = np.abs(arguments["q"])
     arguments["kv"][7, 500] = -np.inf
@@ -168,7 +168,7 @@ def test_all_scores_minus_infinity(emulator, sink):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sm_scale", [1.0, -1.0, 0.0])
 def test_large_scores_do_not_overflow(emulator, name, sm_scale, parts):
-    """Scores near 100, whose exponential f32 does not hold. Their error shows in out: the bound is wider."""
+    """The exponential of scores near 100 exceeds f32. Their error shows in out, so the bound is wider."""
     arguments = inputs(name, topk=200)
     expected = SPEC.reference(**arguments, sm_scale=sm_scale, d_v=D_V)
     for x, y in zip(attend(emulator, name, arguments, sm_scale, parts), expected, strict=True):
@@ -177,7 +177,7 @@ def test_large_scores_do_not_overflow(emulator, name, sm_scale, parts):
 
 @pytest.mark.parametrize("falling", [False, True])
 def test_scores_that_rise_or_fall(emulator, falling):
-    """Each tile's largest score is far from the last one's, upwards or downwards, and far below 0."""
+    """The largest scores of successive tiles are far apart, rising or falling, and far below 0."""
     arguments = inputs("bf16", h_q=7, topk=290)
     arguments["q"][:] = np.arange(576) >= 512
     arguments["kv"][:, 512:] = (np.arange(300)[:, None] / 2 - 200).astype(arguments["kv"].dtype)
@@ -222,7 +222,7 @@ def test_few_keys(emulator, s_kv, topk):
 
 @pytest.mark.parametrize("byte", [17, 512 + 7, 528 + 1])
 def test_nan_of_a_packed_row(emulator, byte):
-    """An element, a scale or what is key only: it shows where the row is selected."""
+    """NaN in an element, a scale or the part that is only a key shows if the row is selected."""
     arguments = inputs("packed", s_q=2, topk=200)
     rows = pack_mla_rows(arguments["kv"])
     rows[200, byte - byte % 4 if byte > 511 else byte :][: 4 if byte > 511 else 1] = 0x7F if byte < 512 else 0xFF

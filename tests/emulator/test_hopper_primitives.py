@@ -1,4 +1,4 @@
-"""The models of sm_90a's products and copies of boxes compute what the instructions do."""
+"""The models of sm_90a's products and box copies compute like the instructions."""
 
 from __future__ import annotations
 

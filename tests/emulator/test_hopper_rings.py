@@ -1,4 +1,4 @@
-"""The models of sm_90a's barriers and waits: rings of stages work, and what a GPU would not tell is an error."""
+"""The models of sm_90a's barriers and waits: rings of stages work, and mistakes that a GPU hides are errors."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_wrong_rings(emulator, mode, message):
 
 
 def test_a_missing_wait_shows(emulator):
-    """By the results where bytes are late, by the phases where the reader is."""
+    """It shows in the results if bytes are late, and in the phases if the reader is late."""
     wrong = 0
     for order, eager in SCHEDULES:
         try:

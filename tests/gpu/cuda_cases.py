@@ -1,4 +1,4 @@
-"""What test_cuda_doors.py runs in a process whose CUDA driver is the emulator: device memory is the process's own."""
+"""Tests that test_cuda_doors.py runs in a process with the emulator as CUDA driver. Device memory is host memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsa_tvm.runtime.dlpack import Versioned, capsule_pointer
 
 
 def select(logits, topk, ks=None, ke=None, options=None, devices=None):
-    """The selected positions, checked."""
+    """Select positions and check them."""
     s_q, s_kv = logits.shape
     ks = np.zeros(s_q, np.int32) if ks is None else np.asarray(ks, np.int32)
     ke = np.full(s_q, s_kv, np.int32) if ke is None else np.asarray(ke, np.int32)
@@ -39,7 +39,7 @@ def test_every_kind_of_row(data, s_kv):
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_long_rows(data, rows):
-    """The emulator has four multiprocessors: one row makes four parts, two rows two each."""
+    """The emulator has four multiprocessors, so one row is cut into four parts, and two rows into two each."""
     logits = DATA[data](np.random.default_rng(rows), (rows, 40000))
     for topk in (7, 2048):
         select(logits, topk)
@@ -64,7 +64,7 @@ def test_empty(s_q, s_kv):
 
 
 class GpuDoor(CDoor):
-    """The C functions with every tensor on the GPU but where the case says otherwise."""
+    """The C functions, with every tensor on the GPU unless the case says otherwise."""
 
     offers = CDoor.offers - {"device"}
 
@@ -85,10 +85,10 @@ class GpuDoor(CDoor):
 
 
 def rounded_alike(op, case):
-    """Whether this is a known limit of attention on GPUs, where it reaches 1.3 times the tolerance.
+    """Whether a case hits a known limit of attention on GPUs, which exceeds the tolerance by up to 1.3 times.
 
-    Small softmax weights are rounded to 16 bits there. The errors of many weights average out, but not those of one key
-    that stands there hundreds of times: its weights are all equal, and so are their errors.
+    It rounds small softmax weights to 16 bits. The errors of many weights average out, but not those of a key that
+    occurs hundreds of times, because its weights are all equal and so are their errors.
     """
     return op in ("sparse_mla", "sparse_mla_fp8") and case.kind == "2100 keys with a period of 3"
 
@@ -96,7 +96,7 @@ def rounded_alike(op, case):
 @pytest.mark.parametrize("typed", [True, False])
 @pytest.mark.parametrize("op", OPS)
 def test_hostile(op, typed):
-    """Of the element types, bf16 where there is a choice."""
+    """Every hostile call, in bf16 if there is a choice of element types."""
     door, spec = GpuDoor(typed=typed), OPS[op]
     variant = spec.variants[min(1, len(spec.variants) - 1)]
     failures, number = [], 0
@@ -157,7 +157,7 @@ def test_workspace():
 
 
 class OnGpu:
-    """Some package's tensor, on the GPU."""
+    """A tensor of some package on the GPU."""
 
     def __init__(self, array):
         self.array = array

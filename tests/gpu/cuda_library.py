@@ -1,4 +1,4 @@
-"""A library with CUDA kernels: no driver of the tests looks into its fatbins, so that it can do without nvcc."""
+"""A library with CUDA kernels. The drivers of the tests do not read its fatbins, so no nvcc is needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ printf 'fatbin' > "$2"
 
 
 def fake_nvcc(directory: Path) -> str:
-    """A command in `directory` that makes fatbins without code."""
+    """Write a command to `directory` that makes fatbins without code."""
     fake = directory / "nvcc"
     fake.write_text(_NVCC)
     fake.chmod(0o755)
@@ -38,7 +38,7 @@ def build(directory: Path, sets: Sequence[fatbins.KernelSet]) -> Path:
     nvcc = shutil.which("nvcc") or fake_nvcc(directory)
     targets = (dsa_tvm.active_target(), "cuda")
     with pytest.MonkeyPatch.context() as patch:
-        # The build would make them anew.
+        # Otherwise the build would make them again.
         patch.setattr(fatbins, "generate", lambda *described: sets)
         return dsa_tvm.build.command.build(directory, targets=targets, version=dsa_tvm.__version__, nvcc=nvcc)
 
@@ -56,7 +56,7 @@ def emulator(kernels: fatbins.KernelSet, lengths: Mapping[str, int], directory: 
 
 
 def build_driver(directory: Path, *flags: str) -> Path:
-    """The directory of a driver that writes down what it is asked for."""
+    """The directory of a driver that records its calls."""
     driver = directory / "libcuda.so.1"
     source = str(HERE.parent / "c" / "cuda_driver.c")
     command = ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, source]
@@ -65,7 +65,7 @@ def build_driver(directory: Path, *flags: str) -> Path:
 
 
 def environment(path: Path, driver: Path, **variables: str) -> Mapping[str, str]:
-    """That of a process that uses the library at `path` and finds the driver in the directory `driver`."""
+    """The environment of a process that uses the library at `path` and the driver in the directory `driver`."""
     here = {"DSA_TVM_LIBRARY": str(path), "LD_LIBRARY_PATH": str(driver), "PYTHONPATH": str(HERE)}
     inherited = os.environ.get("PYTHONPATH")
     if inherited:
@@ -74,5 +74,5 @@ def environment(path: Path, driver: Path, **variables: str) -> Mapping[str, str]
 
 
 def python(code: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own."""
+    """Run `code` in a child process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

@@ -1,4 +1,4 @@
-"""What test_cuda_doors.py runs of the operators that are more than top-k, in a process whose driver is the emulator."""
+"""Tests of all operators but top-k that test_cuda_doors.py runs in a process with the emulator as driver."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dsa_tvm import pack_mla_rows
 from dsa_tvm.ops import OPS
 
 INDEXER, MLA = OPS["lightning_indexer"], OPS["sparse_mla"]
-#: The emulator holds the kernels of these lengths.
+#: The emulator has kernels for these lengths.
 D_IDX, D_QK, D_V = 32, 512, 512
 
 
 def run(op, inputs, attrs, *shapes):
-    """The outputs: f32 where a shape is given alone, else of the type beside it."""
+    """The outputs. An output that is given by its shape alone is f32."""
     shapes = [shape if isinstance(shape[0], tuple) else (shape, np.float32) for shape in shapes]
     outputs = [np.zeros(shape, dtype) for shape, dtype in shapes]
     for x in outputs:
@@ -27,7 +27,7 @@ def run(op, inputs, attrs, *shapes):
 
 
 def ranges(a, s_kv):
-    """A range inside, an empty one, one key, one out of bounds on both sides."""
+    """An inner range, an empty one, one key, and one that is out of bounds on both sides."""
     a["ks"][:4], a["ke"][:4] = (7, 150, s_kv - 1, -5), (s_kv - 9, 150, s_kv, s_kv + 9)
     return a
 
@@ -35,7 +35,7 @@ def ranges(a, s_kv):
 @pytest.mark.parametrize("variant", INDEXER.variants, ids=lambda v: "-".join(v.values()))
 @pytest.mark.parametrize("s_q", [5, 70])
 def test_lightning_indexer(variant, s_q):
-    """Few and many queries are different kernels."""
+    """Few and many queries use different kernels."""
     s_kv = 300 if s_q == 5 else 130
     a = indexer_inputs(np.random.default_rng(s_q), variant, s_q=s_q, s_kv=s_kv, h_idx=13, d_idx=D_IDX, scaled=s_q == 5)
     (logits,) = run("lightning_indexer", ranges(a, s_kv), {}, (s_q, s_kv))
@@ -44,7 +44,7 @@ def test_lightning_indexer(variant, s_q):
 
 @pytest.mark.parametrize("s_q", [1, 35])
 def test_indexer_topk_in_groups(s_q):
-    """A group's logits are 64 MiB: here they are 15 queries of a million keys, most of which nobody sees."""
+    """Groups have 64 MiB of logits: here 15 queries over a million keys, most of which no query sees."""
     s_kv, seen, topk = 2**20 + 7, 2500, 70
     a = indexer_inputs(np.random.default_rng(0), INDEXER.variants[1], s_q=s_q, s_kv=seen, h_idx=3, d_idx=D_IDX)
     a["ks"] += np.arange(s_q, dtype=np.int32)
@@ -58,7 +58,7 @@ def test_indexer_topk_in_groups(s_q):
         chosen = indices[m] - first
         assert (np.diff(chosen) > 0).all() and chosen[0] >= 0
         least = np.sort(expected[m])[-topk]
-        # The product is in f32: what lies at the threshold may change places.
+        # Products are in f32, so keys at the threshold may be exchanged.
         assert (expected[m][chosen] >= least - 1e-4).all()
 
 
@@ -80,7 +80,7 @@ def attention_case(dtype, s_q, h_q, topk=200, s_kv=300):
 @pytest.mark.parametrize(("s_q", "h_q"), [(1, 5), (4, 61)])
 @pytest.mark.parametrize("optional", [True, False])
 def test_sparse_mla(dtype, s_q, h_q, optional):
-    """One query's keys are cut into parts for the emulator's four multiprocessors, those of four are not."""
+    """The keys of one query are cut into parts for the emulator's four multiprocessors, those of four are not."""
     a = attention_case(dtype, s_q, h_q)
     if not optional:
         a |= {"attn_sink": None, "topk_length": None}
@@ -92,19 +92,19 @@ def test_sparse_mla(dtype, s_q, h_q, optional):
 
 @pytest.mark.parametrize(("s_q", "parts"), [(1, 4), (2, 2), (3, 1), (4, 1), (5, 2), (7, 1), (8, 1)])
 def test_parts(s_q, parts):
-    """Four multiprocessors. Five blocks take two rounds, the second of one block; ten parts take three half ones."""
+    """On four multiprocessors five blocks take two rounds, the second with one block; ten parts take 1.5 rounds."""
     h_q, topk = 64, 1024
     a = attention_inputs(np.random.default_rng(0), "bfloat16", s_q=s_q, s_kv=9, h_q=h_q, d_qk=D_QK, topk=topk)
     outputs = [np.zeros((s_q, h_q, D_V), a["q"].dtype), *np.zeros((2, s_q, h_q), np.float32)]
     call = Call("sparse_mla", a, {"sm_scale": 1.0, "d_v": D_V}, outputs)
-    # A part leaves its sums, and little more.
+    # A part only needs workspace for its sums and a little more.
     assert max(call.workspace_size() // (s_q * h_q * D_V * 4), 1) == parts
 
 
 @pytest.mark.parametrize("offset", [0, 1, 16])
 @pytest.mark.parametrize(("s_q", "h_q"), [(1, 5), (4, 61)])
 def test_sparse_mla_fp8(s_q, h_q, offset):
-    """Rows at any byte; at some addresses Hopper has a kernel of its own."""
+    """Rows may start at any byte. At some addresses Hopper has its own kernel."""
     spec, a = OPS["sparse_mla_fp8"], attention_case("bfloat16", s_q, h_q)
     rows = pack_mla_rows(np.where(np.isnan(a["kv"]), 0, a["kv"]).astype(np.float32))
     rows[-20:] = 0xFF
@@ -122,7 +122,7 @@ def test_sparse_mla_fp8(s_q, h_q, offset):
 @pytest.mark.parametrize("offset", [0, 4])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_write_rows(dtype, offset, in_place):
-    """At addresses that 16 bytes are copied at, and at others; a cache of several blocks."""
+    """Addresses at which 16 bytes are copied at a time, and others, with a cache of several blocks."""
     rng = np.random.default_rng(offset)
     numpy_type, width = DTYPES.get(dtype, np.dtype(np.uint8)), 656
 

@@ -1,4 +1,4 @@
-"""A node on a GPU in an ONNX Runtime that is no more than a table of functions, where the driver is the emulator."""
+"""A node on a GPU, in an ONNX Runtime that is only a table of functions, with the emulator as driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ONNX = {"float32": 1, "int32": 6}
 
 
 class CustomOp(ctypes.Structure):
-    """``OrtCustomOp``, as far as it is called here."""
+    """The part of ``OrtCustomOp`` that is called here."""
 
     _fields_ = (
         ("version", c_uint32),
@@ -103,7 +103,7 @@ class Runtime:
         return function(ctypes.addressof(op))
 
     def run(self, name, provider):
-        """The output of the operator that is registered for that provider, or its error."""
+        """The output of the operator that is registered for a provider, or its error."""
         lib = ctypes.CDLL(library.get_library_path())
         lib.RegisterCustomOps.restype = c_void_p
         assert not lib.RegisterCustomOps(c_void_p(1), self.base)
@@ -114,25 +114,25 @@ class Runtime:
 
 
 class Pool(ctypes.Structure):
-    """What the driver's memory pools were asked for."""
+    """Records the requests to memory pools of the driver."""
 
     _fields_ = (("taken", c_size_t), ("given_back", c_size_t), ("bytes", c_size_t), ("stream", c_size_t))
 
 
 def node(shape, stream=77):
-    """A node that selects 64 of each row, and its inputs."""
+    """A node that selects 64 positions of each row, and its inputs."""
     logits = DATA["ties"](np.random.default_rng(0), shape)
     inputs = [logits, np.zeros(shape[0], np.int32), np.full(shape[0], shape[1], np.int32)]
     return Runtime(inputs, {"topk": 64}, stream), inputs
 
 
-#: What a row of these takes of a workspace.
+#: The workspace for one of these rows.
 SHAPE, BYTES = (1, 40000), 2 * 4 * 4 * 64
 
 
 @pytest.mark.parametrize("stream", [77, 0])
 def test_a_node_on_the_gpu(stream):
-    """A workspace is the stream's, from before the kernels until behind them."""
+    """The workspace is allocated on the stream before the kernels and freed after them."""
     pool = Pool.in_dll(ctypes.CDLL("libcuda.so.1"), "emulated_pool")
     for shape in ((3, 900), SHAPE):
         before = pool.taken
@@ -145,7 +145,7 @@ def test_a_node_on_the_gpu(stream):
 
 
 def test_no_memory_for_a_workspace(monkeypatch):
-    """An error of that node, and the next call is as any other."""
+    """The node fails, and the next call works again."""
     runtime, inputs = node(SHAPE)
     monkeypatch.setenv("CUDA_EMULATOR_POOL_BYTES", str(BYTES - 1))
     expected = f"1: topk: workspace: expected {BYTES} bytes of memory on CUDA device 0, got none: "

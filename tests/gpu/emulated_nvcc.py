@@ -1,4 +1,4 @@
-"""In the place of nvcc: its fatbins are emulators, which cuda_emulator/driver.h loads as if it were the CUDA driver."""
+"""Stands in for nvcc. Its fatbins are emulators, which tests/emulator/driver.h loads in place of the CUDA driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emulator import Emulator
 
 
 def install(directory: Path) -> Path:
-    """A command in `directory` that keeps its emulators there; equal code is compiled once."""
+    """Write the command to `directory`, where it keeps its emulators. Equal code is compiled once."""
     command = directory / "nvcc"
     here = Path(__file__).parent
     path = [str(here), str(here.parent)]
@@ -38,7 +38,7 @@ def emulator(text: str, directory: Path) -> Path:
 
 
 def main(directory: str) -> None:
-    """What ``nvcc ... -o FATBIN SOURCE`` does."""
+    """Do what ``nvcc ... -o FATBIN SOURCE`` does."""
     arguments = sys.argv[1:]
     fatbin = arguments[arguments.index("-o") + 1]
     home = emulator(Path(arguments[-1]).read_text(), Path(directory))

@@ -1,4 +1,4 @@
-"""A GPU to measure on, whose tensors are on the CPU and whose time is made up; and small cases of its suite."""
+"""A stand-in for a GPU with tensors on the CPU and made-up times, and small cases of its suite."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CASES = [
 ]
 
 
-#: Of a very slow GPU, so that small cases reach some percent of them.
+#: The limits of a very slow GPU, so that small cases reach some percent of them.
 CEILINGS = {"bf16_tflops": 1e-4, "fp8_tflops": 2e-4, "copy_tbps": 1e-5}
 
 
 class FakeGpu:
-    """The CPU, with a clock of its own: what is enqueued is done when it is waited for."""
+    """The CPU with its own clock. Enqueued work is done when somebody waits for it."""
 
     device, capability = "cpu", 90
 
@@ -44,7 +44,7 @@ class FakeGpu:
         self.gpu = max(self.gpu, self.host) + seconds
 
     def taking(self, seconds, call, launch=1e-4):
-        """A call whose work is done at once, and takes that long on this GPU."""
+        """A call that is computed at once and takes the given time on this GPU."""
 
         def taken(*args, **kwargs):
             self.enqueue(0, launch)

@@ -1,4 +1,4 @@
-"""A call of the C functions with tensors that say they are on a GPU: where the driver is an emulator, they are."""
+"""Calls of the C functions with tensors that claim to be on a GPU. With an emulator as driver, that is true."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dsa_tvm.ops import OPS
 from dsa_tvm.runtime import library
 
 CPU, GPU = (1, 0), (2, 0)
-#: What a workspace is aligned to.
+#: The alignment of workspaces.
 ALIGNMENT = 256
 
 
 class Options(ctypes.Structure):
-    """``dsa_tvm_options``, all of it."""
+    """All fields of ``dsa_tvm_options``."""
 
     _fields_ = (
         ("size", ctypes.c_uint32),
@@ -32,7 +32,7 @@ class Options(ctypes.Structure):
 
 
 class Refused(Exception):
-    """A status that is not 0, and its message."""
+    """A status other than 0, with its message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -50,7 +50,7 @@ class Call:
     attrs : mapping
     outputs : sequence of ndarray
     devices : mapping
-        Arguments that are elsewhere than on the first GPU, and where.
+        The devices of arguments that are not on the first GPU.
     """
 
     def __init__(self, op: str, inputs, attrs, outputs, devices: Mapping[str, tuple[int, int]] | None = None) -> None:
@@ -76,13 +76,13 @@ class Call:
             raise Refused(status, self.library.dsa_tvm_last_error().decode())
 
     def workspace_size(self) -> int:
-        """What ``dsa_tvm_workspace_size`` tells."""
+        """The size that ``dsa_tvm_workspace_size`` reports."""
         size = ctypes.c_uint64(12345)
         self._check(self.library.dsa_tvm_workspace_size(*self._first, ctypes.byref(size)))
         return size.value
 
     def run(self, options: Options | None = None) -> None:
-        """Call it; by default with the workspace that it says it needs, filled with NaN."""
+        """Make the call, by default with a workspace of the reported size, filled with NaN."""
         if options is None:
             size = self.workspace_size()
             memory = np.full(size + ALIGNMENT, 0xFF, np.uint8)

@@ -1,4 +1,4 @@
-"""Signatures of what the benchmark calls in other packages, as these packages declare them."""
+"""The signatures of functions in other packages that the benchmark calls, as these packages declare them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ VLLM_SPARSE_PREFILL = [
 
 
 def stand_in(parameters: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of that signature, which takes no other call; `body` gets every argument by name."""
+    """A function that only accepts calls with a given signature. `body` gets every argument by name."""
     signature = inspect.signature(eval(f"lambda {parameters}: None"))
 
     def function(*args: Any, **kwargs: Any) -> Any:

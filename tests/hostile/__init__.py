@@ -1,8 +1,8 @@
 """Hostile calls of any operator, made only from its `OpSpec`.
 
-Each `Case` turns a valid call into one that must be refused, with an error that names an argument, or that has a
-defined result all the same. A case is written in no door's own terms; what it takes to express it, a door offers or
-does not. NumPy only, but for the element types that NumPy lacks.
+Each `Case` turns a valid call into one that must be refused with an error that names an argument, or that still has a
+defined result. Cases do not depend on a door. They state what a door must be able to express. This needs only NumPy,
+and ml_dtypes for the element types that NumPy lacks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["Argument", "Call", "Case", "cases", "valid_arguments", "valid_call"]
 
 
 def cases(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
-    """Every case there is for one operator and one choice of element types.
+    """All cases of one operator and one choice of element types.
 
-    What no element type can change comes with the operator's first choice alone.
+    Cases that do not depend on element types come only with the first choice of the operator.
     """
     first = variant == spec.variants[0]
     for tensor in (*spec.inputs, *spec.outputs):

@@ -1,4 +1,4 @@
-"""A hostile call, in no door's own terms."""
+"""A hostile call, independent of a door."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Case:
     argument : str
         What is made hostile: an input, output, attribute, dimension or "options".
     kind : str
-        How, in a few words.
+        What is done to it, in a few words.
     apply : callable
         Turns a valid `Call` into the hostile one, in place.
     names : tuple of str
-        The arguments of which the error must name one. Empty: the result is defined, and `Call.reference` tells it.
+        The error must name one of these arguments. If empty, the result is defined, and `Call.reference` has it.
     needs : frozenset of str
-        What a door must be able to pass: "outputs" (memory for them is the caller's), "strides", "negative strides",
+        What a door must be able to pass: "outputs" (memory from the caller), "strides", "negative strides",
         "bytes" (any address), "read-only", "raw" (the C structure), "objects" (of any Python type), "bool", "double",
         "missing" (attributes), "options", and every `Argument.form`.
     dims : mapping
         Lengths of the valid call that differ from `small_dims`.
     message : str
-        What the error must say too.
+        Words that the error must also contain.
     """
 
     argument: str
@@ -52,12 +52,12 @@ class Case:
 
 
 def needs_of(spec: OpSpec, tensor: TensorSpec, *needs: str) -> frozenset[str]:
-    """`needs`, and "outputs" where the tensor is one."""
+    """`needs`, and "outputs" if the tensor is an output."""
     return frozenset(needs) | ({"outputs"} if tensor in spec.outputs else set())
 
 
 def replace(name: str, make: Callable[[np.ndarray], object]) -> Callable[[Call], None]:
-    """Puts what `make` makes of an argument's array in its place."""
+    """Replaces the array of an argument by what `make` makes of it."""
 
     def apply(call: Call) -> None:
         argument = call.tensor(name)

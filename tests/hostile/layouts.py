@@ -1,4 +1,4 @@
-"""Tensors that are right but for where and how they lie, and what is no tensor at all."""
+"""Correct tensors at odd addresses and with odd layouts, and objects that are not tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def layouts(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Ite
 
 
 def forms(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Iterator[Case]:
-    """Tensors of other kinds, other objects, and nothing."""
+    """Tensors of other kinds, other objects, and missing arguments."""
     name = tensor.name
     differentiable = "float" in spec.dtype_of(tensor, variant)
     capsules = ("no capsule", "other capsule", "used capsule")
@@ -83,7 +83,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 def structures(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Iterator[Case]:
-    """Fields of the C structure that no array has."""
+    """Values of fields in the C structure that no array can have."""
     name, ndim = tensor.name, len(tensor.shape)
     shape = [small_dims(spec).get(d, 1) for d in tensor.shape]
     fields: list[dict[str, object]] = [{"data": None}, {"shape": None}, {"data": None, "byte_offset": 2**64 - 64}]
@@ -110,7 +110,7 @@ def structures(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> 
 
 
 def shared_memory(spec: OpSpec) -> Iterator[Case]:
-    """Outputs that lie in an input or in another output."""
+    """Outputs that share memory with an input or another output."""
     for i, output in enumerate(spec.outputs):
         for other in (*spec.inputs, *spec.outputs[:i]):
             for kind in ("same memory", "last element", "first element"):
@@ -124,7 +124,7 @@ def shared_memory(spec: OpSpec) -> Iterator[Case]:
 
 
 def _overlap(output: Argument, other: Argument, kind: str) -> None:
-    """Lays both into one memory, with all of it or one element in common."""
+    """Puts both into one memory, so that they share all of it or one element."""
     a, b = output.array, other.array
     item = max(a.itemsize, b.itemsize)
     # Where the output starts, counted from the start of the other.

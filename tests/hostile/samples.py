@@ -1,7 +1,7 @@
-"""Small valid arguments of any operator, made from its `OpSpec` alone, in memory that shows who wrote where.
+"""Small valid arguments of any operator, made only from its `OpSpec`, in memory that shows every write.
 
-The hostile cases start from these, and so may any test that only needs something valid. NumPy only; bfloat16 and fp8
-arrays need the package ml_dtypes, from which their types come.
+Hostile cases start from these, and so can any test that needs valid arguments. This needs only NumPy, and ml_dtypes for
+bfloat16 and fp8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from dsa_tvm.runtime.packing import pack_mla_rows
 from dsa_tvm.spec import DIMS, OpSpec, TensorSpec, completed
 
-#: Bytes in front of and behind every array of `allocate`, and what they hold.
+#: The number of guard bytes before and behind every array of `allocate`, and their value.
 GUARD = 64
 CANARY = 0xA5
 ALIGNMENT = 64
@@ -27,7 +27,7 @@ _FLOAT_ATTR = 0.0625
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """NumPy's type of that name, from ml_dtypes where NumPy has none."""
+    """The dtype of a name, from ml_dtypes if NumPy has none."""
     try:
         return np.dtype(name)
     except TypeError:
@@ -37,7 +37,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def small_dims(spec: OpSpec, dims: Mapping[str, int] | None = None) -> dict[str, int]:
-    """A small length for each dimension of an operator; `dims` has the last word."""
+    """A small length for each dimension of an operator, unless `dims` has one."""
     free = [d for d in spec.dims if not DIMS[d].parts]
     return completed({d: DIMS[d].values[0] if DIMS[d].values else _LENGTHS[d] for d in free} | dict(dims or {}))
 
@@ -51,14 +51,14 @@ def allocate(shape: Sequence[int], dtype: np.dtype, *, offset: int = 0) -> np.nd
 
 
 def place(values: np.ndarray, *, offset: int = 0) -> np.ndarray:
-    """A contiguous copy in memory of `allocate`."""
+    """A contiguous copy in memory from `allocate`."""
     array = allocate(values.shape, values.dtype, offset=offset)
     array[...] = values
     return array
 
 
 def memory_of(array: np.ndarray) -> np.ndarray:
-    """The whole allocation an array lies in, its guards included."""
+    """The whole allocation of an array, including its guards."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
@@ -70,7 +70,7 @@ def valid_arguments(
     dims: Mapping[str, int] | None = None,
     rng: np.random.Generator | None = None,
 ) -> dict[str, Any]:
-    """Inputs, the optional ones included, and attributes by name, as ``spec.reference`` takes them.
+    """Inputs, including optional ones, and attributes by name, as ``spec.reference`` takes them.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def valid_arguments(
     variant : mapping
         One of the operator's variants.
     dims : mapping, optional
-        Lengths that are to differ from those of `small_dims`.
+        Lengths that differ from those of `small_dims`.
     rng : numpy.random.Generator, optional
         By default one with a fixed seed.
 
@@ -117,14 +117,14 @@ def valid_arguments(
 
 @dataclass
 class Argument:
-    """One tensor argument as it is to be passed.
+    """One tensor argument of a call.
 
     Parameters
     ----------
     array : ndarray or object
-        The tensor in its own memory; anything else is passed as it is, to doors that take objects.
+        The tensor in its own memory. Any other object is passed unchanged to doors that take objects.
     form : str
-        "strided", or another kind of tensor to turn the array into; a door knows which of them it can make.
+        "strided", or another kind of tensor to turn the array into. A door knows which kinds it can make.
     raw : mapping
         Fields of the C structure to overwrite.
     """
@@ -136,7 +136,7 @@ class Argument:
 
 @dataclass
 class Call:
-    """All arguments of one call of an operator, in no door's own terms."""
+    """All arguments of one call of an operator, independent of a door."""
 
     spec: OpSpec
     variant: Mapping[str, str]
@@ -146,18 +146,18 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Argument:
-        """An input or output that is there."""
+        """An input or output of the call."""
         found = self.inputs.get(name) or self.outputs.get(name)
         assert found is not None
         return found
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The memory of every argument that has some, by its name."""
+        """The memory of every argument that has memory, by name."""
         arguments = {**self.inputs, **self.outputs}
         return {n: a.array for n, a in arguments.items() if a is not None and isinstance(a.array, np.ndarray)}
 
     def reference(self) -> tuple[np.ndarray, ...]:
-        """What the operator's definition gives for these arguments."""
+        """The result of the operator's definition for these arguments."""
         inputs = {name: argument.array for name, argument in self.inputs.items() if argument is not None}
         with np.errstate(all="ignore"):
             return self.spec.reference(**inputs, **self.attrs)
@@ -166,7 +166,7 @@ class Call:
 def output_argument(
     spec: OpSpec, tensor: TensorSpec, variant: Mapping[str, str], lengths: Mapping[str, int]
 ) -> Argument:
-    """Memory of its own for one output."""
+    """Memory for one output."""
     return Argument(allocate([lengths[d] for d in tensor.shape], numpy_dtype(spec.dtype_of(tensor, variant))))
 
 
@@ -180,7 +180,7 @@ def valid_call(
     dims: Mapping[str, int] | None = None,
     rng: np.random.Generator | None = None,
 ) -> Call:
-    """`valid_arguments` and the outputs they need, each in memory of its own."""
+    """`valid_arguments` and outputs for them, each in its own memory."""
     lengths = small_dims(spec, dims)
     key = (spec.name, *variant.items(), *lengths.items())
     arguments = None if rng else _made.get(key)

@@ -16,7 +16,7 @@ _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 def attributes(spec: OpSpec) -> Iterator[Case]:
-    """Every attribute: out of range, of another type, left out."""
+    """Every attribute out of range, of another type, or left out."""
     for attr in spec.attrs:
         hostile: list[tuple[object, tuple[str, ...], str]] = [
             (value, ("objects",), "") for value in ("text", [1], 1j, object(), np.array([1, 2]))
@@ -51,7 +51,7 @@ def attributes(spec: OpSpec) -> Iterator[Case]:
 
 
 def options() -> Iterator[Case]:
-    """How a call runs."""
+    """The options of a call."""
     hostile: list[tuple[dict[str, object], tuple[str, ...], str]] = [
         ({"num_threads": n}, (), "num_threads") for n in (-1, -(2**31))
     ]

@@ -56,9 +56,9 @@ def _resized(axis: int, length: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _to_blame(spec: OpSpec, tensor: TensorSpec, dim: str, length: int) -> tuple[str, ...]:
-    """Whom the error names when one tensor alone has another length; nobody when that makes another valid call.
+    """The argument that the error names if one tensor has another length; none if that makes another valid call.
 
-    Attributes bind the dimensions first, then the inputs in their order; the outputs come last.
+    Attributes bind dimensions first, then inputs in order, then outputs.
     """
     holders = [t.name for t in (*spec.inputs, *spec.outputs) if any(dim in (d, *parts_of(d)) for d in t.shape)]
     bound = any(a.dim == dim for a in spec.attrs) or parts_of(dim)
@@ -73,7 +73,7 @@ def parts_of(dim: str) -> tuple[str, ...]:
 
 
 def unserved(dim: str) -> int:
-    """A length within a dimension's bounds that the library was not built for."""
+    """A length within the bounds of a dimension that the library was not built for."""
     spec = DIMS[dim]
     return next(v for v in range(spec.multiple, spec.maximum, spec.multiple) if v not in spec.values)
 
@@ -94,7 +94,7 @@ def types(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec) -> Itera
 
 
 def _type_to_blame(spec: OpSpec, variant: Mapping[str, str], tensor: TensorSpec, dtype: str) -> str | None:
-    """The first argument that no variant allows beside those before it, when one tensor alone has another type."""
+    """If one tensor has another type: the first argument that no variant allows with those before it."""
     bound: dict[str, str] = {}
     for t in (*spec.inputs, *spec.outputs):
         actual = dtype if t is tensor else spec.dtype_of(t, variant)

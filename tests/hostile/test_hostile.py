@@ -1,4 +1,4 @@
-"""Hostile calls at every door: an error that names the argument, or the defined result; nothing else is touched."""
+"""Hostile calls at every door give an error that names the argument, or the defined result, and touch nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .samples import memory_of
 
 @pytest.fixture(scope="module")
 def tried() -> Iterator[Counter]:
-    """Cases tried, by door and by what was expected; printed at the end. On one thread: the calls are too small."""
+    """Counts cases by door and expectation, and prints the counts. One thread is enough for such small calls."""
     counter: Counter = Counter()
     library.set_num_threads(1)
     yield counter
@@ -54,7 +54,7 @@ def test_hostile(op: str, door_name: str, tried: Counter, record_property: Any) 
 
 
 def attempt(door: Door, case: Case, call: Call) -> str:
-    """What is wrong with how a door takes a case; "" for nothing."""
+    """What a door does wrong in a case, or ""."""
     before = memories(call)
     # In advance: an output may be an input itself.
     expected = () if case.names else call.reference()
@@ -84,7 +84,7 @@ def attempt(door: Door, case: Case, call: Call) -> str:
 
 
 def check_result(call: Call, outputs: list[np.ndarray], references: tuple[np.ndarray, ...]) -> None:
-    """The outputs are the reference's within the operator's tolerance."""
+    """Check the outputs against the reference, with the tolerance of the operator."""
     spec, first = call.spec, call.spec.dtype_of(call.spec.inputs[0], call.variant)
     for tensor, actual, expected in zip(spec.outputs, outputs, references, strict=True):
         try:
@@ -94,7 +94,7 @@ def check_result(call: Call, outputs: list[np.ndarray], references: tuple[np.nda
 
 
 def bits(array: np.ndarray) -> bytes:
-    """What an array holds, NaN and all."""
+    """The bits of an array, so that NaN compares equal."""
     return np.ascontiguousarray(array).tobytes()
 
 

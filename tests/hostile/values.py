@@ -1,4 +1,4 @@
-"""Values, lengths and layouts no caller should be refused for, odd as they are: each has a defined result."""
+"""Odd values, lengths and layouts that are valid: each has a defined result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INT32_MIN = -INT32_MAX - 1
 
 
 def cases(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
-    """The cases of one operator and one choice of element types that have a result."""
+    """The cases with a defined result, for one operator and one choice of element types."""
     yield Case("none", "valid", lambda call: None)
     yield from _lengths(spec)
     yield from _integers(spec, variant)
@@ -116,7 +116,7 @@ def _reals(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
 
 
 def _repetitions(spec: OpSpec) -> Iterator[Case]:
-    """Tokens that repeat themselves, in each input and in all of them."""
+    """Repetitive tokens, in each input and in all inputs."""
     # With that many keys and all of them selected, a sum has thousands of equal addends.
     many = {"s_kv": 2100} | ({"topk": 2100} if "topk" in spec.dims else {})
     tokens = {t.name: [i for i, d in enumerate(t.shape) if d in ("s_q", "s_kv")] for t in spec.inputs}
@@ -143,7 +143,7 @@ def _repetitions(spec: OpSpec) -> Iterator[Case]:
 
 
 def _passing(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
-    """Odd ways to pass what is valid."""
+    """Odd ways to pass valid arguments."""
     for tensor in (*spec.inputs, *spec.outputs):
         name = tensor.name
         if tensor.optional:
@@ -159,7 +159,7 @@ def _passing(spec: OpSpec, variant: Mapping[str, str]) -> Iterator[Case]:
 
             yield Case(name, "read-only", freeze, needs=frozenset({"read-only"}))
         for axis, dim in enumerate(tensor.shape):
-            # The stride of an axis that is never stepped along means nothing.
+            # An axis of length 0 or 1 may have any stride.
             for length in {DIMS[dim].minimum, 1}:
                 if length <= 1 and DIMS[dim].serves(length):
                     needs = needs_of(spec, tensor, "strides")

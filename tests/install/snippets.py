@@ -1,4 +1,4 @@
-"""The snippets of a README, and environments that have what its text says and nothing else."""
+"""The snippets of a README, and environments with only the packages that its text installs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Snippet:
     Parameters
     ----------
     section : str
-        The title above it, or the file's.
+        The title above the block, or that of the file.
     language : str
-        ``sh``, ``python`` and so on; "" for none.
+        ``sh``, ``python`` and so on, or "".
     text : str
     extra : str, optional
-        Extras of the package, with commas, by the last ``pip install`` in the section's text before it. None where
-        there is no such command.
+        The extras in the last ``pip install`` before the block in the text of the section, with commas. None if there
+        is no such command.
     others : tuple of str
         Further packages that the same command installs.
     line : int
@@ -50,7 +50,7 @@ class Snippet:
 
 
 def snippets(path: Path) -> Iterator[Snippet]:
-    """Those of a file, in their order."""
+    """The snippets of a file, in order."""
     text = path.read_text(encoding="utf-8")
     for block in _BLOCK.finditer(text):
         before = text[: block.start()]
@@ -62,7 +62,7 @@ def snippets(path: Path) -> Iterator[Snippet]:
 
 
 def distributions(requirement: str) -> dict[str, importlib.metadata.Distribution]:
-    """What pip would install for a requirement: as this Python has it, by name."""
+    """The packages that pip would install for a requirement, by name, as this Python has them."""
     found: dict[str, importlib.metadata.Distribution] = {}
     seen = set()
     left = [Requirement(requirement)]
@@ -82,7 +82,7 @@ def distributions(requirement: str) -> dict[str, importlib.metadata.Distribution
 
 
 def environment(directory: Path, *requirements: str) -> Path:
-    """A virtual environment with links to what this Python has of the requirements; its ``bin``."""
+    """The ``bin`` of a virtual environment that links to this Python's packages for the requirements."""
     venv.create(directory, symlinks=True, with_pip=False)
     site = next(directory.glob("lib/python*/site-packages"))
     commands = directory / "bin"
@@ -108,7 +108,7 @@ def write_command(path: Path, line: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where snippets run.
+    """A place where snippets run.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ class Place:
 
     @contextmanager
     def started(self, snippet: Snippet) -> Iterator[tuple[subprocess.Popen, IO[bytes]]]:
-        """A snippet while it runs; afterwards nothing that it has started is left."""
+        """A running snippet. Afterwards all processes that it has started are ended."""
         # HOME is not there: nothing of the user's settings counts. OMP_WAIT_POLICY leaves the CPUs to other tests.
         variables = {"PATH": f"{self.commands}:{self.tools}:/usr/local/bin:/usr/bin:/bin", "OMP_WAIT_POLICY": "passive"}
         if "TMPDIR" in os.environ:
@@ -148,7 +148,7 @@ class Place:
                 process.wait()
 
     def run(self, snippet: Snippet, seconds: float) -> str:
-        """Run a snippet as it is printed; what it said. It fails after `seconds`."""
+        """Run a snippet as it is printed, and return its output. It fails after `seconds`."""
         with self.started(snippet) as (process, file):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
@@ -160,7 +160,7 @@ class Place:
 
 
 def ignored(root: Path, *others: str) -> Callable[[str, list[str]], set[str]]:
-    """What `shutil.copytree` leaves out of a copy of the checkout: what git does not track, and `others` at the top."""
+    """Leave out of `shutil.copytree` all that git does not track, and `others` at the top."""
 
     def choose(directory: str, names: list[str]) -> set[str]:
         top = {"build", "dist", *others} if Path(directory) == root else set()

@@ -1,4 +1,4 @@
-"""The package built and used in folders that real users have, and installed in other ways than pip's usual one."""
+"""Builds and uses the package in folders as real users have, and after unusual ways to install it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import snippets
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = ROOT / "tests" / "c" / "embed.c"
-#: What breaks a shell, a C compiler's -Wl, a Python string, a CMake pattern, and ASCII.
+#: Names that break shells, -Wl of C compilers, Python strings, CMake patterns and ASCII.
 FOLDER = "a user's, söme [1] clone"
 
 
@@ -30,7 +30,7 @@ def copy_of_the_checkout(directory):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A checkout whose first command was run as README has it; the folder."""
+    """The folder of a checkout in which the first command of README was run."""
     directory = copy_of_the_checkout(tmp_path_factory.mktemp("install") / FOLDER)
     (command,) = (s.text for s in snippets.snippets(ROOT / "README.md") if "dsa-tvm demo" in s.text)
     said = run("bash", "-euo", "pipefail", "-c", command, cwd=directory)
@@ -47,7 +47,7 @@ def check(program):
 
 
 def compile_with(flags, directory):
-    """A C program, as README does it."""
+    """Compile a C program as in README."""
     shutil.copy(PROGRAM, directory / "embed.c")
     run("bash", "-c", 'eval "cc embed.c $1 -o embed"', "", flags, cwd=directory)
     check(directory / "embed")
@@ -79,7 +79,7 @@ def test_a_cmake_project(clone, tmp_path):
 
 
 def test_pkg_config(clone, tmp_path):
-    """A space and a comma are no trouble; a quotation mark, which pkg-config cannot take, is an error."""
+    """Spaces and commas work. A quotation mark, which pkg-config cannot read, is an error."""
     done = subprocess.run(
         [clone / ".venv" / "bin" / "dsa-tvm", "config", "--pkgconfigdir"], capture_output=True, text=True
     )
@@ -92,7 +92,7 @@ def test_pkg_config(clone, tmp_path):
 
 
 def test_a_library_is_built_there(clone, tmp_path):
-    """With the compiler of this environment: the first command installs none."""
+    """Uses the compiler of this environment, because the first command installs none."""
     package = clone / ".venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     out = tmp_path / FOLDER
     code = f"import sys; sys.path.insert(0, {str(package)!r}); from dsa_tvm.cli import main; sys.exit(main())"
@@ -108,7 +108,7 @@ def test_a_library_is_built_there(clone, tmp_path):
 
 @pytest.fixture(scope="module")
 def editable(clone):
-    """The same environment after ``pip install -e .``, which takes the place of the first installation."""
+    """The same environment after ``pip install -e .``, which replaces the first installation."""
     run(clone / ".venv" / "bin" / "pip", "install", "-e", ".", cwd=clone)
     return clone
 
@@ -123,7 +123,7 @@ def test_editable_finds_its_files(editable):
 
 @pytest.mark.parametrize("folder", [".", "schedules"])
 def test_editable_computes(editable, folder):
-    """In the checkout, too, where a usual installation is hidden by the sources."""
+    """It also works in the checkout, where the sources would hide a usual installation."""
     code = (
         "import numpy as np, dsa_tvm, dsa_tvm.export; n = np.array([5], np.int32)\n"
         "print(dsa_tvm.__file__, dsa_tvm.topk(np.arange(5, dtype=np.float32)[None], n * 0, n, 2).tolist())"
@@ -138,7 +138,7 @@ def test_editable_serves_c(editable, tmp_path):
 
 
 def test_editable_builds(editable):
-    """The C files are in the checkout then."""
+    """A build uses the C files of the checkout."""
     code = "from dsa_tvm.build import link; print(link.export_directory() / 'src' / 'common' / 'api.c')"
     path = run(editable / ".venv" / "bin" / "python", "-c", code, cwd=editable.parent).strip()
     assert path == str(editable / "export" / "c" / "src" / "common" / "api.c") and os.path.exists(path)

@@ -1,7 +1,7 @@
-"""Every snippet of every README, run as it is printed, in an environment that has what its text says.
+"""Runs every snippet of every README as it is printed, in an environment with only the packages that its text installs.
 
-The environments link to the packages that run the tests. Nothing is installed in them: an extra that the text does not
-name is not there.
+The environments link to the packages of the tests. Nothing is installed in them, so extras that the text does not name
+are missing.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import snippets
 ROOT = Path(__file__).parent.parent.parent
 READMES = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *ROOT.glob("*/README.md")])
 ALL = [(readme, snippet) for readme in READMES for snippet in snippets.snippets(ROOT / readme)]
-#: Why some are not run here.
+#: Snippets that do not run here, with the reason.
 NOT_RUN = {
     "bin/dsa-tvm demo": "test_install.py runs it",
     "bin/pytest": ".ci/run runs it",
     "tune --measure": "needs a GPU",
 }
-#: Blocks that say something and do nothing.
+#: Blocks that do nothing.
 SHOWN = ("", "json")
 
 
-#: Servers, which run until the last snippet of their file has.
+#: Servers. They run until the last snippet of their file has ended.
 SERVERS = ("tvm.exec.rpc_tracker", "tvm.exec.rpc_server")
 
 
 class Places:
-    """A checkout, the tools of a C developer, and an environment for each extra."""
+    """Makes a checkout, the tools of a C developer, and an environment for each extra."""
 
     def __init__(self, top):
         self.top, self.checkout, self.tools = top, top / "check out", top / "tools"

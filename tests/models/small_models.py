@@ -1,4 +1,4 @@
-"""Small models with random weights, of both families, that drop tokens: topk is far below the length of the prompts."""
+"""Small models of both families with random weights. topk is far below the length of prompts, so they drop tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
-#: Fewer index heads give exact ties: scores that are 0 because relu takes all of their products away.
+#: With fewer index heads there would be exact ties: scores of 0, because relu removes all their products.
 INDEX_HEADS = 32
 TOPK = 96
 
@@ -31,7 +31,7 @@ KINDS = {
 
 
 def make(kind: str = "deepseek", **changes):
-    """A model in evaluation mode; equal arguments give equal weights."""
+    """A model in evaluation mode. Equal arguments give equal weights."""
     family, special = KINDS[kind]
     settings = {
         "vocab_size": 256,
@@ -72,7 +72,7 @@ def make(kind: str = "deepseek", **changes):
 
 
 def prompt(batch: int, length: int, padding: int = 0, seed: int = 1):
-    """Token ids and attention mask; sequence i has i * padding tokens of padding on its left."""
+    """Token ids and attention mask. Sequence i has i * padding tokens of padding on its left."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 256, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -83,5 +83,5 @@ def prompt(batch: int, length: int, padding: int = 0, seed: int = 1):
 
 
 def weights_of(attention: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Of an attention module, as `dsa_tvm.models.reference` takes them."""
+    """The weights of an attention module, in the form that `dsa_tvm.models.reference` takes."""
     return {name: value.detach().double().numpy() for name, value in attention.state_dict().items()}

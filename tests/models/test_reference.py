@@ -1,4 +1,4 @@
-"""The float64 layer against Transformers' eager attention, and ours against the float64 layer: mistakes show."""
+"""The float64 layer against eager attention of Transformers, ours against the float64 layer, and planted mistakes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def layer_of(config, **changes) -> Layer:
 
 
 class Calls:
-    """What the library was called with, mistakes planted after this included, in the order of the calls."""
+    """Records the arguments of library calls in order, including mistakes that are planted later."""
 
     def __init__(self, monkeypatch):
         self.scores, self.indices = [], []
@@ -59,7 +59,7 @@ class Calls:
 
 
 def run(model, ids):
-    """What went into the attention of each layer, and what came out."""
+    """The inputs and outputs of the attention of each layer."""
     layers = [SimpleNamespace() for _ in model.model.layers]
 
     def before(module, args, kwargs):
@@ -134,7 +134,7 @@ def test_ours_is_the_reference(kind, monkeypatch):
 
 
 def test_reference_drops_padding():
-    """A left-padded sequence is the sequence alone, at its positions."""
+    """A left-padded sequence gives the results of the sequence alone, at its positions."""
     model = make()
     weights, layer = weights_of(model.model.layers[0].self_attn), layer_of(model.config)
     x = np.random.default_rng(0).standard_normal((140, model.config.hidden_size))
@@ -168,7 +168,7 @@ def other_style(right, family, q, k, cos, sin):
 
 
 def other_offset(right, family, q, k, cos, sin):
-    """As if the last numbers of the indexer were those that are rotated, where the attention has them."""
+    """A mistake: the indexer rotates its last numbers, as the attention does, instead of its first."""
     return right(q.roll(8, -1), k.roll(8, -1), cos, sin, unsqueeze_dim=2)
 
 
@@ -191,7 +191,7 @@ def hadamard_on_queries(right, q, *rest, topk):
 
 
 def weights_to_another_power(right, q, k, weights, *rest, topk):
-    """With ``h_idx**-1``: no selection shows it, only the scores do."""
+    """A mistake: weights with ``h_idx**-1``. It shows only in the scores, not in a selection."""
     return right(q, k, weights * q.shape[1] ** -0.5, *rest, topk=topk)
 
 
@@ -212,7 +212,7 @@ def scale_without_yarn(right, q, kv, indices, *, sm_scale, d_v):
 
 
 def of_first_layer(monkeypatch, model):
-    """The last layer shares the selection of the first one, not of the one before it."""
+    """A mistake: the last layer shares the selection of the first layer, not of the one before it."""
     right, kept = door.select, []
 
     def select(indexer, *args):
@@ -225,7 +225,7 @@ def of_first_layer(monkeypatch, model):
     shared.forward = lambda *args, **kwargs: forward(*args, **kwargs | {"prev_topk_indices": kept[0]})
 
 
-#: The kind of model, the mistake, and where it has to show.
+#: The kind of model, the mistake, and where it has to show up.
 MISTAKES = {
     "rope style, deepseek": ("deepseek", rotated_by(other_style), "scores"),
     "rope style, glm": ("glm", rotated_by(other_style), "scores"),

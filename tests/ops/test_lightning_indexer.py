@@ -32,6 +32,21 @@ def test_sizes(h_idx, d_idx, device):
     check(indexer_inputs(np.random.default_rng(h_idx), SPEC.variants[0], h_idx=h_idx, d_idx=d_idx, s_kv=77), device)
 
 
+@pytest.mark.parametrize("variant", SPEC.variants, ids=lambda v: "-".join(v.values()))
+def test_any_number_of_heads(variant, device):
+    """Tiles of several widths share them out, and change no bit."""
+    for h_idx in range(1, 65):
+        for s_q, s_kv in ((1, 30), (3, 77)):
+            check(indexer_inputs(np.random.default_rng(h_idx), variant, h_idx=h_idx, s_q=s_q, s_kv=s_kv), device)
+    arguments = indexer_inputs(np.random.default_rng(0), variant, h_idx=64, s_kv=77)
+    for h_idx in range(1, 65):
+        fewer = arguments | {n: np.ascontiguousarray(arguments[n][:, :h_idx]) for n in ("q", "weights")}
+        padded = arguments | {"weights": np.where(np.arange(64) < h_idx, arguments["weights"], np.float32(0))}
+        both = [run("lightning_indexer", device, **x) for x in (fewer, padded)]
+        if device == "cpu":  # the order of the sum is that of the heads, however they are tiled
+            np.testing.assert_array_equal(*both)
+
+
 @pytest.mark.parametrize("s_kv", [1, 5, 6, 7, 23, 24, 25, 47, 48, 49, 255, 256, 257, 7001])
 @pytest.mark.parametrize("s_q", [1, 9])
 def test_lengths(s_q, s_kv, device):

@@ -216,7 +216,7 @@ def test_bad_candidates(tmp_path, nvcc, gpu):
             bad_cuda_kernels.WRONG: "wrong result: topk: the indices are not",
             bad_cuda_kernels.CRASH_RUNNING: "crashed: exit status 1 (cuda: ",
             bad_cuda_kernels.HANG_RUNNING: "timed out",
-            bad_cuda_kernels.OVERRUN: "wrong result: topk: indices: something was written behind its end",
+            bad_cuda_kernels.OVERRUN: "wrong result: topk: indices: memory behind its end was written",
         }[fault]
         assert error.startswith(expected), (fault, error)
 
@@ -329,9 +329,9 @@ def test_damaged_directory(directory, tmp_path):
         expect_refusal(json.dumps(document | {"sum": prebuilt.digest(document)}).encode(), words)
 
     elsewhere = {"decisions": {"a": 1}, "file": "../topk.so", "sha256": "", "error": ""}
-    expect_refusal_of("no file name of this directory", candidates=[elsewhere])
+    expect_refusal_of("a file name that is not in this directory", candidates=[elsewhere])
     expect_refusal_of("for another version of topk", spec="0123")
-    expect_refusal_of("no element types of topk", types=["int4"])
+    expect_refusal_of("element types that topk does not have", types=["int4"])
     expect_refusal_of("sort", op="sort")
     # Any value at any place, with the right checksum: taken or refused, and nothing else.
     for document in anywhere(json.loads(whole)):

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import stat
-import subprocess
 import time
 
 import pytest
@@ -179,31 +178,24 @@ def test_file_that_may_not_grow(log, room):
     assert numbers(log) == [1, 2, 4]
 
 
-def test_full_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        log, written = Log(disk / "x86-64-v4" / "topk.jsonl"), []
-        (disk / "filler").write_bytes(b"x" * 10_000)
-        with pytest.raises(RecordError, match="No space left on device"):
-            for n in range(1000):
-                write(log, n)
-                written.append(n)
-        assert written and numbers(log) == written and not log.read()[1]
-        before = log.path.read_bytes()
-        source = Log(tmp_path / "source" / "x86-64-v4" / "topk.jsonl")
-        write(source, *range(2000, 2020))
-        with pytest.raises(RecordError, match="No space left on device"):
-            merge([source.path], log.path)
-        assert log.path.read_bytes() == before
-        (disk / "filler").unlink()
-        write(log, 7777)
-        assert numbers(log) == [*written, 7777]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_full_disk(tmp_path, small_disk):
+    disk = small_disk(32)
+    log, written = Log(disk / "x86-64-v4" / "topk.jsonl"), []
+    (disk / "filler").write_bytes(b"x" * 10_000)
+    with pytest.raises(RecordError, match="No space left on device"):
+        for n in range(1000):
+            write(log, n)
+            written.append(n)
+    assert written and numbers(log) == written and not log.read()[1]
+    before = log.path.read_bytes()
+    source = Log(tmp_path / "source" / "x86-64-v4" / "topk.jsonl")
+    write(source, *range(2000, 2020))
+    with pytest.raises(RecordError, match="No space left on device"):
+        merge([source.path], log.path)
+    assert log.path.read_bytes() == before
+    (disk / "filler").unlink()
+    write(log, 7777)
+    assert numbers(log) == [*written, 7777]
 
 
 def test_what_is_no_regular_file(log):

@@ -216,26 +216,19 @@ def test_surroundings_stop_a_job(tmp_path, monkeypatch, impatient):
     assert {r.error for r in trials(log_of(tmp_path))} <= {None}
 
 
-def test_full_disk(tmp_path, impatient):
+def test_full_disk(tmp_path, small_disk, impatient):
     """What LLVM and the C compiler say of a full disk is the job's error, and no candidate's record."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        for room in (0, 4, 100):
-            (disk / "filler").write_bytes(b"x" * 1024 * (300 - room))
-            with (
-                job(tmp_path, trials=3, kernels=outside_kernels, work=disk / "work") as full,
-                Progress(3) as progress,
-                pytest.raises((DsaError, OSError), match=r"No space left on device"),
-            ):
-                full.run(progress)
-            assert not log_of(tmp_path)
-            shutil.rmtree(disk / "work")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    disk = small_disk(300)
+    for room in (0, 4, 100):
+        (disk / "filler").write_bytes(b"x" * 1024 * (300 - room))
+        with (
+            job(tmp_path, trials=3, kernels=outside_kernels, work=disk / "work") as full,
+            Progress(3) as progress,
+            pytest.raises((DsaError, OSError), match=r"No space left on device"),
+        ):
+            full.run(progress)
+        assert not log_of(tmp_path)
+        shutil.rmtree(disk / "work")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def expect_registers(said: str, unit: Unit) -> None:
         if -(-given // 8) * 8 * groups < needed:
             shares = f"{min(changes)} and {groups - 1} times {max(changes)}"
             raise BuildError(
-                f"{function.symbol}: expected at least {-(-needed // groups)} registers of a thread, as its "
+                f"{function.symbol}: expected at least {-(-needed // groups)} registers per thread, as its "
                 f"warpgroups take {shares}, got {given} from this nvcc: the kernel would never end on {match['arch']}"
             )
 

@@ -19,8 +19,8 @@ from ...gpu.architectures import tensor_flops
 from ...gpu.driver import Event, Gpu, Memory, Stream
 from ...runtime.loading import CheckedFile
 from ...spec import DLPACK_TYPES, ELEMENT_BYTES
-from ..problem import Problem
-from ..tasks import Effort, Task, irregulars
+from ..problem import Problem, problems
+from ..tasks import Effort, Task
 from ..turns import Timer, in_turns
 from .call import Library, Operands
 
@@ -75,10 +75,10 @@ def measure(
     (key,) = effort.threads
     machine = _machine()
     libraries = Library(default), Library(candidate)
-    problems = _problems(task)
-    for problem, operands in problems:
+    on_gpu = _on_gpu(task)
+    for problem, operands in on_gpu:
         check(libraries[1], problem, operands, machine.stream)
-    _, timed = problems[-1]
+    _, timed = on_gpu[-1]
     least, most = _SAMPLE_CALLS
     timers = [machine.timer(library.prepare(timed, machine.stream)) for library in libraries]
     pairs = in_turns(timers, effort, least=least, most=most)
@@ -105,7 +105,7 @@ def check(library: Library, problem: Problem, operands: Operands, stream: Stream
     problem.check(operands.outputs(problem.rows))
     for name, memory in (*operands.written.items(), ("workspace", call.workspace)):
         if memory is not None and memory.is_overrun():
-            raise CheckError(f"{problem.work.op}: {name}: something was written behind its end")
+            raise CheckError(f"{problem.work.op}: {name}: memory behind its end was written")
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,9 @@ def _machine() -> _Machine:
 
 
 @functools.lru_cache(maxsize=1)
-def _problems(task: Task) -> list[tuple[Problem, Operands]]:
-    """The irregular inputs of the latest task and, last, the inputs to time. They serve all its candidates."""
-    last = task.s_q - 1
-    odd = [Problem.of(work, task.variant, _ends(work.lengths["s_q"])) for work in irregulars(task)]
-    timed = Problem.of(task.inputs(), task.variant, sorted({0, last // 2, last}))
-    return [(problem, Operands(problem)) for problem in (*odd, timed)]
-
-
-def _ends(count: int) -> list[int]:
-    """Queries to check: all if there are few, else those at both ends. The first ones are irregular."""
-    return sorted({*range(min(count, 48)), *range(max(count - 16, 0), count)})
+def _on_gpu(task: Task) -> list[tuple[Problem, Operands]]:
+    """`problems` with their tensors in GPU memory."""
+    return [(problem, Operands(problem)) for problem in problems(task)]
 
 
 def roof(task: Task, gpu: Gpu) -> float:
