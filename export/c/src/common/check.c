@@ -9,7 +9,8 @@
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 
-/* A message that is put together from pieces. */
+/* A message that is put together from pieces. Only the functions that refuse something have one: clearing it takes longer
+ * than a whole check. */
 struct text {
   char data[256];
   size_t used;
@@ -66,20 +67,23 @@ static const char *dtype_text(struct text *t, const dsa_tvm_tensor *x) {
   return t->data;
 }
 
+static dsa_tvm_status refuse_length(const char *op, const char *argument, const struct dim_spec *dim, int64_t length) {
+  struct text served = {{0}, 0};
+  for (int i = 0; i < dim->num_values; i++) add(&served, i ? ", %lld" : "%lld", (long long)dim->values[i]);
+  if (length < dim->minimum || length > dim->maximum || length % dim->multiple)
+    return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld", op, argument, dim->name,
+                   served.data, (long long)length);
+  return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld; dsa-tvm build %s %lld makes "
+                 "a library that serves it",
+                 op, argument, dim->name, served.data, (long long)length, dim->flag, (long long)length);
+}
+
 static dsa_tvm_status check_length(const char *op, const char *argument, int d, int64_t length) {
   const struct dim_spec *dim = &dsa_dims[d];
   if (dim->values) {
-    struct text served = {{0}, 0};
-    for (int i = 0; i < dim->num_values; i++) {
+    for (int i = 0; i < dim->num_values; i++)
       if (dim->values[i] == length) return DSA_TVM_OK;
-      add(&served, i ? ", %lld" : "%lld", (long long)dim->values[i]);
-    }
-    if (length < dim->minimum || length > dim->maximum || length % dim->multiple)
-      return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld", op, argument, dim->name,
-                     served.data, (long long)length);
-    return INVALID("%s: %s: expected %s to be one this library serves (%s), got %lld; dsa-tvm build %s %lld makes "
-                   "a library that serves it",
-                   op, argument, dim->name, served.data, (long long)length, dim->flag, (long long)length);
+    return refuse_length(op, argument, dim, length);
   }
   if (length < dim->minimum || length > dim->maximum)
     return INVALID("%s: %s: expected %s in %lld..%lld, got %lld", op, argument, dim->name, (long long)dim->minimum,
@@ -121,34 +125,63 @@ static dsa_tvm_status determine(struct dsa_call *call, int d) {
   return DSA_TVM_OK;
 }
 
-static dsa_tvm_status check_type(struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x) {
+/* Whether a variant has the types that are bound. */
+static int fits(const struct dsa_call *call, const int8_t *variant) {
+  for (int v = 0; v < MAX_TYPE_VARS; v++)
+    if (call->type[v] >= 0 && variant[v] != call->type[v]) return 0;
+  return 1;
+}
+
+static dsa_tvm_status refuse_type(const struct dsa_call *call, const struct tensor_spec *spec,
+                                  const dsa_tvm_tensor *x) {
   const struct op_spec *op = call->op;
-  int type = -1;
-  for (int i = 0; i < NUM_DTYPES; i++)
-    if (dsa_dtypes[i].code == x->dtype.code && dsa_dtypes[i].bits == x->dtype.bits && x->dtype.lanes == 1) type = i;
   struct text got = {{0}, 0}, want = {{0}, 0};
-  if (spec->dtype >= 0) {
-    if (type == spec->dtype) return DSA_TVM_OK;
-    return INVALID("%s: %s: expected %s, got %s", op->name, spec->name, dsa_dtypes[spec->dtype].name,
-                   dtype_text(&got, x));
-  }
-  /* A type variable. Some variant must have this type here, and the types that were bound before. */
-  int variable = -1 - spec->dtype;
+  if (spec->dtype >= 0) add(&want, "%s", dsa_dtypes[spec->dtype].name);
   unsigned listed = 0;
-  for (int v = 0; v < op->num_variants; v++) {
-    int fits = 1;
-    for (int w = 0; w < MAX_TYPE_VARS; w++)
-      if (call->type[w] >= 0 && op->variants[v][w] != call->type[w]) fits = 0;
-    int candidate = op->variants[v][variable];
-    if (!fits || listed & 1u << candidate) continue;
-    if (candidate == type) {
-      call->type[variable] = (int8_t)type;
-      return DSA_TVM_OK;
-    }
+  for (int v = 0; v < op->num_variants && spec->dtype < 0; v++) {
+    int candidate = op->variants[v][-1 - spec->dtype];
+    if (!fits(call, op->variants[v]) || listed & 1u << candidate) continue;
     add(&want, listed ? " or %s" : "%s", dsa_dtypes[candidate].name);
     listed |= 1u << candidate;
   }
   return INVALID("%s: %s: expected %s, got %s", op->name, spec->name, want.data, dtype_text(&got, x));
+}
+
+static int has_type(const dsa_tvm_tensor *x, int type) {
+  return dsa_dtypes[type].code == x->dtype.code && dsa_dtypes[type].bits == x->dtype.bits && x->dtype.lanes == 1;
+}
+
+static dsa_tvm_status check_type(struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x) {
+  if (spec->dtype >= 0) return has_type(x, spec->dtype) ? DSA_TVM_OK : refuse_type(call, spec, x);
+  /* A type variable. Some variant must have this type here, and the types that were bound before. */
+  const struct op_spec *op = call->op;
+  int variable = -1 - spec->dtype;
+  for (int v = 0; v < op->num_variants; v++) {
+    if (!has_type(x, op->variants[v][variable]) || !fits(call, op->variants[v])) continue;
+    call->type[variable] = op->variants[v][variable];
+    return DSA_TVM_OK;
+  }
+  return refuse_type(call, spec, x);
+}
+
+static dsa_tvm_status refuse_rank(const struct dsa_call *call, const struct tensor_spec *spec,
+                                  const dsa_tvm_tensor *x) {
+  struct text want = {{0}, 0};
+  return INVALID("%s: %s: expected rank %d %s, got rank %d", call->op->name, spec->name, spec->ndim,
+                 expected_shape(&want, spec, call->dim), (int)x->ndim);
+}
+
+static dsa_tvm_status refuse_shape(const struct dsa_call *call, const struct tensor_spec *spec,
+                                   const dsa_tvm_tensor *x) {
+  struct text got = {{0}, 0}, want = {{0}, 0};
+  return INVALID("%s: %s: expected shape %s, got %s", call->op->name, spec->name,
+                 expected_shape(&want, spec, call->dim), shape_text(&got, x->shape, x->ndim));
+}
+
+static dsa_tvm_status refuse_strides(const char *op, const char *name, const dsa_tvm_tensor *x) {
+  struct text got = {{0}, 0};
+  return INVALID("%s: %s: expected a contiguous tensor, got strides %s", op, name,
+                 shape_text(&got, x->strides, x->ndim));
 }
 
 static dsa_tvm_status check_layout(const char *op, const char *name, const dsa_tvm_tensor *x, int64_t *count) {
@@ -163,11 +196,7 @@ static dsa_tvm_status check_layout(const char *op, const char *name, const dsa_t
   }
   int64_t stride = 1;
   for (int i = x->ndim - 1; x->strides && !empty && i >= 0; i--) {
-    if (x->shape[i] != 1 && x->strides[i] != stride) {
-      struct text got = {{0}, 0};
-      return INVALID("%s: %s: expected a contiguous tensor, got strides %s", op, name,
-                     shape_text(&got, x->strides, x->ndim));
-    }
+    if (x->shape[i] != 1 && x->strides[i] != stride) return refuse_strides(op, name, x);
     stride *= x->shape[i];
   }
   return DSA_TVM_OK;
@@ -176,21 +205,16 @@ static dsa_tvm_status check_layout(const char *op, const char *name, const dsa_t
 static dsa_tvm_status check_tensor(struct dsa_call *call, const struct tensor_spec *spec, const dsa_tvm_tensor *x,
                                    dsa_tvm_tensor *checked) {
   const char *op = call->op->name;
-  struct text got = {{0}, 0}, want = {{0}, 0};
   dsa_tvm_status status = dsa_check_device(call, spec, x);
   if (status != DSA_TVM_OK) return status;
   status = check_type(call, spec, x);
   if (status != DSA_TVM_OK) return status;
-  if (x->ndim != spec->ndim)
-    return INVALID("%s: %s: expected rank %d %s, got rank %d", op, spec->name, spec->ndim,
-                   expected_shape(&want, spec, call->dim), (int)x->ndim);
+  if (x->ndim != spec->ndim) return refuse_rank(call, spec, x);
   if (!x->shape) return INVALID("%s: %s: expected a shape, got a null pointer", op, spec->name);
   for (int i = 0; i < spec->ndim; i++) {
     int d = spec->dims[i];
     if (dsa_dims[d].num_parts && (status = determine(call, d)) != DSA_TVM_OK) return status;
-    if (call->dim[d] >= 0 && x->shape[i] != call->dim[d])
-      return INVALID("%s: %s: expected shape %s, got %s", op, spec->name, expected_shape(&want, spec, call->dim),
-                     shape_text(&got, x->shape, x->ndim));
+    if (call->dim[d] >= 0 && x->shape[i] != call->dim[d]) return refuse_shape(call, spec, x);
     if (call->dim[d] < 0 && (status = bind(call, spec->name, d, x->shape[i])) != DSA_TVM_OK) return status;
   }
   int64_t count;
