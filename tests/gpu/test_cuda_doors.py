@@ -94,6 +94,15 @@ def test_the_callers_context_is_used_if_it_is_one_of_the_device(built, recorder,
     assert ("push 0" in done.stderr) is pushed and "context 0" in done.stderr
 
 
+def test_a_context_is_entered_once_for_a_workspace(built, recorder):
+    """Its size is measured for two alignments of the tensors."""
+    done = python(CALL + "assert call.workspace_size() == 0\n", environment(built, recorder))
+    assert done.returncode == 0, done.stderr
+    # Once to load the kernels, once for the call, once for the size.
+    lines = done.stderr.splitlines()
+    assert lines.count("push 0") == lines.count("pop 0") == 3
+
+
 #: As in `CALL`, one of the indexer in fp8: 64 heads. The driver writes down the launches and computes nothing.
 INDEXER = """
 import ctypes, ml_dtypes, numpy as np

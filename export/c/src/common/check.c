@@ -9,8 +9,8 @@
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 
-/* A message that is put together from pieces. Only the functions that refuse something have one: clearing it takes longer
- * than a whole check. */
+/* A message that is put together from pieces. Only the functions that refuse something have one, because to clear it
+ * takes longer than to check a tensor. */
 struct text {
   char data[256];
   size_t used;

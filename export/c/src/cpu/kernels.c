@@ -28,8 +28,8 @@ struct thread {
 };
 static _Thread_local struct thread of_each_thread;
 
-/* A kernel takes a dozen workspaces, and in a shared library every mention of a thread's own variable is a call. Inlined,
- * this function would be such mentions again. */
+/* A kernel takes a dozen workspaces, and in a shared library every mention of a thread's own variable is a call. So a
+ * function asks once. Inlined, this one would become such mentions again. */
 __attribute__((noinline)) static struct thread *this_thread(void) { return &of_each_thread; }
 
 static pthread_key_t at_thread_end;

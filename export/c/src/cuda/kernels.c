@@ -253,16 +253,11 @@ static int serves(const struct cuda_kernel *kernel, const struct cuda_call *call
   return 1;
 }
 
-/* The number of the kernel that serves the call; -1 if there is none. */
-static int find_kernel(const struct cuda_call *call, int first, int count) {
-  for (int k = first; k < first + count; k++)
-    if (call->device->set->shapes[k].threads && serves(&dsa_cuda_kernels[k], call)) return k;
-  return -1;
-}
-
 const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count) {
-  int k = find_kernel(call, first, count);
-  return k < 0 ? NULL : &call->device->set->shapes[k];
+  const struct cuda_shape *shapes = call->device->set->shapes;
+  for (int k = first; k < first + count; k++)
+    if (shapes[k].threads && serves(&dsa_cuda_kernels[k], call)) return &shapes[k];
+  return NULL;
 }
 
 int dsa_cuda_resident(const struct cuda_call *call, const struct cuda_shape *shape, int64_t shared_bytes) {
@@ -277,13 +272,12 @@ dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call) {
                   call->call->op->name);
 }
 
-dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
-                               int64_t dynamic_bytes, void **args) {
-  int k = find_kernel(call, first, count);
-  if (k < 0) return dsa_cuda_unserved(call);
+dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, const struct cuda_shape *shape, int64_t grid_x,
+                               int64_t grid_y, int64_t dynamic_bytes, void **args) {
+  if (!shape) return dsa_cuda_unserved(call);
   if (!grid_x || !grid_y) return DSA_TVM_OK;
+  int k = (int)(shape - call->device->set->shapes);
   const char *op = call->call->op->name, *name = dsa_cuda_kernels[k].name;
-  const struct cuda_shape *shape = &call->device->set->shapes[k];
   if (dynamic_bytes == MOST_SHARED) dynamic_bytes = shape->shared_bytes;
   if (grid_x > INT32_MAX || grid_y > UINT16_MAX || dynamic_bytes > call->device->shared_bytes)
     return dsa_fail(DSA_TVM_INTERNAL, "%s: %s: no launch of %lld x %lld blocks with %lld of %d bytes of shared memory",

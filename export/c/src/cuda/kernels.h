@@ -103,23 +103,24 @@ struct cuda_call {
   struct cuda_encoded queries, keys; /* the latest tensor maps, which groups of queries share */
 };
 
-/* kernels.c: makes a context of the call's device current: the caller's, where it has one on that device, else the primary
- * one. The first call for a device loads the kernels, the only time that anything is allocated. Every success is
+/* kernels.c: makes a context of the call's device current: the caller's, where it has one on that device, else the
+ * primary one. The first call for a device loads the kernels, the only time that anything is allocated. Every success is
  * followed by dsa_cuda_end. */
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call);
 void dsa_cuda_end(struct cuda_call *call);
 
-/* kernels.c: of `count` kernels from `first` on, the first for the call's element types and lengths: its shape, NULL where
- * there is none; and its launch. `args` are the addresses of the kernel's arguments in their order. A
- * grid without blocks is nothing to do. The generated functions of cuda_launch.h, dsa_shape_<op>_<stage> and
- * dsa_launch_<op>_<stage>, call these. */
+/* kernels.c: dsa_cuda_shape looks among `count` kernels, from `first` on, for the first that serves the call's element
+ * types and lengths, and returns its shape, or NULL if there is none. dsa_cuda_launch launches the kernel of such a
+ * shape, so a kernel is looked for once. `args` are the addresses of the kernel's arguments in their order. If the grid
+ * has no blocks, there is nothing to do. The generated functions of cuda_launch.h call these two:
+ * dsa_shape_<op>_<stage> and dsa_launch_<op>_<stage>. */
 enum { MOST_SHARED = -1 }; /* for dynamic_bytes: what the kernel's shape says */
 dsa_tvm_status dsa_cuda_unserved(const struct cuda_call *call); /* the error for that */
 /* How many blocks of a kernel, with this much shared memory each, a multiprocessor holds at a time. */
 int dsa_cuda_resident(const struct cuda_call *call, const struct cuda_shape *shape, int64_t shared_bytes);
 const struct cuda_shape *dsa_cuda_shape(const struct cuda_call *call, int first, int count);
-dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, int first, int count, int64_t grid_x, int64_t grid_y,
-                               int64_t dynamic_bytes, void **args);
+dsa_tvm_status dsa_cuda_launch(const struct cuda_call *call, const struct cuda_shape *shape, int64_t grid_x,
+                               int64_t grid_y, int64_t dynamic_bytes, void **args);
 
 /* kernels.c: makes `known` the tensor map of `boxes`, if it is not yet. */
 dsa_tvm_status dsa_cuda_tensor_map(const struct cuda_call *call, const struct cuda_boxes *boxes,

@@ -161,23 +161,22 @@ static int is_aligned(const struct dsa_call *call) {
 }
 
 static dsa_tvm_status measure(struct cuda_call *c) {
-  dsa_tvm_status status = dsa_cuda_begin(c);
-  if (status != DSA_TVM_OK) return status;
   c->measuring = 1;
+  c->used = 0;
   return run[c->call->op - dsa_ops](c);
 }
 
 dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) {
-  *bytes = 0;
+  struct cuda_call c = {.call = call};
+  dsa_tvm_status status = dsa_cuda_begin(&c);
   /* The size must suffice for tensors of these shapes at any address. */
-  for (int aligned = 0; aligned < 2; aligned++) {
-    struct cuda_call c = {.call = call, .aligned = aligned};
-    dsa_tvm_status status = measure(&c);
-    dsa_cuda_end(&c);
-    if (status != DSA_TVM_OK) return status;
-    if (c.peak > *bytes) *bytes = c.peak;
+  for (int aligned = 0; aligned < 2 && status == DSA_TVM_OK; aligned++) {
+    c.aligned = aligned;
+    status = measure(&c);
   }
-  return DSA_TVM_OK;
+  *bytes = status == DSA_TVM_OK ? c.peak : 0;
+  dsa_cuda_end(&c);
+  return status;
 }
 
 static dsa_tvm_status enqueue(struct cuda_call *c) {
@@ -189,7 +188,8 @@ static dsa_tvm_status enqueue(struct cuda_call *c) {
 dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options) {
   struct cuda_call c = {
       .call = call, .stream = options->stream, .workspace = options->workspace, .aligned = is_aligned(call)};
-  dsa_tvm_status status = measure(&c);
+  dsa_tvm_status status = dsa_cuda_begin(&c);
+  if (status == DSA_TVM_OK) status = measure(&c);
   if (status == DSA_TVM_OK) status = dsa_cuda_check_workspace(&c, options);
   if (status == DSA_TVM_OK) status = enqueue(&c);
   dsa_cuda_end(&c);
@@ -199,7 +199,8 @@ dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *
 dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream) {
   struct cuda_call c = {.call = call, .stream = stream, .aligned = is_aligned(call)};
   uint64_t workspace = 0;
-  dsa_tvm_status status = measure(&c);
+  dsa_tvm_status status = dsa_cuda_begin(&c);
+  if (status == DSA_TVM_OK) status = measure(&c);
   if (status == DSA_TVM_OK && c.peak) status = dsa_cuda_pool_take(&c, c.peak, &workspace);
   c.workspace = (char *)(uintptr_t)workspace;
   if (status == DSA_TVM_OK) status = enqueue(&c);

@@ -44,11 +44,11 @@ static int are_few(const struct cuda_scoring *s, const struct cuda_lightning_ind
 }
 
 /* Launches a stage of the indexer. All stages take the same arguments, except for queries and keys. */
-#define SCORE(stage, shared_bytes, queries, keys)                                                             \
-  dsa_launch_lightning_indexer_##stage(c, cut.blocks, cut.runs, shared_bytes, queries, keys, s->weights,      \
-                                       s->ks, s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx,       \
-                                       s->m0, s->m1, 0, (int32_t)cut.run_tiles, s->scaled, !s->only_visible,  \
-                                       cut.blocks, (int32_t)cut.runs)
+#define SCORE(stage, shape, shared_bytes, queries, keys)                                                            \
+  dsa_launch_lightning_indexer_##stage(c, shape, cut.blocks, cut.runs, shared_bytes, queries, keys, s->weights,     \
+                                       s->ks, s->ke, s->k_scale, s->logits, s->s_kv, (int32_t)s->h_idx, s->m0,      \
+                                       s->m1, 0, (int32_t)cut.run_tiles, s->scaled, !s->only_visible, cut.blocks,   \
+                                       (int32_t)cut.runs)
 
 #ifdef DSA_HAS_LIGHTNING_INDEXER_HOPPER_MANY
 static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_scoring *s,
@@ -65,7 +65,8 @@ static dsa_tvm_status score_on_hopper(struct cuda_call *c, const struct cuda_sco
   if (status != DSA_TVM_OK) return status;
   struct cut cut = few ? cut_for_few(c, s, shape, shape->shared_bytes) : cut_for_many(s, kernel, c->device);
   const struct cuda_tensor_map *q_map = &c->queries.map, *k_map = &c->keys.map;
-  return few ? SCORE(hopper_few, MOST_SHARED, q_map, k_map) : SCORE(hopper_many, MOST_SHARED, q_map, k_map);
+  return few ? SCORE(hopper_few, shape, MOST_SHARED, q_map, k_map)
+             : SCORE(hopper_many, shape, MOST_SHARED, q_map, k_map);
 }
 #endif
 
@@ -86,7 +87,7 @@ dsa_tvm_status dsa_cuda_score(struct cuda_call *c, const struct cuda_scoring *s)
   const struct cuda_lightning_indexer *kernel = &(use_few ? few : many)->of.lightning_indexer;
   int64_t shared_bytes = kernel->key_bytes + divide_up(s->h_idx, kernel->group) * kernel->group_bytes;
   struct cut cut = use_few ? cut_for_few(c, s, few, shared_bytes) : cut_for_many(s, kernel, c->device);
-  return use_few ? SCORE(few, shared_bytes, s->q, s->k) : SCORE(many, shared_bytes, s->q, s->k);
+  return use_few ? SCORE(few, few, shared_bytes, s->q, s->k) : SCORE(many, many, shared_bytes, s->q, s->k);
 }
 #undef SCORE
 
@@ -118,13 +119,14 @@ dsa_tvm_status dsa_cuda_select(struct cuda_call *c, const struct cuda_selection 
   int capacity = (int)(list / 4 * 4);
   int64_t shared_bytes = cut->selector_bytes + 8 * (int64_t)capacity;
   if (parts == 1)
-    return dsa_launch_topk_rows(c, s->rows, 1, shared_bytes, s->logits, s->ks, s->ke, NULL, NULL, s->indices, s->s_kv,
-                                s->topk, capacity, s->rows, 1);
-  dsa_tvm_status status = dsa_launch_topk_parts(c, s->rows, parts, shared_bytes, s->logits, s->ks, s->ke, NULL, values,
-                                                positions, s->s_kv, s->topk, capacity, s->rows, parts);
+    return dsa_launch_topk_rows(c, shape, s->rows, 1, shared_bytes, s->logits, s->ks, s->ke, NULL, NULL, s->indices,
+                                s->s_kv, s->topk, capacity, s->rows, 1);
+  dsa_tvm_status status =
+      dsa_launch_topk_parts(c, dsa_shape_topk_parts(c), s->rows, parts, shared_bytes, s->logits, s->ks, s->ke, NULL,
+                            values, positions, s->s_kv, s->topk, capacity, s->rows, parts);
   if (status != DSA_TVM_OK) return status;
-  return dsa_launch_topk_merge(c, s->rows, 1, shared_bytes, values, NULL, NULL, positions, NULL, s->indices,
-                               parts * s->topk, s->topk, capacity, s->rows, 1);
+  return dsa_launch_topk_merge(c, dsa_shape_topk_merge(c), s->rows, 1, shared_bytes, values, NULL, NULL, positions,
+                               NULL, s->indices, parts * s->topk, s->topk, capacity, s->rows, 1);
 }
 
 /* How many keys a block takes. One block for each group of heads of each query may leave multiprocessors idle, always
@@ -147,12 +149,12 @@ static int64_t part_keys_of(int64_t topk, int64_t blocks, const struct cuda_spar
 
 /* Launches the attention, over plain rows or packed rows. */
 #define ATTEND(op)                                                                                                   \
-  dsa_launch_##op##_attend(c, blocks, parts, MOST_SHARED, a->q, a->kv, a->indices, a->sink, a->length, a->out,       \
-                           a->max_logits, a->lse, sums, stats, a->rows, a->s_kv, a->h_q, a->topk, parts, keys,       \
-                           a->sm_scale, a->has_sink, a->has_length)
+  dsa_launch_##op##_attend(c, shape, blocks, parts, MOST_SHARED, a->q, a->kv, a->indices, a->sink, a->length,        \
+                           a->out, a->max_logits, a->lse, sums, stats, a->rows, a->s_kv, a->h_q, a->topk, parts,     \
+                           keys, a->sm_scale, a->has_sink, a->has_length)
 #define COMBINE(op)                                                                                                  \
-  dsa_launch_##op##_combine(c, a->rows * a->h_q, 1, 0, sums, stats, a->sink, a->out, a->max_logits, a->lse,          \
-                            a->rows * a->h_q, a->h_q, parts, a->has_sink)
+  dsa_launch_##op##_combine(c, dsa_shape_##op##_combine(c), a->rows * a->h_q, 1, 0, sums, stats, a->sink, a->out,    \
+                            a->max_logits, a->lse, a->rows * a->h_q, a->h_q, parts, a->has_sink)
 
 dsa_tvm_status dsa_cuda_attend(struct cuda_call *c, const struct cuda_attention *a) {
   const struct cuda_shape *shape = a->packed ? dsa_shape_sparse_mla_fp8_attend(c) : dsa_shape_sparse_mla_attend(c);
@@ -185,10 +187,10 @@ dsa_tvm_status dsa_cuda_write_rows(struct cuda_call *c, const struct cuda_writin
   dsa_tvm_status status = DSA_TVM_OK;
   if (c->measuring || !bytes) return status;
   if (w->out != w->cache)
-    status = dsa_launch_write_rows_copy(c, divide_up(bytes, copy->of.write_rows.copy_bytes), 1, 0, w->cache, w->out,
-                                        bytes, all_wide(w->cache, w->out, bytes));
+    status = dsa_launch_write_rows_copy(c, copy, divide_up(bytes, copy->of.write_rows.copy_bytes), 1, 0, w->cache,
+                                        w->out, bytes, all_wide(w->cache, w->out, bytes));
   if (status != DSA_TVM_OK || !count) return status;
-  return dsa_launch_write_rows_write(c, divide_up(count, write->of.write_rows.rows), 1, 0, w->rows, w->positions, w->out,
-                                     count, w->s_new, w->capacity, w->row_bytes,
+  return dsa_launch_write_rows_write(c, write, divide_up(count, write->of.write_rows.rows), 1, 0, w->rows,
+                                     w->positions, w->out, count, w->s_new, w->capacity, w->row_bytes,
                                      all_wide(w->rows, w->out, w->row_bytes));
 }

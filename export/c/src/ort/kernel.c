@@ -134,9 +134,10 @@ static OrtStatus *gpu_of(const OrtApi *api, const OrtValue *value, int32_t *devi
   return status;
 }
 
-/* A checked call, on the session's stream. The workspace is none of the session's memory. Calls of a session may run at a time, each on a stream of its own: its
- * allocator, which is not told the stream, hands out what another call gave back before its kernels were done with it;
- * and its scratch buffers, which are the stream's, end the process where there is no memory left. */
+/* Enqueues a checked call on the session's stream. Its workspace does not come from the session. Calls of a session may
+ * run at a time, each on its own stream. The session's allocator is not told the stream, so it would hand out memory
+ * that kernels of another call still use. Its scratch buffers belong to a stream, but they end the process if there is
+ * no memory left. */
 static OrtStatus *run_on_gpu(const OrtApi *api, const OrtKernelContext *context, const struct dsa_call *call) {
   void *stream = NULL;
   OrtStatus *status = api->KernelContext_GetGPUComputeStream(context, &stream);
