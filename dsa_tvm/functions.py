@@ -14,10 +14,10 @@ torch cannot differentiate, trace or transform these functions, so they refuse t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, SupportsFloat, SupportsIndex
 
 from .ops import OPS
+from .runtime import frames
 from .runtime.calls import call
 from .runtime.tensors import refuse_transforms
 
@@ -26,10 +26,15 @@ Tensor = Any
 
 
 def _call(
-    op: str, inputs: Mapping[str, Tensor | None], attrs: Mapping[str, Any], out: Any, num_threads: SupportsIndex
+    op: str, inputs: tuple[Tensor | None, ...], attrs: tuple[Any, ...], out: Any, num_threads: SupportsIndex
 ) -> tuple[Any, ...]:
-    refuse_transforms(op, inputs)
-    return call(OPS[op], inputs, attrs, out, num_threads)
+    spec = OPS[op]
+    results = frames.call(spec, inputs, attrs, out, num_threads)
+    if results is not None:
+        return results
+    named = {t.name: x for t, x in zip(spec.inputs, inputs, strict=True)}
+    refuse_transforms(op, named)
+    return call(spec, named, {a.name: x for a, x in zip(spec.attrs, attrs, strict=True)}, out, num_threads)
 
 
 def lightning_indexer(
@@ -84,8 +89,7 @@ def lightning_indexer(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
-    return _call("lightning_indexer", inputs, {}, out, num_threads)[0]
+    return _call("lightning_indexer", (q, k, weights, ks, ke, k_scale), (), out, num_threads)[0]
 
 
 def topk(
@@ -128,8 +132,7 @@ def topk(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    inputs = {"logits": logits, "ks": ks, "ke": ke}
-    return _call("topk", inputs, {"topk": topk}, out, num_threads)[0]
+    return _call("topk", (logits, ks, ke), (topk,), out, num_threads)[0]
 
 
 def indexer_topk(
@@ -181,8 +184,7 @@ def indexer_topk(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    inputs = {"q": q, "k": k, "weights": weights, "ks": ks, "ke": ke, "k_scale": k_scale}
-    return _call("indexer_topk", inputs, {"topk": topk}, out, num_threads)[0]
+    return _call("indexer_topk", (q, k, weights, ks, ke, k_scale), (topk,), out, num_threads)[0]
 
 
 def sparse_mla(
@@ -248,8 +250,8 @@ def sparse_mla(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
-    results = _call("sparse_mla", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
+    inputs = (q, kv, indices, attn_sink, topk_length)
+    results = _call("sparse_mla", inputs, (sm_scale, d_v), out, num_threads)
     return results[0], results[1], results[2]
 
 
@@ -308,8 +310,8 @@ def sparse_mla_fp8(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    inputs = {"q": q, "kv": kv, "indices": indices, "attn_sink": attn_sink, "topk_length": topk_length}
-    results = _call("sparse_mla_fp8", inputs, {"sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
+    inputs = (q, kv, indices, attn_sink, topk_length)
+    results = _call("sparse_mla_fp8", inputs, (sm_scale, d_v), out, num_threads)
     return results[0], results[1], results[2]
 
 
@@ -375,18 +377,8 @@ def dsa_attention(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    inputs = {
-        "index_q": index_q,
-        "index_k": index_k,
-        "weights": weights,
-        "ks": ks,
-        "ke": ke,
-        "q": q,
-        "kv": kv,
-        "index_k_scale": index_k_scale,
-        "attn_sink": attn_sink,
-    }
-    results = _call("dsa_attention", inputs, {"topk": topk, "sm_scale": sm_scale, "d_v": d_v}, out, num_threads)
+    inputs = (index_q, index_k, weights, ks, ke, q, kv, index_k_scale, attn_sink)
+    results = _call("dsa_attention", inputs, (topk, sm_scale, d_v), out, num_threads)
     return results[0], results[1]
 
 
@@ -425,4 +417,4 @@ def write_rows(
     LibraryError
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
-    return _call("write_rows", {"cache": cache, "rows": rows, "positions": positions}, {}, out, num_threads)[0]
+    return _call("write_rows", (cache, rows, positions), (), out, num_threads)[0]

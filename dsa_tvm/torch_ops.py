@@ -8,6 +8,8 @@ of its inputs also has a form that changes this input and returns nothing: ``wri
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +17,9 @@ from torch.autograd import forward_ad
 
 from .errors import ArgumentError
 from .ops import OPS
+from .runtime import frames
 from .runtime.calls import call
+from .runtime.plain_arrays import dispatched
 from .spec import OpSpec, TensorSpec, completed
 
 # Keep it when the module is reloaded: torch forgets the operators of a library that is deleted.
@@ -28,7 +32,11 @@ _INPUTS = {name: tuple(t.name for t in spec.inputs) for name, spec in OPS.items(
 
 # Where a call goes below autograd if nothing else is to see it: no mode, no transform, no trace, no lazy conjugate.
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_PLAIN = frozenset(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in ("CPU", "CUDA"))
+_PLAIN = {torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr(): name for name in ("CPU", "CUDA")}
+#: For the keys of the calls so far: the device if the call is plain, otherwise None.
+_plain_devices: dict[int, str | None] = {}
+
+_TENSORS = dispatched(torch)
 
 
 def _schema(spec: OpSpec) -> str:
@@ -39,10 +47,29 @@ def _schema(spec: OpSpec) -> str:
     return f"({arguments}) -> {outputs if len(spec.outputs) == 1 else f'({outputs})'}"
 
 
+def _whole(spec: OpSpec, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All inputs: torch passes them by position, without trailing defaults."""
+    missing = len(spec.inputs) - len(args)
+    return args + (None,) * missing if missing else args
+
+
 def _inputs(spec: OpSpec, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Inputs by name: torch passes them by position, without trailing defaults, and attributes alone by keyword."""
-    names = _INPUTS[spec.name]
-    return dict(zip(names, args if len(args) == len(names) else args + (None,) * (len(names) - len(args)), strict=True))
+    """Inputs by name."""
+    return dict(zip(_INPUTS[spec.name], _whole(spec, args), strict=True))
+
+
+def _attributes_getter(spec: OpSpec) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """A function that takes the attributes, which torch passes by keyword, and returns them in the operator's order."""
+    names = [a.name for a in spec.attrs]
+    if len(names) > 1:
+        return itemgetter(*names)
+    if names:
+        (name,) = names
+        return lambda kwargs: (kwargs[name],)
+    return lambda kwargs: ()
+
+
+_attributes = {name: _attributes_getter(spec) for name, spec in OPS.items()}
 
 
 def _single(outputs: tuple[Any, ...]) -> Any:
@@ -50,6 +77,9 @@ def _single(outputs: tuple[Any, ...]) -> Any:
 
 
 def _compute(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    results = frames.call(spec, _whole(spec, args), _attributes[spec.name](kwargs), None, 0)
+    if results is not None:
+        return _single(results)
     inputs = _inputs(spec, args)
     if not torch.is_grad_enabled():
         return _single(call(spec, inputs, kwargs))
@@ -117,17 +147,23 @@ def _refuse_tangents(spec: OpSpec, tensors: list[torch.Tensor]) -> None:
         raise NotImplementedError(f"dsa_tvm.{spec.name} has no forward-mode derivative: it serves inference only")
 
 
-def _has_no_derivative(keys: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call is plain, so that computing it here and now saves torch the way through its dispatcher again."""
-    if (keys & _AFTER_AUTOGRAD).raw_repr() not in _PLAIN or forward_ad._current_level >= 0:
-        return False
-    return not [x for x in args if x is not None and x.requires_grad]
+def _device_of_plain(keys: Any) -> str | None:
+    """The device of a call that is to be computed here and now, which saves torch the way through its dispatcher again.
+    None if something else is to see the call.
+    """
+    if forward_ad._current_level >= 0:
+        return None
+    every = keys.raw_repr()
+    try:
+        return _plain_devices[every]
+    except KeyError:
+        return _plain_devices.setdefault(every, _PLAIN.get((keys & _AFTER_AUTOGRAD).raw_repr()))
 
 
 def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _has_no_derivative(keys, args):
-        return _single(call(spec, _inputs(spec, args), kwargs))
     tensors = [x for x in args if x is not None]
+    if _device_of_plain(keys) and not any(x.requires_grad for x in tensors):
+        return _single(call(spec, _inputs(spec, args), kwargs))
     _refuse_tangents(spec, tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -153,7 +189,15 @@ def _register(spec: OpSpec) -> None:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return _fake(spec, args, kwargs)
 
+    fast, count, single = frames.Caller(spec, _TENSORS).call, len(spec.inputs), len(spec.outputs) == 1
+    attributes = _attributes[spec.name]
+
     def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if _device_of_plain(keys) == "CPU":
+            given = args if len(args) == count else _whole(spec, args)
+            results = fast(given, attributes(kwargs), None, 0)
+            if results is not None:
+                return results[0] if single else results
         return _autograd(spec, keys, args, kwargs)
 
     _LIBRARY.define(spec.name + _schema(spec))
@@ -164,10 +208,17 @@ def _register(spec: OpSpec) -> None:
     _LIBRARY.impl(spec.name, autograd, "Autograd", with_keyset=True)
 
 
+def _changed(spec: OpSpec, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs that an operator writes to, in the order of its outputs."""
+    names = _INPUTS[spec.name]
+    return tuple([args[names.index(t.may_be)] for t in spec.outputs if t.may_be])
+
+
 def _compute_in_place(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = _inputs(spec, args)
-    with torch.no_grad():
-        call(spec, inputs, kwargs, tuple(inputs[t.may_be] for t in spec.outputs if t.may_be))
+    changed = _changed(spec, args)
+    if frames.call(spec, args, _attributes[spec.name](kwargs), changed, 0) is None:
+        with torch.no_grad():
+            call(spec, _inputs(spec, args), kwargs, changed)
 
 
 def _autograd_in_place(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,8 +242,12 @@ def _register_in_place(spec: OpSpec) -> None:
     def fake(*args: Any, **kwargs: Any) -> None:
         _checked_lengths(spec, _inputs(spec, args), kwargs)
 
+    fast, attributes = frames.Caller(spec, _TENSORS).call, _attributes[spec.name]
+
     def autograd(keys: Any, *args: Any, **kwargs: Any) -> None:
-        _autograd_in_place(spec, keys, args, kwargs)
+        plain = _device_of_plain(keys) == "CPU"
+        if not plain or fast(args, attributes(kwargs), _changed(spec, args), 0) is None:
+            _autograd_in_place(spec, keys, args, kwargs)
 
     changed = {t.may_be for t in spec.outputs}
     inputs = [f"Tensor(a{i}!) {t.name}" if t.name in changed else f"Tensor {t.name}" for i, t in enumerate(spec.inputs)]

@@ -1,4 +1,7 @@
-"""One call of an operator: convert arguments to C structures, allocate outputs, turn a status into an exception."""
+"""One call of an operator: convert arguments to C structures, allocate outputs, turn a status into an exception.
+
+`frames` has a faster way for plain arrays. This one takes everything else, and says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, SupportsIndex
 
-from ..errors import ArgumentError, KernelError, LibraryError
+from ..errors import ArgumentError, LibraryError
 from ..spec import AttrSpec, OpSpec
-from . import frames, library
-from .dlpack import CPU, CUDA
+from . import library
+from .dlpack import CPU, CUDA, View
 from .integers import as_integer
 from .tensors import Pack, as_tensor, cuda_stream, is_torch, note_written
 
 _MAX_NDIM = 3
-_STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
 
 
 class Attribute(ctypes.Union):
@@ -56,10 +58,6 @@ def _attribute(op: str, attr: AttrSpec, value: Any) -> Attribute:
         raise ArgumentError(f"{op}: {attr.name}: expected a finite float32, got {got}") from error
 
 
-def _raise(lib: ctypes.CDLL, status: int) -> None:
-    raise _STATUS_ERRORS.get(status, KernelError)(lib.dsa_tvm_last_error().decode())
-
-
 def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) -> Any:
     """A new output of the same package as `like`; with `dtype` "T" also of the same element type."""
     if is_torch(like):
@@ -81,14 +79,34 @@ def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) ->
     )
 
 
-def _workspace(op: str, lib: ctypes.CDLL, arguments: tuple[Any, ...], device: int, stream: int) -> tuple[Any, int]:
-    """Workspace for a call on a GPU, from torch's allocator, and its size in bytes."""
+def _checked_shapes(spec: OpSpec, lib: ctypes.CDLL, arguments: tuple[Any, ...]) -> list[list[int]]:
+    """The shapes of the outputs. The library checks inputs and attributes first."""
+    shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
+    status = lib.dsa_tvm_output_shapes(*arguments, shapes, len(spec.outputs))
+    if status:
+        library.raise_error(lib, status)
+    return [list(shape[: len(t.shape)]) for t, shape in zip(spec.outputs, shapes, strict=True)]
+
+
+def _shapes(spec: OpSpec, views: Sequence[View | None], attrs: Sequence[Attribute]) -> list[list[int]]:
+    """The shapes of the outputs that belong to checked arguments."""
+    lengths = {a.dim: value.i for a, value in zip(spec.attrs, attrs, strict=True) if a.dim}
+    for t, view in zip(spec.inputs, views, strict=True):
+        lengths |= {} if view is None else dict(zip(t.shape, view.shape, strict=True))
+    return [[lengths[dim] for dim in t.shape] for t in spec.outputs]
+
+
+def _checked_workspace_size(lib: ctypes.CDLL, arguments: tuple[Any, ...]) -> int:
+    """The bytes of workspace of a call on a GPU. The library checks inputs and attributes first."""
     size = ctypes.c_uint64()
     status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
     if status:
-        _raise(lib, status)
-    if not size.value:
-        return None, 0
+        library.raise_error(lib, status)
+    return size.value
+
+
+def _workspace(op: str, size: int, device: int, stream: int) -> Any:
+    """Workspace for a call on a GPU, from torch's allocator."""
     try:
         import torch
     except ImportError as error:
@@ -98,7 +116,7 @@ def _workspace(op: str, lib: ctypes.CDLL, arguments: tuple[Any, ...], device: in
     # the call, unless the call has no torch tensors: then it runs on the default stream.
     elsewhere = torch.cuda.current_stream(device).cuda_stream != stream
     with torch.cuda.stream(torch.cuda.default_stream(device)) if elsewhere else nullcontext():
-        return torch.empty(size.value, dtype=torch.uint8, device=f"cuda:{device}"), size.value
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
 
 
 def call(
@@ -135,12 +153,6 @@ def call(
         The library is missing or damaged, or has no kernels for this CPU or GPU; or there is no CUDA driver.
     """
     lib = library.load()
-    done = frames.call(frames.entry(lib), spec, inputs, attrs, out, num_threads)
-    if done is not None:
-        status, results = done
-        if status:
-            _raise(lib, status)
-        return results
     num_threads = _integer(spec.name, "num_threads", num_threads, 32)
     keep: list[Any] = []
     cuda = library.has_cuda(lib)
@@ -154,18 +166,20 @@ def call(
     ]
     given = Pack(views)
     device = views[0].device if views[0] else (CPU, 0)
-    attr_array = (Attribute * max(len(spec.attrs), 1))(*(_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs))
+    given_attrs = [_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs]
+    attr_array = (Attribute * max(len(given_attrs), 1))(*given_attrs)
     arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
+    first = inputs[spec.inputs[0].name]
+    workspace_size = None
     if out is None:
-        # The library checks the arguments and tells the shapes, so nothing is allocated for a call that it refuses.
-        shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
-        status = lib.dsa_tvm_output_shapes(*arguments, shapes, len(spec.outputs))
-        if status:
-            _raise(lib, status)
-        first = inputs[spec.inputs[0].name]
+        # The library checks the arguments first, so nothing is allocated for a call that it refuses.
+        if device[0] == CUDA and is_torch(first):
+            workspace_size = _checked_workspace_size(lib, arguments)
+            shapes = _shapes(spec, views, given_attrs)
+        else:
+            shapes = _checked_shapes(spec, lib, arguments)
         outputs = tuple(
-            _empty(spec.name, first, t.dtype, list(shape[: len(t.shape)]), device[0])
-            for t, shape in zip(spec.outputs, shapes, strict=True)
+            _empty(spec.name, first, t.dtype, shape, device[0]) for t, shape in zip(spec.outputs, shapes, strict=True)
         )
     else:
         outputs = given_out
@@ -179,12 +193,16 @@ def call(
     )
     options = Options(ctypes.sizeof(Options), num_threads)
     if device[0] == CUDA:
-        # torch's allocator has it back when this function returns. Whoever gets it next runs later on the same stream.
-        workspace, options.workspace_size = _workspace(spec.name, lib, arguments, device[1], stream)
-        options.stream, options.workspace = stream, workspace.data_ptr() if workspace is not None else None
+        options.stream = stream
+        options.workspace_size = _checked_workspace_size(lib, arguments) if workspace_size is None else workspace_size
+        if options.workspace_size:
+            # torch's allocator has it back when this function returns. Whoever gets it next runs later on the same
+            # stream.
+            workspace = _workspace(spec.name, options.workspace_size, device[1], stream)
+            options.workspace = workspace.data_ptr()
     status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
     if status:
-        _raise(lib, status)
+        library.raise_error(lib, status)
     if out is not None:
         note_written(outputs)
     return outputs

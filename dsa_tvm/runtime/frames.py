@@ -6,23 +6,18 @@ Whatever is not plain is left to `calls.call`. The library checks every argument
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..spec import OpSpec
+from . import library
 from .dlpack import CPU, Tensor
-from .plain_arrays import Kind, kind_of
+from .plain_arrays import Kind, Place, kind_of
 
-_WORDS = ctypes.sizeof(Tensor) // 8  # the address comes first
+_TENSOR_WORDS = ctypes.sizeof(Tensor) // 8
 _LARGEST_ATTRIBUTE = 4096
-
-_CALL = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32),
-    *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p),
-)
 
 
 class _Options(ctypes.Structure):
@@ -33,29 +28,25 @@ class _Options(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where the parts of a call go in a `_Frame`, for one operator and one set of element types.
+    """Where the parts of a call go in a `_Frame`, for one operator and one choice of element types.
 
     Parameters
     ----------
-    ranks : sequence of (int, int)
-        For each input that is given: the word for its address, and its rank.
-    attrs : sequence of (str, bool)
-        The name of each attribute, and whether it is a float.
-    outputs : sequence
-        For each output: the word for its address, its element type, and the source of each of its lengths. A source is
-        an index into the lengths of all inputs, followed by the attributes.
-    lengths : int
-        The first word for lengths: those of the inputs, then those of the outputs.
+    inputs, outputs : sequence of Place
+    attrs : sequence of (type, int)
+        For each attribute: int or float, and the word for it.
+    shapes : sequence of callable
+        For each output: takes its lengths out of the words that have inputs and attributes.
     make : callable
         Makes a new frame.
     unused : list
         Frames that no call is using.
     """
 
-    ranks: Sequence[tuple[int, int]]
-    attrs: Sequence[tuple[str, bool]]
-    outputs: Sequence[tuple[int, Any, Sequence[int]]]
-    lengths: int
+    inputs: Sequence[Place]
+    outputs: Sequence[Any]
+    attrs: Sequence[tuple[Any, int]]
+    shapes: Sequence[Callable[[Any], tuple[int, ...]]]
     make: Callable[[], _Frame]
     unused: list[_Frame]
 
@@ -67,197 +58,205 @@ class _Frame:
     ----------
     spec : OpSpec
     tensors : sequence
-        (code, bits) and rank of each input and output; None for an input that is not given.
+        (code, bits), rank and the first word of each input and output; None for an input that is not given. Its
+        lengths come first, and then its ``dsa_tvm_tensor``, which begins with the address.
+    end : int
+        The word after the last tensor, for the attributes.
 
     Attributes
     ----------
-    words : ctypes array of int64
-        The tensors. Their addresses and lengths are written for each call.
-    integers, floats : ctypes arrays
-        The attributes: the same memory as integers and as floats.
+    words, floats : ctypes arrays
+        The same memory as int64 and as float64.
     options : ctypes structure
-    arguments : tuple of int
-        The arguments of ``dsa_tvm_call``.
+    arguments : tuple
+        The arguments of ``dsa_tvm_call``. The pointers are ctypes objects, because converting numbers to them takes as
+        long as the rest of the call.
     """
 
-    def __init__(self, spec: OpSpec, tensors: Sequence[tuple[tuple[int, int], int] | None]) -> None:
-        present = [t for t in tensors if t is not None]
-        lengths = len(present) * _WORDS
-        self.words = (ctypes.c_int64 * (lengths + sum(rank for _, rank in present)))()
-        self.integers = (ctypes.c_int64 * max(len(spec.attrs), 1))()
-        self.floats = (ctypes.c_double * len(self.integers)).from_buffer(self.integers)
+    def __init__(self, spec: OpSpec, tensors: Sequence[tuple[tuple[int, int], int, int] | None], end: int) -> None:
+        self.words = (ctypes.c_int64 * (end + max(len(spec.attrs), 1)))()
+        self.floats = (ctypes.c_double * len(self.words)).from_buffer(self.words)
         self.options = _Options(ctypes.sizeof(_Options), 0)
-        self._name = ctypes.create_string_buffer(spec.name.encode())
-        at = start = ctypes.addressof(self.words)
-        length_at = start + 8 * lengths
+        start = ctypes.addressof(self.words)
         pointers: list[int | None] = []
         for t in tensors:
             if t is None:
                 pointers.append(None)
                 continue
-            (code, bits), rank = t
-            tensor = Tensor.from_buffer(self.words, at - start)
+            (code, bits), rank, word = t
+            tensor = Tensor.from_buffer(self.words, 8 * (word + rank))
             tensor.device_type, tensor.ndim, tensor.code, tensor.bits, tensor.lanes = CPU, rank, code, bits, 1
-            tensor.shape = ctypes.cast(length_at, type(tensor.shape))
-            pointers.append(at)
-            at += 8 * _WORDS
-            length_at += 8 * rank
-        inputs, outputs = pointers[: len(spec.inputs)], pointers[len(spec.inputs) :]
-        self._inputs = (ctypes.c_void_p * len(inputs))(*inputs)
-        self._outputs = (ctypes.c_void_p * len(outputs))(*outputs)
+            tensor.shape = ctypes.cast(start + 8 * word, type(tensor.shape))
+            pointers.append(start + 8 * (word + rank))
+        count = len(spec.inputs)
+        self._name = ctypes.create_string_buffer(spec.name.encode())
+        self._inputs = (ctypes.c_void_p * count)(*pointers[:count])
+        self._outputs = (ctypes.c_void_p * len(spec.outputs))(*pointers[count:])
+
+        def pointer(x: Any) -> ctypes.c_void_p:
+            return ctypes.c_void_p(ctypes.addressof(x))
+
         self.arguments = (
-            *(ctypes.addressof(self._name), ctypes.addressof(self._inputs), len(inputs)),
-            *(ctypes.addressof(self.integers), len(spec.attrs)),
-            *(ctypes.addressof(self._outputs), len(outputs), ctypes.addressof(self.options)),
+            *(pointer(self._name), pointer(self._inputs), count),
+            *(ctypes.c_void_p(start + 8 * end), len(spec.attrs)),
+            *(pointer(self._outputs), len(spec.outputs), pointer(self.options)),
         )
 
 
-# By operator, package of the arrays, and element types of the inputs.
-_plans: dict[tuple[Any, ...], _Plan] = {}
+class Caller:
+    """Calls one operator with arrays of one kind.
+
+    Parameters
+    ----------
+    spec : OpSpec
+    kind : Kind
+    """
+
+    def __init__(self, spec: OpSpec, kind: Kind) -> None:
+        self._spec, self._kind = spec, kind
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._latest: _Plan | None = None  # the next call is likely to have the same element types
+
+    def call(self, inputs: Sequence[Any], attrs: Sequence[Any], out: Any, num_threads: Any) -> tuple[Any, ...] | None:
+        """Run the operator if all arguments are plain, see the function `call`."""
+        if type(num_threads) is not int or not 0 <= num_threads < 2**31:
+            return None
+        plan = self._latest
+        frame = None if plan is None else self._with_inputs(plan, inputs)
+        if frame is None:
+            plan = self._plan_for(inputs)
+            frame = None if plan is None else self._with_inputs(plan, inputs)
+            if frame is None:
+                return None
+            self._latest = plan
+        assert plan is not None
+        outputs = self._with_outputs(frame, plan, attrs, out)
+        status = 0
+        if outputs is not None:
+            frame.options.num_threads = num_threads
+            loaded = library.load()
+            status = loaded.dsa_tvm_call(*frame.arguments)
+        plan.unused.append(frame)
+        if status:
+            library.raise_error(loaded, status)
+        if out is not None and outputs is not None:
+            self._kind.note_written(outputs)
+        return outputs
+
+    def _with_inputs(self, plan: _Plan, inputs: Sequence[Any]) -> _Frame | None:
+        """A frame that has the inputs; None if they are not what the plan is for."""
+        try:
+            frame = plan.unused.pop()
+        except IndexError:  # other threads are using all of them
+            frame = plan.make()
+        try:
+            if self._kind.write(frame.words, plan.inputs, inputs):
+                return frame
+        except ValueError:  # another rank
+            pass
+        plan.unused.append(frame)
+        return None
+
+    def _with_outputs(self, frame: _Frame, plan: _Plan, attrs: Sequence[Any], out: Any) -> tuple[Any, ...] | None:
+        """Write attributes and outputs into the frame. Returns the outputs, or None if something is not plain."""
+        words, kind, places = frame.words, self._kind, plan.outputs
+        for value, (expected, at) in zip(attrs, plan.attrs):  # noqa: B905
+            if type(value) is not expected:
+                return None
+            if expected is float:
+                frame.floats[at] = value
+            elif 0 < value <= _LARGEST_ATTRIBUTE:
+                words[at] = value
+            else:
+                return None
+        try:
+            if out is None:
+                if len(places) == 1:
+                    return (kind.make(words, places[0], plan.shapes[0](words)),)
+                return tuple([kind.make(words, places[i], shape(words)) for i, shape in enumerate(plan.shapes)])
+            outputs = out if isinstance(out, tuple) else (out,)
+            return outputs if len(outputs) == len(places) and kind.write_outputs(words, places, outputs) else None
+        except (MemoryError, RuntimeError, ValueError):  # another rank, or lengths that contradict each other
+            return None
+
+    def _plan_for(self, inputs: Sequence[Any]) -> _Plan | None:
+        """The plan for the element types of these inputs; None if one is of another kind, or the library lacks it."""
+        if any(x is not None and type(x) is not self._kind.kind for x in inputs):
+            return None
+        dtypes = tuple(None if x is None else x.dtype for x in inputs)
+        plan = self._plans.get(dtypes)
+        if plan is None:
+            plan = _make_plan(self._spec, self._kind, dtypes)
+            if plan is not None:
+                self._plans[dtypes] = plan
+        return plan
 
 
 def _make_plan(spec: OpSpec, kind: Kind, dtypes: Sequence[Any]) -> _Plan | None:
     """The plan for such element types; None if the library does not serve them, or an input is missing."""
-    tensors: list[tuple[tuple[int, int], int] | None] = []
-    ranks: list[tuple[int, int]] = []
-    sources: dict[str, int] = {}
-    count = 0
-    for t, dtype in zip(spec.inputs, dtypes, strict=True):
+    sources: dict[str, int] = {}  # the word that has a length
+    tensors: list[tuple[tuple[int, int], int, int] | None] = []
+    places: list[Place] = []
+    word = 0
+    types = [*dtypes, *(dtypes[0] if t.dtype == "T" else kind.dtype(t.dtype) for t in spec.outputs)]
+    count = len(spec.inputs)
+    for n, (t, dtype) in enumerate(zip((*spec.inputs, *spec.outputs), types, strict=True)):
         dl_type = None if dtype is None else kind.dl_type(dtype)
         if dl_type is None:
             if dtype is not None or not t.optional:
                 return None
             tensors.append(None)
+            places.append(None)
             continue
-        tensors.append((dl_type, len(t.shape)))
-        ranks.append((len(ranks) * _WORDS, len(t.shape)))
-        for dim in t.shape:
-            sources.setdefault(dim, count)
-            count += 1
+        rank = len(t.shape)
+        tensors.append((dl_type, rank, word))
+        places.append((dtype, slice(word, word + rank), word + rank))
+        for i, dim in enumerate(t.shape if n < count else ()):
+            sources.setdefault(dim, word + i)
+        word += rank + _TENSOR_WORDS
     for i, attr in enumerate(spec.attrs):
         if attr.dim is not None:
-            sources.setdefault(attr.dim, count + i)
-    outputs = []
-    for i, t in enumerate(spec.outputs):
-        dtype = dtypes[0] if t.dtype == "T" else kind.dtype(t.dtype)
-        if (dl_type := kind.dl_type(dtype)) is None:
-            return None
-        tensors.append((dl_type, len(t.shape)))
-        outputs.append(((len(ranks) + i) * _WORDS, dtype, [sources[dim] for dim in t.shape]))
-    attrs, lengths = [(a.name, a.kind is float) for a in spec.attrs], (len(ranks) + len(outputs)) * _WORDS
-    return _Plan(ranks, attrs, outputs, lengths, functools.partial(_Frame, spec, tensors), [])
+            sources.setdefault(attr.dim, word + i)
+    return _Plan(
+        inputs=places[:count],
+        outputs=places[count:],
+        attrs=[(a.kind, word + i) for i, a in enumerate(spec.attrs)],
+        shapes=[operator.itemgetter(*(sources[dim] for dim in t.shape)) for t in spec.outputs],
+        make=lambda: _Frame(spec, tensors, word),
+        unused=[],
+    )
+
+
+_callers: dict[tuple[str, type], Caller] = {}
 
 
 def call(
-    function: Callable[..., int],
-    spec: OpSpec,
-    inputs: Mapping[str, Any],
-    attrs: Mapping[str, Any],
-    out: Any,
-    num_threads: Any,
-) -> tuple[int, tuple[Any, ...]] | None:
+    spec: OpSpec, inputs: Sequence[Any], attrs: Sequence[Any], out: Any, num_threads: Any
+) -> tuple[Any, ...] | None:
     """Run one operator if all of its arguments are plain.
 
     Parameters
     ----------
-    function : callable
-        What `entry` returned.
     spec : OpSpec
-    inputs, attrs : mapping
-        By name. An optional input may be None.
+    inputs, attrs : sequence
+        In the operator's order. An optional input may be None.
     out : tensor or tuple of tensors, optional
     num_threads : int
 
     Returns
     -------
-    (int, tuple) or None
-        The status of the library, and the outputs. None if an argument is not plain: then nothing has been computed.
+    tuple or None
+        The outputs. None if an argument is not plain: then nothing has been computed.
+
+    Raises
+    ------
+    DsaError
+        As `calls.call`.
     """
-    given = [inputs[t.name] for t in spec.inputs]
-    kind = kind_of(given[0])
-    if kind is None or type(num_threads) is not int or not 0 <= num_threads < 2**31:
-        return None
-    plain, expected = kind.is_plain, kind.kind
-    key: list[Any] = [spec.name, kind]
-    for x in given:
-        if x is None:
-            key.append(None)
-        elif type(x) is expected and plain(x):
-            key.append(x.dtype)
-        else:
+    caller = _callers.get((spec.name, type(inputs[0])))
+    if caller is None:
+        kind = kind_of(inputs[0])
+        if kind is None:
             return None
-    names = tuple(key)
-    plan = _plans.get(names)
-    if plan is None:
-        plan = _make_plan(spec, kind, names[2:])
-        if plan is None:
-            return None
-        _plans[names] = plan
-    try:
-        frame = plan.unused.pop()
-    except IndexError:  # other threads are using all of them
-        frame = plan.make()
-    outputs = _fill(frame, plan, kind, given, attrs, out)
-    status = 0
-    if outputs is not None:
-        frame.options.num_threads = num_threads
-        status = function(*frame.arguments)
-    plan.unused.append(frame)
-    return None if outputs is None else (status, outputs)
-
-
-def _fill(
-    frame: _Frame, plan: _Plan, kind: Kind, given: Sequence[Any], attrs: Mapping[str, Any], out: Any
-) -> tuple[Any, ...] | None:
-    """Write addresses, lengths and attributes into a frame. Returns the outputs, or None if something is not plain."""
-    words, address = frame.words, kind.address
-    lengths: list[int] = []
-    for x, (at, rank) in zip([x for x in given if x is not None], plan.ranks, strict=True):
-        shape = x.shape
-        if len(shape) != rank:
-            return None
-        lengths += shape
-        words[at] = address(x)
-    sources = lengths
-    if plan.attrs:
-        sources = lengths.copy()
-        for i, (name, is_float) in enumerate(plan.attrs):
-            value = attrs[name]
-            if is_float:
-                if type(value) is not float:
-                    return None
-                frame.floats[i] = value
-            elif type(value) is not int or not 0 < value <= _LARGEST_ATTRIBUTE:
-                return None
-            else:
-                frame.integers[i] = value
-            sources.append(value)
-    if out is None:
-        made = []
-        for at, dtype, places in plan.outputs:
-            shape = [sources[i] for i in places]
-            try:
-                x = kind.empty(shape, dtype)
-            except (MemoryError, RuntimeError, ValueError):  # the lengths may contradict each other
-                return None
-            words[at] = address(x)
-            lengths += shape
-            made.append(x)
-        outputs = tuple(made)
-    else:
-        outputs = out if isinstance(out, tuple) else (out,)
-        if len(outputs) != len(plan.outputs):
-            return None
-        for x, (at, dtype, places) in zip(outputs, plan.outputs, strict=True):
-            if type(x) is not kind.kind or not kind.is_plain_output(x) or x.dtype != dtype or x.ndim != len(places):
-                return None
-            words[at] = address(x)
-            lengths += x.shape
-    words[plan.lengths : plan.lengths + len(lengths)] = lengths  # type: ignore[assignment]
-    return outputs
-
-
-@functools.cache
-def entry(library: ctypes.CDLL) -> Callable[..., int]:
-    """``dsa_tvm_call`` of a loaded library, which takes addresses as numbers."""
-    return _CALL(("dsa_tvm_call", library))
+        caller = _callers[spec.name, type(inputs[0])] = Caller(spec, kind)
+    return caller.call(inputs, attrs, out, num_threads)

@@ -7,8 +7,9 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import NoReturn
 
-from ..errors import ArgumentError, LibraryError
+from ..errors import ArgumentError, KernelError, LibraryError
 from ..ops import OPS
 from . import loading, package_files, verified
 from .integers import as_integer
@@ -30,6 +31,8 @@ _FUNCTIONS = (
     "version",
     "workspace_size",
 )
+#: What a ``dsa_tvm_status`` is in Python; any other is a `KernelError`.
+_STATUS_ERRORS = {1: ArgumentError, 3: LibraryError}
 
 
 def exported_symbols() -> list[str]:
@@ -151,6 +154,11 @@ def load(path: str | None = None) -> ctypes.CDLL:
     if library.dsa_tvm_target() is None:
         raise LibraryError(library.dsa_tvm_last_error().decode())
     return library
+
+
+def raise_error(library: ctypes.CDLL, status: int) -> NoReturn:
+    """Raise what a function of the library has returned, with its message."""
+    raise _STATUS_ERRORS.get(status, KernelError)(library.dsa_tvm_last_error().decode())
 
 
 @functools.cache

@@ -87,8 +87,11 @@ def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
     ArgumentError
         torch is recording a trace, or an input has a tangent or is wrapped by `torch.func`.
     """
-    torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "Tensor"):  # torch may be in the middle of its own import
+    tensors = {name: x for name, x in inputs.items() if is_torch(x)}
+    if not tensors:
+        return
+    torch = sys.modules["torch"]
+    if not is_watching(torch)():
         return
     interpreters, is_wrapped, is_tracing, forward_ad = _probes(torch)
     # A trace of this kind needs the module, so it need not be imported to find out.
@@ -98,9 +101,7 @@ def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
     if not (tracing or forward or transforming):
         return
     instead = f"; use torch.ops.dsa_tvm.{op}, which `import dsa_tvm.torch_ops` registers"
-    for name, x in inputs.items():
-        if not is_torch(x):
-            continue
+    for name, x in tensors.items():
         where = f"{op}: {name}: expected"
         if tracing:
             raise ArgumentError(f"{where} a call that torch does not trace, got one while it records a trace{instead}")
@@ -111,6 +112,28 @@ def refuse_transforms(op: str, inputs: Mapping[str, Any]) -> None:
         # A tensor that requires gradients gets its own message later.
         if transforming and is_wrapped(x) and not x.requires_grad:
             raise ArgumentError(f"{where} a plain tensor, got one inside a transform of torch.func{instead}")
+
+
+@functools.cache
+def is_watching(torch: Any) -> Callable[[], bool]:
+    """A function that tells whether torch may record or transform what happens now: a trace, a mode, a derivative.
+
+    It takes the time of two attributes of a tensor, because every call asks.
+    """
+    interpreters, is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
+    modes, before_dispatch = torch._C._len_torch_dispatch_stack, torch._ops.mode_stack_state_for_pre_dispatch()
+    forward_ad = torch.autograd.forward_ad
+
+    def ask() -> bool:
+        return (
+            interpreters() is not None
+            or is_tracing()
+            or modes() > 0
+            or forward_ad._current_level >= 0
+            or before_dispatch.get(0) is not None
+        )
+
+    return ask
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -105,6 +106,8 @@ ODD = {
     "type": {"logits": LOGITS.astype(np.float64)},
     "objects": {"logits": LOGITS.astype(object)},
     "rank": {"logits": LOGITS[0]},
+    "rank 0": {"ks": np.int32(0).reshape(())},
+    "ranks that add up": {"logits": LOGITS[0], "ks": N[None]},
     "lengths": {"ke": N[:4]},
     "far too many": {"logits": np.zeros((0, 2**31 - 1), np.float32), "ks": N[:0], "ke": N},
     "topk 0": {"topk": 0},
@@ -166,13 +169,30 @@ def test_the_library_is_entered_once(monkeypatch):
     """A call enters the library once, because each entry checks all arguments."""
     lib = calls.library.load()
     counts = []
-    real = frames.entry(lib)
-    monkeypatch.setattr(frames, "entry", lambda library: lambda *arguments: counts.append(1) or real(*arguments))
+    real = lib.dsa_tvm_call
+    monkeypatch.setattr(lib, "dsa_tvm_call", lambda *arguments: counts.append(1) or real(*arguments))
 
     def refuse(*arguments):
         raise AssertionError("entered otherwise")
 
-    for name in ("dsa_tvm_call", "dsa_tvm_output_shapes", "dsa_tvm_workspace_size"):
+    for name in ("dsa_tvm_output_shapes", "dsa_tvm_workspace_size"):
         monkeypatch.setattr(lib, name, refuse)
     topk()
     assert counts == [1]
+
+
+def test_element_types_in_turn(ways):
+    """A call first tries what served the last one."""
+    random = np.random.default_rng(0)
+    index = [indexer_inputs(random, variant, scaled=scaled) for variant in VARIANTS for scaled in (True, False)]
+    for i in (0, 1, 0, *range(len(index)), 2, 2, 0):
+        short, long, taken = ways(dsa_tvm.lightning_indexer, **index[i])
+        assert short == long and taken
+
+
+def test_an_element_type_may_be_another_object(ways):
+    """NumPy makes one for each array that comes out of a pickle."""
+    logits = pickle.loads(pickle.dumps(LOGITS))
+    assert logits.dtype is not LOGITS.dtype
+    short, long, taken = ways(topk, logits=logits)
+    assert short == long and taken

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import dsa_tvm  # noqa: E402
 import dsa_tvm.torch_ops  # noqa: E402
 from dsa_tvm.ops import OPS  # noqa: E402
+from dsa_tvm.runtime import frames  # noqa: E402
 
 OPERATORS = torch.ops.dsa_tvm
 KWARGS = {
@@ -222,11 +223,15 @@ def test_vmap(name):
         torch.func.vmap(lambda *args: getattr(dsa_tvm, name)(*args, **KWARGS[name]))(*batch)
 
 
-@pytest.mark.parametrize("trace", ["make_fx", "jit"])
+@pytest.mark.parametrize("trace", ["make_fx", "before the dispatcher", "jit"])
 def test_functions_are_not_traced(trace):
     """A trace would contain an empty output that nothing fills."""
     logits, ks, ke = arguments("topk", "cpu")
-    traces = {"make_fx": lambda f: make_fx(f)(logits), "jit": lambda f: torch.jit.trace(f, logits)}
+    traces = {
+        "make_fx": lambda f: make_fx(f)(logits),
+        "before the dispatcher": lambda f: make_fx(f, pre_dispatch=True)(logits),
+        "jit": lambda f: torch.jit.trace(f, logits),
+    }
     with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: logits: expected .* trace.*torch\.ops\.dsa_tvm\.topk"):
         traces[trace](lambda x: dsa_tvm.topk(x, ks, ke, 3))
     traced = traces[trace](lambda x: OPERATORS.topk(x, ks, ke, topk=3))
@@ -256,6 +261,56 @@ def test_modes_see_the_operator(name, grad, device):
     assert seen.names.count(f"dsa_tvm.{name}.default") == 1
     with torch.set_grad_enabled(grad):
         assert equal(found, getattr(OPERATORS, name)(*args, **KWARGS[name]))
+
+
+@pytest.mark.parametrize("grad", [True, False, "inference"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_plain_call_takes_the_short_way(name, grad, monkeypatch):
+    """It gives what the long one gives, and its errors have the same words."""
+    args = arguments(name, "cpu", dtype=torch.bfloat16)
+    wrong = (*args[:-1], torch.cat([args[-1], args[-1]]))
+    operator, kwargs = getattr(OPERATORS, name), KWARGS[name]
+
+    def run():
+        with torch.inference_mode(grad == "inference"), torch.set_grad_enabled(grad is True):
+            given, bad = [x.clone() for x in args], [x.clone() for x in wrong]
+            found = operator(*given, **kwargs)
+            with pytest.raises(dsa_tvm.ArgumentError) as error:
+                operator(*bad, **kwargs)
+        return found, str(error.value)
+
+    long_way = dsa_tvm.torch_ops.call
+
+    def refuse(*_):
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr(dsa_tvm.torch_ops, "call", refuse)
+    found, words = run()
+    monkeypatch.setattr(dsa_tvm.torch_ops, "call", long_way)
+    monkeypatch.setattr(frames.Caller, "call", lambda *_: None)
+    expected, same_words = run()
+    assert equal(found, expected) and words == same_words
+
+
+def test_what_is_not_plain_takes_the_long_way(monkeypatch):
+    """A strided tensor, a parameter, a subclass, and a tensor that asks for gradients where none are recorded."""
+    logits, ks, ke = arguments("topk", "cpu")
+    expected = OPERATORS.topk(logits, ks, ke, topk=3)
+    taken = []
+    long_way = dsa_tvm.torch_ops.call
+    monkeypatch.setattr(dsa_tvm.torch_ops, "call", lambda *given: taken.append(1) or long_way(*given))
+    others = (
+        torch.nn.Parameter(logits, requires_grad=False),
+        logits.as_subclass(Subclass),
+        logits.clone().requires_grad_(),
+    )
+    with torch.no_grad():
+        for n, other in enumerate(others, 1):
+            assert torch.equal(OPERATORS.topk(other, ks, ke, topk=3), expected) and len(taken) == n
+    with pytest.raises(dsa_tvm.ArgumentError, match="expected a contiguous tensor"):
+        OPERATORS.topk(logits.T.contiguous().T, ks, ke, topk=3)
+    with pytest.raises(dsa_tvm.ArgumentError, match=r"topk: expected topk in 1\.\.4096, got -1"):
+        OPERATORS.topk(logits, ks, ke, topk=-1)
 
 
 def test_lazy_signs_are_resolved(device):
