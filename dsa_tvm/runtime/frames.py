@@ -69,8 +69,7 @@ class _Frame:
         The same memory as int64 and as float64.
     options : ctypes structure
     arguments : tuple
-        The arguments of ``dsa_tvm_call``. The pointers are ctypes objects, because converting numbers to them takes as
-        long as the rest of the call.
+        The arguments of ``dsa_tvm_call``. The pointers are made by ``ctypes.byref``: others take longer to pass.
     """
 
     def __init__(self, spec: OpSpec, tensors: Sequence[tuple[tuple[int, int], int, int] | None], end: int) -> None:
@@ -89,17 +88,14 @@ class _Frame:
             tensor.shape = ctypes.cast(start + 8 * word, type(tensor.shape))
             pointers.append(start + 8 * (word + rank))
         count = len(spec.inputs)
-        self._name = ctypes.create_string_buffer(spec.name.encode())
-        self._inputs = (ctypes.c_void_p * count)(*pointers[:count])
-        self._outputs = (ctypes.c_void_p * len(spec.outputs))(*pointers[count:])
-
-        def pointer(x: Any) -> ctypes.c_void_p:
-            return ctypes.c_void_p(ctypes.addressof(x))
-
+        name = ctypes.create_string_buffer(spec.name.encode())
+        inputs = (ctypes.c_void_p * count)(*pointers[:count])
+        outputs = (ctypes.c_void_p * len(spec.outputs))(*pointers[count:])
+        pointer = ctypes.byref
         self.arguments = (
-            *(pointer(self._name), pointer(self._inputs), count),
-            *(ctypes.c_void_p(start + 8 * end), len(spec.attrs)),
-            *(pointer(self._outputs), len(spec.outputs), pointer(self.options)),
+            *(pointer(name), pointer(inputs), count),
+            *(pointer(self.words, 8 * end), len(spec.attrs)),
+            *(pointer(outputs), len(spec.outputs), pointer(self.options)),
         )
 
 
