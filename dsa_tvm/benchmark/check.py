@@ -1,6 +1,7 @@
-"""Is a result right? Sampled rows against the float64 references.
+"""Checks results: sampled rows against the float64 references.
 
-Ours are held to the tolerances of the `OpSpec`, peers' to wider ones. Arrays and torch tensors are both taken.
+Our results have to be within the tolerances of the `OpSpec`, those of peers within wider ones. Results may be arrays or
+torch tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..spec import Tolerance
 from .workload import Workload, to_numpy
 
 _LOGITS = OPS["lightning_indexer"]
-#: Peers may round products and sums to 16 bits on the way; what they compute must be the same all the same.
+#: Peers may round products and sums to 16 bits on the way, but have to compute the same.
 PEER_LOGITS = Tolerance(abs=2e-2, rel=2e-2, cos=2e-5)
 PEER_OUT = Tolerance(abs=1e-2, rel=3.01 / 64, cos=1e-4)
 #: Inputs that all queries share.
@@ -27,12 +28,12 @@ OF_KEYS = {t.name for spec in OPS.values() for t in spec.inputs if t.shape[0] !=
 
 
 class CheckError(DsaError, AssertionError):
-    """A result is not what the float64 reference says."""
+    """A result differs from the float64 reference."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a passed check saw.
+    """What a passed check found.
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ class Finding:
 
 
 def sample(rows: int) -> list[int]:
-    """A few rows to look at: the first, the middle and the last."""
+    """A few rows to check: the first, the middle and the last."""
     return sorted({0, rows // 2, rows - 1}) if rows else []
 
 
@@ -60,7 +61,7 @@ def compare(where: str, got: np.ndarray, reference: np.ndarray, tolerance: Toler
     Parameters
     ----------
     where : str
-        What to call it in the message.
+        The name of the result in messages.
     got : ndarray
         Any element type.
     reference : ndarray
@@ -75,8 +76,8 @@ def compare(where: str, got: np.ndarray, reference: np.ndarray, tolerance: Toler
     Raises
     ------
     CheckError
-        Another shape, infinities or NaN in other places, an error above ``abs + rel * |reference|``, or a cosine
-        difference above ``cos``.
+        The shape or the positions of infinities or NaN differ, an error is above ``abs + rel * |reference|``, or the
+        cosine difference is above ``cos``.
     """
     got, reference = (np.asarray(a).astype(np.float64) for a in (got, reference))
     if got.shape != reference.shape:
@@ -110,34 +111,35 @@ def cosine_difference(x: np.ndarray, y: np.ndarray) -> float:
 def check_selection(where: str, row: np.ndarray, logits: np.ndarray, topk: int, tolerance: Tolerance) -> int:
     """Check one row of indices against exact logits.
 
-    Logits computed in float32 may order two keys that lie closer than their errors the other way round than float64
-    does. So every key must be within two errors of the right side of the threshold, and everything else is exact.
+    float32 may order two keys differently than float64 if their logits are closer than their errors. So every key has
+    to be on the right side of the threshold within two errors. Everything else has to be exact.
 
     Parameters
     ----------
     where : str
-        What to call it in the message.
+        The name of the result in messages.
     row : ndarray [topk], int32
     logits : ndarray [s_kv], float64
-        -inf where the query may not look.
+        -inf for keys that the query may not see.
     topk : int
     tolerance : Tolerance
-        Of the logits.
+        The tolerance of the logits.
 
     Returns
     -------
     int
-        Selected keys that are not in the float64 selection.
+        The number of selected keys that are not in the float64 selection.
 
     Raises
     ------
     CheckError
+        The selection is wrong.
     """
     visible = ~np.isneginf(logits)
     count = min(topk, int(visible.sum()))
     chosen = row[:count]
     if len(row) != topk or (row[count:] != -1).any():
-        raise CheckError(f"{where}: expected {count} indices and -1 behind")
+        raise CheckError(f"{where}: expected {count} indices followed by -1")
     if not count:
         return 0
     if (chosen < 0).any() or (chosen >= len(logits)).any() or not visible[chosen].all():
@@ -164,7 +166,7 @@ def check_indices(
     topk: int,
     rows: Sequence[int],
 ) -> int:
-    """`check_selection` of some rows; `indexer` holds the inputs of `lightning_indexer`. Returns the near-ties."""
+    """Run `check_selection` for some rows and count near-ties. `indexer` has the inputs of `lightning_indexer`."""
     tolerance = _LOGITS.tolerance["logits"][str(indexer["q"].dtype)]
     near_ties = 0
     for m in rows:
@@ -174,14 +176,14 @@ def check_indices(
 
 
 def indexer_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of `dsa_attention` that `indexer_topk` takes, by its names."""
+    """The inputs of `dsa_attention` that `indexer_topk` takes, under its names."""
     names = {"q": "index_q", "k": "index_k", "k_scale": "index_k_scale"}
     found = {t.name: inputs.get(names.get(t.name, t.name)) for t in _LOGITS.inputs}
     return {n: x for n, x in found.items() if x is not None}
 
 
 def references(work: Workload, rows: Sequence[int]) -> tuple[Any, ...]:
-    """The float64 outputs of some queries, of an operator that is one kernel."""
+    """The float64 outputs of some queries, for an operator with a single kernel."""
     return work.spec.reference(**_rows(work.inputs, rows), **work.attrs)
 
 
@@ -194,27 +196,27 @@ def check(
     selected: np.ndarray | None = None,
     dtype: str = "",
 ) -> Finding:
-    """Check what an operator returned.
+    """Check the outputs of an operator.
 
-    The whole of `dsa_attention` is checked in two halves, because a near-tie changes the output by more than
-    rounding: the selection of `indexer_topk` against the logits, and the attention over that selection.
+    `dsa_attention` is checked in two halves, because a near-tie changes the output by more than rounding: first the
+    selection against the logits, then the attention over that selection.
 
     Parameters
     ----------
     work : Workload
-        The inputs it was given.
+        The inputs of the operator.
     outputs : sequence of ndarray
-        All of them, in the operator's order.
+        All outputs, in the operator's order.
     rows : sequence of int
-        Queries to look at.
+        The queries to check.
     where : str
-        What to call it in messages; the operator's name by default.
+        The name of the result in messages; by default that of the operator.
     known : tuple, optional
-        `references` of the same, for a caller that checks several results of one workload.
+        The `references`, for a caller that checks several results of one workload.
     selected : ndarray, optional
         The indices [s_q, topk] that `dsa_attention` selected; by default what `indexer_topk` selects here.
     dtype : str
-        Element type whose tolerances hold; that of the first input by default.
+        Element type whose tolerances apply; by default that of the first input.
 
     Returns
     -------
@@ -223,6 +225,7 @@ def check(
     Raises
     ------
     CheckError
+        An output is wrong.
     """
     where = where or work.op
     spec, inputs, attrs = work.spec, work.inputs, dict(work.attrs)
@@ -252,7 +255,7 @@ def check(
 
 
 class Checker:
-    """The references of some queries of one workload, made once for several results.
+    """Checks several results of one workload, with references that are made once.
 
     Parameters
     ----------
@@ -262,7 +265,7 @@ class Checker:
     Attributes
     ----------
     rows : list of int
-        The queries that are looked at.
+        The queries that are checked.
     """
 
     def __init__(self, work: Workload) -> None:
@@ -275,12 +278,12 @@ class Checker:
             self._known = references(self._work, range(len(self.rows)))
 
     def ours(self, outputs: Sequence[Any]) -> Finding:
-        """Check our outputs, all of them, within the operator's tolerances.
+        """Check all our outputs with the tolerances of the operator.
 
         Parameters
         ----------
         outputs : sequence of ndarray or tensor
-            In the operator's order.
+            All outputs, in the operator's order.
 
         Returns
         -------
@@ -289,27 +292,30 @@ class Checker:
         Raises
         ------
         CheckError
+            An output is wrong.
         """
         selected = None
         if self._work.op == "dsa_attention":
-            # Of all queries: a call with the sampled ones alone may be the work of another kernel.
+            # Select for all queries, because a call with the sampled ones may use another kernel.
             indexer = indexer_inputs(self._given.inputs)
             selected = self._sampled(functions.indexer_topk(**indexer, topk=self._work.attrs["topk"]))
         arrays = [self._sampled(x) for x in outputs]
         return check(self._work, arrays, range(len(self.rows)), known=self._known, selected=selected)
 
     def peer(self, name: str, result: Any) -> None:
-        """Check a peer's first output, in its own order and within `PEER_LOGITS` and `PEER_OUT`.
+        """Check the first output of a peer, in its own order, within `PEER_LOGITS` and `PEER_OUT`.
 
         Parameters
         ----------
         name : str
-            What to call it in messages.
+            The name of the peer in messages.
         result : ndarray or tensor, or (out, indices) for `dsa_attention`
+            The output.
 
         Raises
         ------
         CheckError
+            The output is wrong.
         """
         where, inputs, op = f"{name}: {self._work.op}", self._work.inputs, self._work.op
         if op == "dsa_attention":
@@ -327,7 +333,7 @@ class Checker:
             self._topk(where, self._sampled(result))
         else:
             (logits,) = self._known or ()
-            # What is outside a query's range, many leave as it was.
+            # Many peers leave logits outside the range of a query unchanged.
             compare(where, np.where(np.isneginf(logits), -np.inf, self._sampled(result)), logits, PEER_LOGITS)
 
     def _sampled(self, x: Any) -> np.ndarray:
@@ -347,7 +353,7 @@ class Checker:
             check_selection(where, padded, exact, len(padded), PEER_LOGITS)
 
     def _topk(self, where: str, chosen: np.ndarray) -> None:
-        """The values must be the largest; which of equal ones, a peer may choose."""
+        """Check that the values are the largest. A peer may choose among equal ones."""
         (expected,) = self._known or ()
         for row, logits, right in zip(chosen, self._work.inputs["logits"], expected, strict=True):
             seen, right = _visible(row, ~np.isneginf(logits)), _visible(right, ~np.isneginf(logits))
@@ -356,11 +362,11 @@ class Checker:
 
 
 def _visible(row: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """The indices of a row that a query may see: a peer may fill up with others."""
+    """The indices of a row that the query may see. A peer may fill the row with others."""
     row = row[(row >= 0) & (row < len(visible))]
     return row[visible[row]]
 
 
 def _rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """The inputs cut to some queries."""
+    """The inputs of some queries."""
     return {n: x if n in OF_KEYS else x[list(rows)] for n, x in inputs.items()}

@@ -34,7 +34,7 @@ CHUNK = 128
 STEPS = 16
 _DENSE_QUERIES = 8
 _TOKENS = 32768
-#: What the demo takes at its peak beside what grows with the text: imports, queries, their outputs and float64 checks.
+#: Peak memory without the part that grows with the text: imports, queries, their outputs and float64 checks.
 _OTHER_BYTES = 180 << 20
 _SPEC = OPS["dsa_attention"]
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     Raises
     ------
     ArgumentError
-        A text or a number that does not serve.
+        The text or a number is not usable.
     CheckError
         The model writes other tokens than with Transformers, or a result differs from the float64 reference or from
         plain ONNX Runtime by more than the tolerance.
@@ -128,12 +128,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _tokens(path: Path, asked: int | None, at_least: int, preset: Preset) -> tuple[np.ndarray, list[str]]:
-    """The tokens of the text, as many as memory holds; and a note where these are fewer than by default.
+    """The tokens of the text, as many as fit in memory, and a note if these are fewer than by default.
 
     Raises
     ------
     ArgumentError
-        A text that does not serve, or more tokens asked for, or fewer needed, than memory holds.
+        The text is not usable, or memory holds fewer tokens than are asked for or needed.
     """
     left = machine.memory()
     most = (left.bytes - _OTHER_BYTES) // prompt.size(1, preset)
@@ -141,7 +141,7 @@ def _tokens(path: Path, asked: int | None, at_least: int, preset: Preset) -> tup
         needed = machine.in_units(_OTHER_BYTES + prompt.size(at_least, preset))
         raise ArgumentError(f"demo: expected {needed} of memory at least, got {left}")
     wanted = min(_TOKENS if asked is None else asked, INT32_MAX)
-    # One more than fits tells whether there are more.
+    # Read one more than fits, to know whether there are more.
     tokens = prompt.read(path, min(wanted, most + 1), at_least)
     if len(tokens) <= most:
         return tokens, []
@@ -196,7 +196,7 @@ def _run(stage: _Stage, ours: Any, attrs: Mapping[str, Any]) -> None:
 
 
 def _selections(stage: _Stage, selector: Any, preset: Preset) -> list[np.ndarray]:
-    """What plain ONNX Runtime selects in each call; nothing where it would need too much memory."""
+    """What plain ONNX Runtime selects in each call, or nothing if it would need too much memory."""
     try:
         check_memory(
             "dsa_attention", {**preset.lengths, "s_q": stage.queries, "s_kv": len(stage.feeds[-1]["kv"])}, held=3
@@ -207,7 +207,7 @@ def _selections(stage: _Stage, selector: Any, preset: Preset) -> list[np.ndarray
 
 
 def _against_plain(stage: _Stage, selections: Sequence[np.ndarray], plain: Any, attrs: Mapping[str, Any]) -> list[str]:
-    """Compare every query: the outputs where both selected the same keys, else both selections with float64."""
+    """Compare every query: the outputs if both selected the same keys, else both selections with float64."""
     if not selections:
         return [f"{stage.name}: plain ONNX Runtime is left out: it needs over 6 GiB, or over 80 % of what is free"]
     where, tolerance = f"{stage.name}: against plain ONNX Runtime", _SPEC.tolerance["out"]["float32"]
@@ -248,7 +248,7 @@ def _dense(
 
 
 def _race(stage: _Stage, contenders: Mapping[str, tuple[Any, list[dict[str, np.ndarray]]]]) -> None:
-    """Median time of a call of each contender, taken in turns after a first call that is not counted."""
+    """The median time of a call of each contender. They take turns after a first call that does not count."""
     for running, feeds in contenders.values():
         running.run(None, feeds[0])
 
@@ -281,7 +281,7 @@ def _cells(stage: _Stage, preset: Preset) -> list[str]:
 
 
 def _affinity(inputs: prompt.Prompt, tokens: np.ndarray, preset: Preset, stage: _Stage) -> str:
-    """Does the selection follow the text?"""
+    """How well the selection follows the text."""
     feed = stage.feeds[0]
     indices = functions.indexer_topk(**check.indexer_inputs(feed), topk=preset.topk)
     first = int(feed["ke"][0]) - 1

@@ -1,4 +1,4 @@
-"""The GPU that is measured, through torch: its errors, what tells its time, and what it can do at most."""
+"""The GPU that is measured, through torch: its clock, its errors and its limits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Gpu:
     Attributes
     ----------
     device : str
-        Where the tensors go.
+        The device of tensors.
     capability : int
-        90 for 9.0.
+        Compute capability, 90 for 9.0.
     out_of_memory : type
-        What torch raises then.
+        The exception that torch raises.
     """
 
     device = "cuda"
@@ -40,7 +40,7 @@ class Gpu:
         self._cycles = self._cycles_per_second()
 
     def _cycles_per_second(self) -> float:
-        """Under load: clocks rise for some tenths of a second."""
+        """The clock rate under load. Clocks rise for some tenths of a second."""
         found: list[float] = []
         while len(found) < 50 or (abs(found[-1] / found[-2] - 1) > 0.02 and len(found) < 200):
             begin = self.mark()
@@ -59,7 +59,7 @@ class Gpu:
         self._cuda.synchronize()
 
     def hold(self, seconds: float) -> None:
-        """Keep the GPU busy for about that long."""
+        """Keep the GPU busy for about this long."""
         self._cuda._sleep(int(seconds * self._cycles))
 
     def flush(self) -> None:
@@ -77,7 +77,7 @@ class Gpu:
         return begin.elapsed_time(end) / 1e3
 
     def free(self) -> None:
-        """Give back what nobody holds any more."""
+        """Free cached memory."""
         gc.collect()
         with contextlib.suppress(RuntimeError):  # of a GPU that has stopped working: the next call tells
             self._cuda.empty_cache()
@@ -96,7 +96,7 @@ class Gpu:
         }
 
     def ceilings(self, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float | None]:
-        """What the card does at most here: large products and a large copy.
+        """The most that the card reaches here, in large products and a large copy.
 
         Parameters
         ----------
@@ -134,14 +134,14 @@ class Gpu:
 
 
 def find() -> Gpu:
-    """The GPU, where there is one that can be measured.
+    """The GPU to measure.
 
     Raises
     ------
     DsaError
-        No torch, a torch without CUDA, or no GPU.
+        There is no torch, no CUDA in it, or no GPU.
     LibraryError
-        The library has no CUDA kernels, or as `library.load`.
+        The library has no CUDA kernels, or `library.load` fails.
     """
     try:
         import torch

@@ -37,6 +37,7 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
     Raises
     ------
     ArgumentError
+        An operator, a preset or a number cannot be measured, or the JSON file cannot be written.
     """
     for op in args.op:
         if op not in OPERATORS:
@@ -63,6 +64,7 @@ def check_threads(command: str, threads: Sequence[int]) -> None:
     Raises
     ------
     ArgumentError
+        A number is out of range.
     """
     for number in threads:
         if number not in THREADS:

@@ -1,4 +1,4 @@
-"""A text as the inputs of sparse attention: bytes are tokens, and seeded weights stand in for a trained layer."""
+"""Turns a text into inputs of sparse attention. Bytes are tokens, and seeded weights stand in for a trained layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..presets import Preset
 #: Large text files of the standard library, the largest first.
 _MODULES = ("pydoc_data.topics", "_pydecimal", "turtle", "typing")
 _WIDTH = 128
-#: A token's vector mixes in the bytes before it, each by this much less than the one after it.
+#: The vector of a token includes the bytes before it, each with this factor relative to the next.
 _TAPS, _DECAY = 8, 0.75
 _POSITION = 0.3
 
@@ -25,7 +25,7 @@ def default_text() -> Path:
     Raises
     ------
     ArgumentError
-        None of the known ones is there as a file.
+        None of the known texts exists as a file.
     """
     for name in _MODULES:
         try:
@@ -44,9 +44,9 @@ def read(path: Path, tokens: int, at_least: int) -> np.ndarray:
     ----------
     path : Path
     tokens : int
-        Read at most so many.
+        The most bytes to read.
     at_least : int
-        Refuse a text with fewer.
+        The fewest bytes to accept.
 
     Returns
     -------
@@ -69,13 +69,13 @@ def read(path: Path, tokens: int, at_least: int) -> np.ndarray:
 
 
 def size(tokens: int, preset: Preset) -> int:
-    """Bytes that `embed` holds at its peak for so many tokens, without the queries."""
+    """The peak memory of `embed` in bytes, without the queries."""
     return 4 * tokens * (preset.d_idx + 2 * preset.d_qk + 3 * _WIDTH)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one attention layer has of a text, float32 and C-contiguous.
+    """The tensors of one attention layer for a text, float32 and C-contiguous.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Prompt:
     index_q : ndarray [m, h_idx, d_idx]
     weights : ndarray [m, h_idx]
     q : ndarray [m, h_q, d_qk]
-        Of the last m tokens.
+        Queries of the last m tokens.
     """
 
     index_k: np.ndarray
@@ -116,14 +116,14 @@ class Prompt:
 def embed(tokens: np.ndarray, queries: int, preset: Preset, seed: int = 0) -> Prompt:
     """Make the inputs of a layer.
 
-    Equal bytes after equal bytes have nearly equal vectors, and every query head looks for keys like its own token's,
-    so that the selection follows the text.
+    Equal bytes after equal bytes have nearly equal vectors, and every query head looks for keys like that of its own
+    token. So the selection follows the text.
 
     Parameters
     ----------
     tokens : ndarray [n], uint8
     queries : int
-        How many of the last tokens ask.
+        The number of last tokens that become queries.
     preset : Preset
     seed : int
 
@@ -152,19 +152,19 @@ def embed(tokens: np.ndarray, queries: int, preset: Preset, seed: int = 0) -> Pr
 
 
 def _hidden(rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:
-    """[n, _WIDTH]: a decaying sum of the vectors of a byte and those before it, and a little of its position."""
+    """Hidden states [n, _WIDTH]: a decaying sum over the vectors of a byte and those before it, plus its position."""
     n, half = len(tokens), _WIDTH // 2
     table = rng.standard_normal((256, _WIDTH), np.float32)
     angles = np.arange(n, dtype=np.float32)[:, None] * np.geomspace(1, 1e-4, half, dtype=np.float32)
     hidden = np.concatenate([np.sin(angles), np.cos(angles)], axis=1) * np.float32(_POSITION)
     for tap in range(min(_TAPS, n)):
-        # Rolled, so that "ab" and "ba" differ.
+        # Roll it, so that "ab" and "ba" differ.
         vectors = np.roll(table, tap, axis=1) * np.float32(_DECAY**tap)
         hidden[tap:] += vectors[tokens[: n - tap]]
     return _normalized(hidden)
 
 
 def _normalized(x: np.ndarray) -> np.ndarray:
-    """In place: every last axis to a mean square of 1."""
+    """Scale the last axis to a mean square of 1, in place."""
     x *= 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True))
     return x

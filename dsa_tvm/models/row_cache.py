@@ -35,7 +35,9 @@ class RowLayer(DynamicIndexedLayer):
         """The number of keys that the next `update` will return, and the position of the first."""
         return self._capacity_for(self.length + query_length), 0
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows of new tokens, and return the whole buffer.
 
         Parameters

@@ -1,6 +1,6 @@
 """The same work done by other packages on a GPU: DeepGEMM, FlashMLA, vLLM and Triton; torch is in `torch_peer`.
 
-None of them is needed: each is asked for when the benchmark runs, and one that is not there says so.
+None of them is needed. The benchmark imports them when it runs, and reports those that are missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TITLES = {
     "vllm": "vLLM",
     "vllm_prefill": "vLLM prefill",
 }
-#: Which of them do an operator's work.
+#: The peers of each operator.
 BY_OPERATOR: Mapping[str, tuple[str, ...]] = {
     "lightning_indexer": ("torch", "triton", "deep_gemm"),
     "topk": ("torch", "vllm", "vllm_prefill"),
@@ -43,7 +43,7 @@ BY_OPERATOR: Mapping[str, tuple[str, ...]] = {
 
 
 def prepare(name: str, work: Workload, capability: int) -> Peer:
-    """A peer's work of one call, ready to be timed.
+    """Prepare the work of a peer for timing.
 
     Parameters
     ----------
@@ -52,12 +52,12 @@ def prepare(name: str, work: Workload, capability: int) -> Peer:
     work : Workload
         torch tensors.
     capability : int
-        The GPU's; 90 for 9.0.
+        Compute capability of the GPU, 90 for 9.0.
 
     Raises
     ------
     Skipped
-        It is not installed, or does not take such arguments.
+        The peer is not installed, or does not take such arguments.
     """
     return _MAKERS[name](work, capability)
 
@@ -77,7 +77,7 @@ def _line(what: str, error: BaseException) -> str:
 
 
 def _bf16(work: Workload, capability: int) -> Peer:
-    """`sparse_mla` on what the packed rows stand for, which takes nearly twice the memory."""
+    """`sparse_mla` on the numbers of packed rows, which take nearly twice the memory."""
     t, kv = work.inputs, unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
     return Peer(lambda: functions.sparse_mla(t["q"], kv, t["indices"], **work.attrs), lambda x: x[0])
 
@@ -131,7 +131,7 @@ def _one_kv_head(work: Workload) -> tuple[Any, Any, Any]:
 
 
 def _legacy(function: Callable[..., Any], work: Workload, capability: int) -> dict[str, bool]:
-    """Which kernels of sgl-flash-mla; those of Hopper, and for rows of 576, are its older ones."""
+    """Which kernels of sgl-flash-mla to use. For Hopper, and for rows of 576, they are the older ones."""
     if "use_legacy" not in inspect.signature(function).parameters:
         return {}
     return {"use_legacy": capability < 100 or work.lengths["d_qk"] != 512}
@@ -145,7 +145,7 @@ def _flash_mla(work: Workload, capability: int) -> Peer:
 
 
 def _flash_mla_fp8(work: Workload, capability: int) -> Peer:
-    """Decoding from its cache of 656 bytes a token, every query a sequence of its own."""
+    """Decoding from its cache of 656 bytes per token, with each query as a separate sequence."""
     package = _import("flash_mla")
     q, _, indices = _one_kv_head(work)
     if work.lengths["d_qk"] != 576 or work.lengths["s_q"] > 256:
@@ -167,7 +167,7 @@ def _flash_mla_fp8(work: Workload, capability: int) -> Peer:
 
 @functools.cache
 def _load_vllm(pattern: str) -> None:
-    """Register the operators of one of its extensions, without importing the rest of it, which needs much more."""
+    """Register the operators of one extension of vLLM, without importing the rest, which needs much more."""
     import torch
 
     found = importlib.util.find_spec("vllm")
@@ -230,7 +230,7 @@ def _bytes_like(work: Workload, size: int) -> Any:
 
 
 def flash_mla_cache(rows: Any) -> Any:
-    """Packed rows of 576 as FlashMLA takes them: tensor [pages, 64, 1, 656], float8_e4m3fn."""
+    """Packed rows of 576 in the form of FlashMLA: a tensor [pages, 64, 1, 656], float8_e4m3fn."""
     import torch
 
     pages = -(-len(rows) // _CACHE_PAGE)
