@@ -34,7 +34,7 @@ def check_narrow_sums(emulator, run, dtype):
         with emulator.narrow_sums(13 if narrow else 23):
             check(run, a, dtype)
             if narrow:
-                with pytest.raises(AssertionError, match="beyond the tolerance"):
+                with pytest.raises(AssertionError, match="expected errors within the tolerance"):
                     check(run, a)
         if narrow:
             with emulator.narrow_sums(25):
