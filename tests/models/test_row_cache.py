@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from small_models import make  # noqa: E402
 
-import dsa_tvm.models.transformers  # noqa: E402  # registers the attention
+import dsa_tvm.models.transformers  # noqa: E402, F401  # registers the attention
 from dsa_tvm.models.row_cache import RowCache, RowLayer  # noqa: E402
 
 
