@@ -15,16 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..schedules import BASES, CPU, CPU_TARGETS
+from ..schedules import CPU
 from ..spec import DIMS, INT32_MAX, Dim
 from . import kernel_table, link, objects, spec_table
 from .kernel_table import Kernels
 
 #: The kernel sets of a library in order, by the suffix of their symbols.
 SUFFIXES = ("default", "candidate")
-
-#: Targets for which GCC has another name.
-_MARCH = {"aarch64": "armv8-a"} | {t: CPU_TARGETS[t]["mcpu"] for t in BASES}
 
 
 def compile_kernel(
@@ -102,11 +99,9 @@ class Linker:
         spec_table.write(self._directory, dims, "0")
         source = link.export_directory() / "src"
         files = [*(source / name for name in (*link.CORE, "measure/measure.c")), directory / "specs.c"]
-        core, peak = directory / "core.o", directory / "peak.o"
+        core = directory / "core.o"
         link.compile_object(files, core, directory, cc, f"-DMEASURED_OP=OP_{op.upper()}")
-        march = f"-march={_MARCH.get(target, target)}"
-        link.compile_object([source / "measure" / "peak.c"], peak, directory, cc, "-O3", march)
-        self._objects = [str(core), str(peak)]
+        self._core = str(core)
 
     def link(
         self, default_object: Path, default_decisions: Any, candidate_object: Path, candidate_decisions: Any, out: Path
@@ -132,7 +127,7 @@ class Linker:
             for decisions, suffix in zip((default_decisions, candidate_decisions), SUFFIXES, strict=True)
         ]
         # The table comes from standard input, so that no file is left behind.
-        inputs = ("-x", "c", "-", "-x", "none", *self._objects, str(default_object), str(candidate_object))
+        inputs = ("-x", "c", "-", "-x", "none", self._core, str(default_object), str(candidate_object))
         table = kernel_table.source(sets)
         # Without nodelete: a search loads thousands of these.
         link.link_shared(inputs, out, self._directory, self._cc, "measure.map", "-Wl,-z,defs", "-ldl", text=table)

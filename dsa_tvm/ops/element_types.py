@@ -18,6 +18,13 @@ STORAGE: Mapping[str, np.dtype[Any]] = {
     "uint8": np.dtype(np.uint8),
 }
 _FP8_NAN = 0x7F
+#: The types that processors have multiply-adds or dot products of.
+PRODUCTS = ("float32", "bfloat16", "int8")
+
+
+def product_of(dtype: str) -> str:
+    """In which of `PRODUCTS` queries of a type are multiplied, exactly, where the processor has it; else in float32."""
+    return {"bfloat16": "bfloat16", "float8_e4m3fn": "bfloat16", "int8": "int8"}.get(dtype, "float32")
 
 
 def _fp8_values() -> np.ndarray:

@@ -26,6 +26,8 @@ _FUNCTIONS = (
     "get_num_threads",
     "last_error",
     "output_shapes",
+    "peak",
+    "read_rate",
     "set_num_threads",
     "target",
     "version",

@@ -15,6 +15,7 @@ from samples import attention_inputs
 import dsa_tvm
 from dsa_tvm.errors import BuildError
 from dsa_tvm.ops import OPS
+from dsa_tvm.ops.element_types import PRODUCTS
 from dsa_tvm.runtime import library
 
 tvm = pytest.importorskip("tvm", reason="candidates are compiled by apache-tvm")
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C co
 
 AARCH64_CC = "aarch64-linux-gnu-gcc"
 S_Q, S_KV = 3, 500
+FLOAT32 = PRODUCTS.index("float32")
 
 
 def make(op, target, decisions, directory, cc="cc"):
@@ -94,11 +96,13 @@ def test_times(attention, load):
     seconds = [module["time"](which, 1, 3, *arguments) for which in (0, 1)]
     seconds.append(module.time_evaluator("call", device, number=3)(1, 1, *arguments).mean)
     assert all(1e-6 < x < 1 for x in seconds)
-    rate = module["peak"](1, 20)
+    rate = module["peak"](FLOAT32, 1, 20)
     flops = 2 * S_Q * 41 * 77 * (576 + 512)
     # A clock that rises in between is all that may lift a kernel above the limit.
     assert 1 < rate < 1e4 and flops / min(seconds) < 1.5e9 * rate
-    assert module["peak"](2, 20) > 0.5 * rate and module["cpus"]() >= 1
+    assert module["peak"](FLOAT32, 2, 20) > 0.5 * rate and module["cpus"]() >= 1
+    # The target of the kernels for float32 has no other products.
+    assert module["peak"](PRODUCTS.index("bfloat16"), 1, 20) == 0
 
 
 UNLOAD = """
@@ -161,11 +165,13 @@ def test_wrong_arguments_are_an_error(attention, words):
 def test_wrong_arguments_of_the_others_are_an_error(attention):
     module, device = local(attention)
     _, arguments = packed(device)
-    for name, wrong in {"time": [0, 1, 0, *arguments], "peak": [0, 20]}.items():
+    for name, wrong in {"time": [0, 1, 0, *arguments], "peak": [FLOAT32, 0, 20]}.items():
         with pytest.raises(ValueError, match="expected 1"):
             module[name](*wrong)
-    with pytest.raises(ValueError, match="peak: expected 2 arguments, got 0"):
+    with pytest.raises(ValueError, match="peak: expected 3 arguments, got 0"):
         module["peak"]()
+    with pytest.raises(ValueError, match=f"product: expected 0..{len(PRODUCTS) - 1}, got {len(PRODUCTS)}"):
+        module["peak"](len(PRODUCTS), 1, 20)
 
 
 def test_other_element_types_are_an_error(attention):

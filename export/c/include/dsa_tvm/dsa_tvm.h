@@ -239,6 +239,16 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_workspace_size(const char *op, const dsa_tvm_
                                                   int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs,
                                                   uint64_t *bytes);
 
+/* What this machine can do at most, to compare the time of a call with: operations per second of multiply-adds of
+ * "float32", of dot products of "bfloat16" or of "int8" (a product and its addition are two), in registers, with the
+ * instructions of dsa_tvm_target(). It takes `seconds` and returns the best that `num_threads` threads (0: the process
+ * default) reached meanwhile. DSA_TVM_UNSUPPORTED: the target has no dot products of this type, and its kernels widen it
+ * to float32. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_peak(const char *dtype, int32_t num_threads, double seconds, double *rate);
+
+/* Bytes per second of reading so many bytes again and again, each thread its part: from whatever cache holds them. */
+DSA_TVM_API dsa_tvm_status dsa_tvm_read_rate(int64_t bytes, int32_t num_threads, double seconds, double *rate);
+
 #ifdef __cplusplus
 }
 #endif

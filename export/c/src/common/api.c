@@ -138,3 +138,46 @@ dsa_tvm_status dsa_tvm_dsa_attention(const dsa_tvm_tensor *index_q, const dsa_tv
   return execute(OP_DSA_ATTENTION, INPUTS(index_q, index_k, weights, ks, ke, q, kv, index_k_scale, attn_sink),
                  ATTRS({.i = topk}, {.f = sm_scale}, {.i = d_v}), OUTPUTS(out, lse), options);
 }
+
+enum { MOST_SECONDS = 3600 };
+static const int64_t MOST_READ = (int64_t)1 << 40;
+
+/* What the two measurements have in common. */
+static dsa_tvm_status check_measurement(const char *name, int32_t num_threads, double seconds, const double *rate) {
+  if (num_threads < 0)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: num_threads: expected 0 or more, got %d", name, (int)num_threads);
+  if (!(seconds >= 0 && seconds <= MOST_SECONDS))
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: seconds: expected 0..%d, got %g", name, MOST_SECONDS, seconds);
+  if (!rate) return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: rate: expected an address, got a null pointer", name);
+  return dsa_kernels() ? DSA_TVM_OK : DSA_TVM_UNSUPPORTED;
+}
+
+dsa_tvm_status dsa_tvm_peak(const char *dtype, int32_t num_threads, double seconds, double *rate) {
+  static const char *const names[DSA_NUM_PRODUCTS] = {"float32", "bfloat16", "int8"};
+  int product = 0;
+  while (product < DSA_NUM_PRODUCTS && !(dtype && !strcmp(dtype, names[product]))) product++;
+  if (product == DSA_NUM_PRODUCTS)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "peak: dtype: expected float32, bfloat16 or int8, got %.64s",
+                    dtype ? dtype : "a null pointer");
+  dsa_tvm_status status = check_measurement("peak", num_threads, seconds, rate);
+  if (status != DSA_TVM_OK) return status;
+  const char *target = dsa_kernels()->target;
+  double reached = dsa_peak(target, product, dsa_pool_executor(num_threads).threads, seconds);
+  if (reached == 0)
+    return dsa_fail(DSA_TVM_UNSUPPORTED, "peak: dtype: expected one that %s multiplies by, got %s", target, dtype);
+  *rate = reached;
+  return DSA_TVM_OK;
+}
+
+dsa_tvm_status dsa_tvm_read_rate(int64_t bytes, int32_t num_threads, double seconds, double *rate) {
+  if (bytes < 1 || bytes > MOST_READ)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "read_rate: bytes: expected 1..%lld, got %lld", (long long)MOST_READ,
+                    (long long)bytes);
+  dsa_tvm_status status = check_measurement("read_rate", num_threads, seconds, rate);
+  if (status != DSA_TVM_OK) return status;
+  double reached = dsa_read_rate(dsa_kernels()->target, bytes, dsa_pool_executor(num_threads).threads, seconds);
+  if (reached == 0)
+    return dsa_fail(DSA_TVM_OUT_OF_MEMORY, "read_rate: bytes: no memory for %lld", (long long)bytes);
+  *rate = reached;
+  return DSA_TVM_OK;
+}

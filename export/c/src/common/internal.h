@@ -123,6 +123,13 @@ void dsa_parallel_for(const struct dsa_executor *executor, int threads, int64_t 
 /* For a library that is about to be unloaded: stops its threads, and waits at most that long for them. */
 void dsa_stop_threads(int seconds);
 
+/* cpu/ceilings.c: the most floating-point operations that so many threads do in a second, in multiply-adds of an element
+ * type with the instructions of a target; 0 where it has none for that type. And the most bytes that they read in a
+ * second where they read as many again and again, from whatever cache holds them; 0 where there is no memory. */
+enum { DSA_FLOAT32, DSA_BFLOAT16, DSA_INT8, DSA_NUM_PRODUCTS };
+double dsa_peak(const char *target, int product, int threads, double seconds);
+double dsa_read_rate(const char *target, int64_t bytes, int threads, double seconds);
+
 /* TVM's calling convention: packed arguments. */
 enum { TVM_NONE = 0, TVM_INT = 1, TVM_FLOAT = 3, TVM_TENSOR_POINTER = 7, TVM_TENSOR_OBJECT = 70 };
 struct tvm_any {

@@ -3,12 +3,11 @@
 #include <time.h>
 
 #include "common/internal.h"
-#include "measure/measure.h"
 
 #define INVALID(...) dsa_fail(DSA_TVM_INVALID_ARGUMENT, __VA_ARGS__)
 
 enum { TVM_OBJECT_HEADER = 24 }; /* bytes before the DLTensor of a tensor object */
-enum { MOST_MILLISECONDS = 60000 };
+enum { MOST_MILLISECONDS = 60000, MOST_MEASURED_THREADS = 1024 };
 
 /* A function of TVM, which the calling process has. Weak, so that the linker still reports other missing symbols. */
 void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) __attribute__((weak));
@@ -118,17 +117,20 @@ DSA_TVM_API int __tvm_ffi_time(void *self, const struct tvm_any *args, int32_t n
   return 0;
 }
 
-/* peak(threads, milliseconds) -> GFLOP/s of multiply-adds */
+/* peak(product, threads, milliseconds) -> GFLOP/s of multiply-adds of a type, by its number in internal.h; 0: the target
+ * has none */
 DSA_TVM_API int __tvm_ffi_peak(void *self, const struct tvm_any *args, int32_t num_args, struct tvm_any *result) {
   (void)self;
-  int64_t threads, milliseconds;
+  int64_t product, threads, milliseconds;
   dsa_tvm_status status = DSA_TVM_OK;
-  if (num_args != 2) status = INVALID("peak: expected 2 arguments, got %d", (int)num_args);
-  if (status == DSA_TVM_OK) status = read_int(&args[0], "threads", 1, MOST_MEASURED_THREADS, &threads);
-  if (status == DSA_TVM_OK) status = read_int(&args[1], "milliseconds", 1, MOST_MILLISECONDS, &milliseconds);
+  if (num_args != 3) status = INVALID("peak: expected 3 arguments, got %d", (int)num_args);
+  if (status == DSA_TVM_OK) status = read_int(&args[0], "product", 0, DSA_NUM_PRODUCTS - 1, &product);
+  if (status == DSA_TVM_OK) status = read_int(&args[1], "threads", 1, MOST_MEASURED_THREADS, &threads);
+  if (status == DSA_TVM_OK) status = read_int(&args[2], "milliseconds", 1, MOST_MILLISECONDS, &milliseconds);
   if (status != DSA_TVM_OK) return returned(status);
+  double seconds = (double)milliseconds / 1e3;
   result->type_index = TVM_FLOAT;
-  result->value.f = dsa_peak((int)threads, (double)milliseconds / 1e3);
+  result->value.f = 1e-9 * dsa_peak(dsa_kernel_sets[0].target, (int)product, (int)threads, seconds);
   return 0;
 }
 
