@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"sizes of a model: {', '.join(presets.PRESETS)} (default: {presets.DEFAULT})",
     )
     bench.add_argument(
-        "--dtype", help="element type of ours: float32, bfloat16, float16; float8_e4m3fn and int8 on a GPU"
+        "--dtype", help="element type: float32, bfloat16, float16, float8_e4m3fn, int8 (default: float32)"
     )
     bench.add_argument("--seconds", type=float, help="time for each figure (default: 1, or 0.2 on a GPU)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 #: Turns that every contender of a benchmark gets.
-ROUNDS = 3
+ROUNDS = 5
 #: Calls of one turn on a device at most: what is enqueued is held in the driver's memory.
 MOST_CALLS = 400
 #: Seconds that a device is held at most while a call is enqueued.

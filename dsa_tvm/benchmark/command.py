@@ -11,7 +11,7 @@ from . import clock, figures
 from .check import Checker, CheckError
 from .cpu import CpuSuite
 from .cuda import CudaSuite
-from .peers import Skipped
+from .peers import Peer, Skipped
 from .suite import Case, LostError, Suite
 from .workload import Workload
 
@@ -103,14 +103,19 @@ def _measured(case: Case, suite: Suite, peers: dict[str, Any]) -> dict[str, Any]
     finding = checker.ours(outputs if isinstance(outputs, tuple) else (outputs,))
     del outputs
     calls: dict[str, Callable[[], Any]] = {"ours": ours}
+    products: dict[str, str] = {}
     for name in suite.peers(case.op):
         try:
-            calls[name] = _peer(name, case, suite, work, checker)
+            peer = _peer(name, case, suite, work, checker)
         except Skipped as reason:
             peers[name] = {"skipped": str(reason)}
+        else:
+            calls[name], products[name] = peer.call, peer.product
     times = clock.medians(suite.clock, calls, suite.seconds)
     seconds = times.pop("ours")
     peers |= figures.peer_figures(times, seconds)
+    for name in times:
+        peers[name] |= {"product": products[name]} if products[name] else {}
     return {
         "ours_ms": 1e3 * seconds,
         "max_error": finding.error,
@@ -120,14 +125,14 @@ def _measured(case: Case, suite: Suite, peers: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _peer(name: str, case: Case, suite: Suite, work: Workload, checker: Checker) -> Callable[[], Any]:
-    """A peer's call, which gave the right result once."""
+def _peer(name: str, case: Case, suite: Suite, work: Workload, checker: Checker) -> Peer:
+    """A peer whose call gave the right result once."""
     try:
         peer = suite.peer(name, case, work)
         result = peer.call()
-        if suite.checks_peers:
+        if peer.result is not None:
             checker.peer(name, peer.result(result))
-        return peer.call
+        return peer
     except Skipped:
         raise
     except CheckError as error:

@@ -13,6 +13,7 @@ from ..errors import ArgumentError
 from ..runtime import library, machine
 from ..terminal.text import aligned, digits
 from . import figures, workload
+from .ceilings import Ceilings
 from .check import Checker
 from .clock import Clock, HostClock
 from .peers import Peer, cpu
@@ -21,6 +22,10 @@ from .workload import Workload
 
 DEFAULTS = {"s_q": [1, 16, 128], "s_kv": [2048, 32768], "dtype": "float32", "seconds": 1.0}
 _HEADER = {"operator": 17, "s_q": 5, "s_kv": 7, "threads": 7, "ours ms": 9, "rate": 13}
+#: Keys of `Ceilings.shares`.
+_FIGURES = ("of_peak", "of_read", "bound", "peak_gflops", "read_gbps")
+#: What of the machine's limits a call reaches, and which of the two binds it.
+_SHARES = {"of peak": 7, "of read": 7, "bound": 5}
 
 
 class CpuSuite:
@@ -43,8 +48,6 @@ class CpuSuite:
     seconds: float
     titles: Mapping[str, str] = cpu.TITLES
     out_of_memory: tuple[type[Exception], ...] = ()
-    # What plain ONNX Runtime returns for `dsa_attention` does not say what it selected: the tests check the peers.
-    checks_peers = False
 
     def __init__(self, args: argparse.Namespace) -> None:
         chosen = bool(args.s_q or args.s_kv)
@@ -68,12 +71,21 @@ class CpuSuite:
                 workload.expect_memory(op, self._preset, s_q, s_kv)
         self._disturbed = workload.load_notes()
         self._columns = [name for name in self.titles if name != "numpy" or "topk" in ops]
-        self._latest: tuple[Case, Workload, Workload, Checker] | None = None
+        self._latest: tuple[Case, Workload, Checker] | None = None
+        self._ceilings = Ceilings(args.dtype)
 
     def heading(self) -> list[str]:
         """As `Suite`."""
         measured = f"{library.active_target()}, {self._preset_name}, {self._dtype}"
-        return [f"{measured}; times are medians, x is the peer's time over ours"]
+        lines = [f"{measured}; times are medians, x is the peer's time over ours"]
+        threads = dict.fromkeys(case.threads for case in self.cases if case.threads)
+        if peaks := {n: rate for n in threads if (rate := self._ceilings.peak(n, 0.2))}:
+            limits = ", ".join(f"{rate / 1e9:.0f} with {n}" for n, rate in peaks.items())
+            lines.append(
+                f"peak: GFLOP/s of {self._ceilings.product} products in registers, {limits} threads; "
+                "read: the bytes that must move, read again and again; bound: the nearer of these limits"
+            )
+        return lines
 
     def document(self) -> dict[str, Any]:
         """As `Suite`."""
@@ -83,12 +95,18 @@ class CpuSuite:
     def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """As `Suite`."""
         short = [f"memory left at the end: {machine.memory()}"] if any(row["skipped"] for row in rows) else []
-        return [*short, *self._disturbed]
+        products: dict[str, dict[str, None]] = {}
+        for row in rows:
+            for name, found in row["peers"].items():
+                if (product := found.get("product")) not in (None, row["dtype"]):
+                    products.setdefault(f"{self.titles[name]} multiplies in {product}", {})[str(row["threads"])] = None
+        converted = [f"{said}, with {', '.join(threads)} threads" for said, threads in products.items()]
+        return [*short, *converted, *self._ceilings.notes(), *self._disturbed]
 
     def header(self, op: str, first: bool) -> list[str]:
         """As `Suite`: all operators share a table."""
         peers = [cell for name in self._columns for cell in (f"{self.titles[name]} ms", f"x {self.titles[name]}")]
-        return [aligned([*_HEADER, *peers], self._widths)] if first else []
+        return [aligned([*_HEADER, *_SHARES, *peers], self._widths)] if first else []
 
     def line(self, row: Mapping[str, Any]) -> str:
         """As `Suite`."""
@@ -96,15 +114,17 @@ class CpuSuite:
 
     @property
     def _widths(self) -> list[int]:
-        return [*_HEADER.values(), *(width for _ in self._columns for width in (9, 7))]
+        return [*_HEADER.values(), *_SHARES.values(), *(width for _ in self._columns for width in (9, 7))]
 
     def _cells(self, row: Mapping[str, Any]) -> list[str]:
         cells = [row["op"], *(str(row[n]) for n in ("s_q", "s_kv", "threads"))]
         if row["ours_ms"] is None:
-            return [*cells, "FAILED" if row["failed"] else "-", "-", *("-" for _ in self._columns for _ in range(2))]
+            empty = 1 + len(_SHARES) + 2 * len(self._columns)
+            return [*cells, "FAILED" if row["failed"] else "-", *["-"] * empty]
         per_row, rate = row["us_per_row"], row["gflops"]
         cells += [digits(row["ours_ms"]), f"{digits(rate)} GFLOP/s" if per_row is None else f"{digits(per_row)} us/row"]
-        return cells + figures.peer_cells(row, self._columns)
+        cells += ["-" if row[n] is None else f"{100 * row[n]:.0f}%" for n in ("of_peak", "of_read")]
+        return [*cells, row["bound"] or "-", *figures.peer_cells(row, self._columns)]
 
     def title(self, case: Case) -> str:
         """As `Suite`."""
@@ -113,7 +133,7 @@ class CpuSuite:
     def blank(self, case: Case) -> dict[str, Any]:
         """As `Suite`."""
         row = {"op": case.op, "s_q": case.s_q, "s_kv": case.s_kv, "threads": case.threads, "dtype": case.dtype}
-        empty = dict.fromkeys(("ours_ms", "gflops", "us_per_row"))
+        empty = dict.fromkeys(("ours_ms", "gflops", "us_per_row", *_FIGURES))
         return {**row, "failed": None, "skipped": None, **empty, "peers": {}}
 
     def inputs(self, case: Case) -> tuple[Workload, Checker]:
@@ -124,10 +144,10 @@ class CpuSuite:
             case.s_kv,
         ):
             self._latest = None  # memory may not hold the last inputs and the next ones
-            plain = workload.make(case.op, self._preset, case.s_q, case.s_kv)
-            work = workload.with_dtype(plain, case.dtype)
-            self._latest = case, plain, work, Checker(work)
-        return self._latest[2:]
+            types = workload.types_on_cpu(case.op, case.dtype)
+            work = workload.make(case.op, self._preset, case.s_q, case.s_kv, types=types)
+            self._latest = case, work, Checker(work)
+        return self._latest[1:]
 
     def ours(self, case: Case, work: Workload) -> Callable[[], Any]:
         """As `Suite`."""
@@ -139,15 +159,18 @@ class CpuSuite:
         return [name for name in self._columns if name != "numpy" or op == "topk"]
 
     def peer(self, name: str, case: Case, work: Workload) -> Peer:
-        """As `Suite`; they take float32, whatever ours take."""
-        assert self._latest is not None and case.threads is not None
-        return cpu.prepare(name, self._latest[1], case.threads)
+        """As `Suite`."""
+        assert case.threads is not None
+        return cpu.prepare(name, work, case.threads)
 
     def figures(self, case: Case, work: Workload, seconds: float) -> dict[str, Any]:
-        """As `Suite`: the time of a row of `topk`, and GFLOP/s of the others."""
-        if case.op == "topk":
-            return {"us_per_row": 1e6 * seconds / case.s_q}
-        return {"gflops": workload.flops(case.op, work.lengths, *workload.ranges(work)) / seconds / 1e9}
+        """As `Suite`: the time of a row of `topk`, and GFLOP/s of the others; and what of the limits that is."""
+        assert case.threads is not None
+        operations = workload.flops(case.op, work.lengths, *workload.ranges(work))
+        found = self._ceilings.shares(operations, workload.traffic(work), case.threads, seconds)
+        return found | (
+            {"gflops": operations / seconds / 1e9} if operations else {"us_per_row": 1e6 * seconds / case.s_q}
+        )
 
     def reason(self, error: Exception) -> str | None:
         """As `Suite`: inputs that do not fit."""

@@ -12,7 +12,7 @@ from .. import functions
 from ..errors import ArgumentError, DsaError
 from ..ops import OPS
 from ..presets import Preset
-from ..spec import INT32_MAX, OpSpec
+from ..spec import INT32_MAX
 from ..terminal.text import aligned, digits
 from . import device, figures, workload
 from .check import Checker
@@ -33,8 +33,6 @@ _HEADER = {
     "of GEMM": 8,
     "of copy": 8,
 }
-
-DTYPES = (*workload.DTYPES, "float8_e4m3fn", "int8")
 
 
 def _lengths(first: int, last: int) -> tuple[int, ...]:
@@ -64,34 +62,21 @@ def cases(ops: Sequence[str], s_q: Sequence[int], s_kv: Sequence[int], dtype: st
     """
     if max([*s_q, *s_kv], default=0) > INT32_MAX:
         raise ArgumentError(f"bench: s_q, s_kv: expected at most {INT32_MAX}, got {max([*s_q, *s_kv])}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ArgumentError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None and dtype not in workload.DTYPES:
+        raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {dtype!r}")
     found = []
     for op in dict.fromkeys(ops or SUITE):
         dtypes, few, keys = SUITE[op]
-        served = [x for x in ([dtype] if dtype else dtypes) if variant(OPS[op], x) is not None]
+        served = [x for x in ([dtype] if dtype else dtypes) if workload.variant(OPS[op], x) is not None]
         found += [Case(op, *rest) for rest in itertools.product(served, s_q or few, s_kv or keys)]
     if not found:
         raise ArgumentError(f"bench: dtype: expected a type that {', '.join(ops)} takes, got {dtype!r}")
     return found
 
 
-def variant(spec: OpSpec, dtype: str) -> Mapping[str, str] | None:
-    """The operator's types for keys of that type: the queries' is the same, or bfloat16 where that is not served."""
-    if not spec.variants[0]:
-        return spec.variants[0] if dtype == "float32" else None
-    if any(tensor.packs for tensor in spec.inputs):
-        return spec.variants[0] if dtype == "float8_e4m3fn" else None
-    for queries in (dtype, "bfloat16"):
-        for served in spec.variants:
-            if served["T"] == queries and served.get("K", served["T"]) == dtype:
-                return served
-    return None
-
-
 def make(case: Case, preset: Preset, where: Any, seed: int = 0) -> Workload:
     """The inputs of a case: `workload.make` on a torch device."""
-    types = variant(OPS[case.op], case.dtype)
+    types = workload.variant(OPS[case.op], case.dtype)
     return workload.make(case.op, preset, case.s_q, case.s_kv, seed, types=types, device=where)
 
 
@@ -116,7 +101,6 @@ class CudaSuite:
     seconds: float
     titles: Mapping[str, str] = cuda.TITLES
     out_of_memory: tuple[type[Exception], ...]
-    checks_peers = True
 
     def __init__(self, args: argparse.Namespace) -> None:
         args = figures.with_defaults(args, _DEFAULTS)

@@ -51,8 +51,6 @@ class Suite(Protocol):
         How the table calls each peer.
     out_of_memory : tuple of type
         What the device, or the generator of inputs, raises then.
-    checks_peers : bool
-        Whether a peer's result is checked before it is timed.
     """
 
     cases: Sequence[Case]
@@ -60,7 +58,6 @@ class Suite(Protocol):
     seconds: float
     titles: Mapping[str, str]
     out_of_memory: tuple[type[Exception], ...]
-    checks_peers: bool
 
     def heading(self) -> list[str]:
         """Lines above the table: where this is measured."""

@@ -22,7 +22,7 @@ from ..spec import INT32_MAX, OpSpec, TensorSpec, completed
 
 #: What a call and its check take beside what grows with its size.
 _SLACK_BYTES = 32 << 20
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 #: What 1.0 is in int8: of normally distributed numbers few leave its range.
 _INT8_SCALE = 1 / 40
 
@@ -109,7 +109,7 @@ def make(
     SizeError
         As `expect_memory`, for arrays.
     ArgumentError
-        As `with_dtype`.
+        A type that NumPy lacks, without the package ml_dtypes.
     """
     if device is None:
         expect_memory(op, preset, s_q, s_kv)
@@ -208,25 +208,43 @@ def repeated_keys(spec: OpSpec, inputs: Mapping[str, Any], period: int) -> dict[
     return found
 
 
-def serves(op: str, dtype: str) -> bool:
-    """Whether an operator has a variant with that type for its first input, or no choice of types."""
-    return any(variant.get("T", dtype) == dtype for variant in OPS[op].variants)
+def variant(spec: OpSpec, dtype: str) -> Mapping[str, str] | None:
+    """The operator's types for keys of that type: the queries' is the same, or bfloat16 where that is not served.
 
-
-def with_dtype(work: Workload, dtype: str) -> Workload:
-    """The same inputs rounded to another element type, where the operator has a choice.
-
-    Raises
-    ------
-    ArgumentError
-        An unknown type, or bfloat16 without the package ml_dtypes.
+    None if the operator has none for them, and where it has no choice of types, unless `dtype` is float32.
     """
-    if dtype not in DTYPES:
-        raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "float32":
-        return work
-    free = {t.name for t in work.spec.inputs if t.dtype in ("T", "K")}
-    return replace(work, inputs={n: _cast(x, dtype) if n in free else x for n, x in work.inputs.items()})
+    if not spec.variants[0]:
+        return spec.variants[0] if dtype == "float32" else None
+    if any(tensor.packs for tensor in spec.inputs):
+        return spec.variants[0] if dtype == "float8_e4m3fn" else None
+    for queries in (dtype, "bfloat16"):
+        for served in spec.variants:
+            if served["T"] == queries and served.get("K", served["T"]) == dtype:
+                return served
+    return None
+
+
+def types_on_cpu(op: str, dtype: str) -> Mapping[str, str] | None:
+    """As `variant`, but with operators that have no choice, or queries of that type: a CPU has one table for a type."""
+    spec = OPS[op]
+    queries = next((served for served in spec.variants if served.get("T", dtype) == dtype), None)
+    found = variant(spec, dtype)
+    return queries if found is None else found
+
+
+def serves(op: str, dtype: str) -> bool:
+    """Whether a CPU's table for a type has an operator."""
+    return types_on_cpu(op, dtype) is not None
+
+
+def widened(work: Workload) -> Workload:
+    """The same numbers in float32, for peers that take nothing else. Keys are multiplied by their scales."""
+    names = {t.name for t in work.spec.inputs if t.dtype in ("T", "K")}
+    inputs = {n: to_numpy(x).astype(np.float32, copy=False) if n in names else x for n, x in work.inputs.items()}
+    for scales in [n for n in inputs if n.endswith("k_scale")]:
+        keys = scales.removesuffix("_scale")
+        inputs[keys] = inputs[keys] * inputs.pop(scales)[:, None]
+    return replace(work, inputs=inputs)
 
 
 def _cast(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from dsa_tvm import cli, functions, presets
-from dsa_tvm.benchmark import check, clock, command, cpu, demo, prompt, sample_model, workload
-from dsa_tvm.benchmark.peers import Skipped
+from dsa_tvm.benchmark import ceilings, check, clock, command, cpu, demo, prompt, sample_model, workload
+from dsa_tvm.benchmark.peers import Peer, Skipped
 from dsa_tvm.benchmark.peers import cpu as peers
 from dsa_tvm.errors import ArgumentError
 from dsa_tvm.models import sample
 from dsa_tvm.ops import OPS
+from dsa_tvm.ops.element_types import PRODUCTS
 from dsa_tvm.runtime import machine
 from dsa_tvm.spec import DIMS, Tolerance
 from dsa_tvm.terminal import text as report
@@ -83,7 +84,7 @@ def test_the_check_passes_what_is_right(op, dtype):
     pytest.importorskip("ml_dtypes")
     if not workload.serves(op, dtype):
         pytest.skip(f"{op} has no {dtype}")
-    work = workload.with_dtype(workload.make(op, SMALL, 4, 50), dtype)
+    work = workload.make(op, SMALL, 4, 50, types=workload.types_on_cpu(op, dtype))
     outputs = getattr(functions, op)(**work.inputs, **work.attrs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     finding = check.check(work, outputs, range(4))
@@ -138,7 +139,9 @@ def test_peers_do_the_same_work(name, op, s_q, s_kv):
         pytest.skip(str(reason))
     result = peer.result(peer.call())
     got = np.asarray(result[0] if isinstance(result, tuple) else result)
-    ours_at = work if workload.serves(op, "float32") else workload.with_dtype(work, "bfloat16")
+    # Packed rows go with queries in bfloat16.
+    types = {} if workload.serves(op, "float32") else {"T": "bfloat16"}
+    ours_at = work if not types else workload.make(op, SMALL, s_q, s_kv, types=types)
     ours = getattr(functions, op)(**ours_at.inputs, **work.attrs)
     if op in ("topk", "indexer_topk"):
         # In no order, and padded with what may not be selected.
@@ -148,6 +151,65 @@ def test_peers_do_the_same_work(name, op, s_q, s_kv):
         expected = ours[0] if isinstance(ours, tuple) else ours
         error = 1e-4 if ours_at is work else 2e-2
         np.testing.assert_allclose(got, expected.astype(np.float32), rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("s_q", [1, 6])
+@pytest.mark.parametrize("dtype", workload.DTYPES[1:])
+@pytest.mark.parametrize("op", workload.OPERATORS)
+def test_peers_take_our_types(op, dtype, s_q):
+    """Torch in each type that it can multiply them in, the others in float32: all within what a peer may differ."""
+    torch_peer = pytest.importorskip("dsa_tvm.benchmark.peers.torch_peer")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    if not workload.serves(op, dtype):
+        pytest.skip(f"{op} has no {dtype}")
+    work = workload.make(op, SMALL, s_q, 40, types=workload.types_on_cpu(op, dtype))
+    checker = check.Checker(work)
+    tensors = {name: peers._tensor(x) for name, x in work.inputs.items()}
+    of_queries = peers._dtype(work)
+    first = tensors[work.spec.inputs[0].name]
+    assert first.dtype is getattr(torch, of_queries) and of_queries in (dtype, "bfloat16", "float32")
+    for form in torch_peer.forms(of_queries):
+        call = torch_peer.prepare(workload.Workload(op, tensors, work.attrs, work.lengths), product=form)
+        checker.peer(f"torch, {form}", call())
+    assert torch_peer.fastest_form(of_queries, 1) in torch_peer.forms(of_queries)
+    try:
+        peer = peers.prepare("ort", work, 1)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    if peer.result is not None:
+        checker.peer("ORT", peer.result(peer.call()))
+
+
+def test_bench_in_another_type(small, capsys, tmp_path):
+    """Ours and torch in that type, and what of the machine's limits ours reaches; the gate is before the time."""
+    pytest.importorskip("ml_dtypes")
+    target = tmp_path / "figures.json"
+    for dtype, ops in (("bfloat16", 6), ("float8_e4m3fn", 5), ("int8", 3)):
+        arguments = ["bench", "--dtype", dtype, "--s-q", "1", "--s-kv", "40", "--threads", "1", "--seconds", "0.001"]
+        assert cli.main([*arguments, "--json", str(target)]) == 0
+        rows = json.loads(target.read_bytes())["rows"]
+        assert len(rows) == ops and all(row["ours_ms"] > 0 and row["dtype"] == dtype for row in rows)
+        printed = capsys.readouterr().out
+        own = ceilings.Ceilings(dtype).product
+        assert f"GFLOP/s of {own} products" in printed
+        assert ("shares are of the float32 peak" in printed) == (own == "float32")
+        for row in rows:
+            assert (row["of_peak"] is None) == (row["op"] == "topk")
+            assert row["of_read"] > 0 and row["bound"] in ("peak", "read")
+            torch = row["peers"]["torch"]
+            assert torch.get("skipped") or torch.get("product") in (PRODUCTS if row["op"] != "topk" else (None,))
+
+
+def test_a_peer_that_is_wrong_has_no_time(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "_numpy", lambda work, threads: Peer(lambda: np.zeros((1, 16), np.int64)))
+    target = tmp_path / "figures.json"
+    arguments = ["bench", "topk", "--s-q", "1", "--s-kv", "40", "--threads", "1", "--seconds", "0.001"]
+    assert cli.main([*arguments, "--json", str(target)]) == 0
+    (row,) = json.loads(target.read_bytes())["rows"]
+    assert (
+        "its result is wrong" in row["peers"]["numpy"]["skipped"] and "its result is wrong" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("s_q", [1, 5])

@@ -19,9 +19,13 @@ class Peer:
     ----------
     call : callable
         Takes nothing; does the work, or enqueues it on a GPU.
-    result : callable
-        Takes what `call` returned, and gives the operator's first output as `check.Checker.peer` takes it.
+    result : callable, optional
+        Takes what `call` returned, and gives the operator's first output as `check.Checker.peer` takes it. None: what
+        it returned does not say enough to be checked.
+    product : str
+        The element type that it multiplies in, if one can be told.
     """
 
     call: Callable[[], Any]
-    result: Callable[[Any], Any] = lambda x: x
+    result: Callable[[Any], Any] | None = lambda x: x
+    product: str = ""

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import DsaError
 from ...runtime.machine import available_memory, in_units
 from ...runtime.packing import unpack_mla_rows
-from ..workload import Workload
+from ..workload import Workload, widened
 from . import Peer, Skipped, torch_peer
 
 #: Names in the results, and in the table.
@@ -31,7 +31,8 @@ def prepare(name: str, work: Workload, threads: int) -> Peer:
     name : str
         A key of `TITLES`; ``"numpy"`` for `topk` alone.
     work : Workload
-        float32, and bytes.
+        Arrays of any element types. torch gets them as they are, and multiplies in the type that it is fastest in on
+        this machine. The others get the same numbers in float32.
     threads : int
 
     Raises
@@ -39,10 +40,12 @@ def prepare(name: str, work: Workload, threads: int) -> Peer:
     Skipped
         The package is not installed, or the peer would need too much memory.
     """
-    if work.op == "sparse_mla_fp8":
+    if work.op == "sparse_mla_fp8" and name != "torch":
         # They have no such rows: they get what these stand for.
         kv = unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
         work = Workload("sparse_mla", {**work.inputs, "kv": kv}, work.attrs, work.lengths)
+    if name != "torch":
+        work = widened(work)
     if name in _LOADED_BYTES and name not in sys.modules:
         check_bytes(_LOADED_BYTES[name])
     check_memory(work.op, work.lengths, held=1 if name == "torch" else 3)
@@ -124,7 +127,9 @@ def _ort(work: Workload, threads: int) -> Peer:
     running = session(model, threads)
     output = [running.get_outputs()[0].name]
     feeds = dict(work.inputs)
-    return Peer(lambda: running.run(output, feeds), lambda x: x[0])
+    # Of its selection, what it returns for the whole attention says nothing.
+    result = None if work.op == "dsa_attention" else lambda x: x[0]
+    return Peer(lambda: running.run(output, feeds), result, "" if work.op == "topk" else "float32")
 
 
 def _plain_model(work: Workload) -> Any:
@@ -203,5 +208,23 @@ def _torch(work: Workload, threads: int) -> Peer:
     except ImportError as error:
         raise Skipped("torch is not installed") from error
     torch.set_num_threads(threads)
-    tensors = {name: torch.from_numpy(x) for name, x in work.inputs.items()}
-    return Peer(torch_peer.prepare(Workload(work.op, tensors, work.attrs, work.lengths)))
+    tensors = {name: _tensor(x) for name, x in work.inputs.items()}
+    product = torch_peer.fastest_form(_dtype(work), threads)
+    call = torch_peer.prepare(Workload(work.op, tensors, work.attrs, work.lengths), product=product)
+    return Peer(call, product="" if work.op == "topk" else product)
+
+
+def _tensor(x: np.ndarray) -> Any:
+    """The same memory as a torch tensor, whose types are more than those that it takes from NumPy."""
+    import torch
+
+    carriers = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8}
+    if x.dtype.name not in carriers:
+        return torch.from_numpy(x)
+    return torch.from_numpy(x.view(carriers[x.dtype.name])).view(getattr(torch, x.dtype.name))
+
+
+def _dtype(work: Workload) -> str:
+    """Element type of the queries, and float32 where there are none."""
+    first = work.spec.inputs[0]
+    return str(work.inputs[first.name].dtype) if first.dtype == "T" else "float32"

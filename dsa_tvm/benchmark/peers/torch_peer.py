@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from . import Skipped
 LIMIT = 2**31
 
 
-def prepare(work: Workload, capability: int | None = None) -> Callable[[], Any]:
+def prepare(work: Workload, capability: int | None = None, product: str = "") -> Callable[[], Any]:
     """The work of one call.
 
     Parameters
@@ -22,6 +24,8 @@ def prepare(work: Workload, capability: int | None = None) -> Callable[[], Any]:
         torch tensors.
     capability : int, optional
         The GPU's; 90 for 9.0.
+    product : str
+        On a CPU, the type that queries and keys are multiplied in, one of `forms` of theirs; by default their own.
 
     Returns
     -------
@@ -48,9 +52,9 @@ def prepare(work: Workload, capability: int | None = None) -> Callable[[], Any]:
     if work.op in ("sparse_mla", "sparse_mla_fp8"):
         unused = t["indices"] < 0
         given = unused if bool(unused.any()) else None
-        return lambda: _attend(work, t["indices"], given)
+        return lambda: _attend(work, t["indices"], given, product)
     unseen = hidden(work)
-    index = _indexer(work, unseen, capability)
+    index = _indexer(work, unseen, capability, product)
     if work.op == "lightning_indexer":
         return index
     if work.op == "indexer_topk":
@@ -59,12 +63,52 @@ def prepare(work: Workload, capability: int | None = None) -> Callable[[], Any]:
     def attention() -> Any:
         values, indices = select(index())
         if unseen is None:
-            return _attend(work, indices, None), indices
+            return _attend(work, indices, None, product), indices
         unused = torch.isneginf(values)
         indices = indices.masked_fill(unused, -1)
-        return _attend(work, indices, unused), indices
+        return _attend(work, indices, unused, product), indices
 
     return attention
+
+
+def forms(dtype: str) -> tuple[str, ...]:
+    """The types that numbers of a type can be multiplied in on a CPU, each as exact as the last but for its sums."""
+    return {
+        "float32": ("float32",),
+        "bfloat16": ("bfloat16", "float32"),
+        "float16": ("float16", "float32"),
+        "float8_e4m3fn": ("bfloat16", "float32"),
+        "int8": ("int8", "bfloat16", "float32"),
+    }[dtype]
+
+
+@functools.cache
+def fastest_form(dtype: str, threads: int) -> str:
+    """Which of `forms` this torch is fastest in on this CPU, with that many threads: the one that a user would keep."""
+    import torch
+
+    found = {}
+    for form in forms(dtype):
+        # Small integers: every type has them.
+        keys = torch.randint(-8, 8, (4096, 128)).to(getattr(torch, dtype))
+        queries = torch.randint(-8, 8, (512, 128)).to(getattr(torch, dtype))
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            _products(queries, keys, form)
+            times.append(time.perf_counter() - begin)
+        found[form] = min(times[1:])
+    return min(found, key=found.__getitem__)
+
+
+def _products(rows: Any, keys: Any, form: str) -> Any:
+    """The products of rows and keys: of the form's type, or int32 for int8."""
+    import torch
+
+    if form == "int8":
+        return torch._int_mm(rows, keys.T)
+    dtype = getattr(torch, form)
+    return torch.matmul(rows.to(dtype), keys.to(dtype).T)
 
 
 def as_bf16(x: Any) -> Any:
@@ -90,38 +134,41 @@ def plain_indexer(q: Any, k: Any, weights: Any, unseen: Any, k_scale: Any) -> An
     return logits if unseen is None else logits.masked_fill(unseen, float("-inf"))
 
 
-def _indexer(work: Workload, unseen: Any, capability: int | None) -> Callable[[], Any]:
+def _indexer(work: Workload, unseen: Any, capability: int | None, product: str) -> Callable[[], Any]:
     import torch
 
     t = work.inputs
     prefix = "index_" if work.op == "dsa_attention" else ""
     q, k, k_scale = t[f"{prefix}q"], t[f"{prefix}k"], t.get(f"{prefix}k_scale")
     s_q, h_idx, d_idx = q.shape
-    if q.dtype is torch.int8:
+    on_cpu = capability is None
+    if q.dtype is torch.int8 and not on_cpu:
         raise Skipped("torch has no int8 product whose result is float")
-    fp8 = q.element_size() == 1
-    if fp8 and (capability or 0) < 89:
+    fp8 = q.element_size() == 1 and not on_cpu
+    if fp8 and capability < 89:
         raise Skipped("torch has no fp8 product below compute capability 8.9")
     one = torch.ones((), device=q.device)
+    form = product or str(q.dtype).removeprefix("torch.")
     # The sum over the heads as a product, which is the fastest; it wants one type.
-    weights = t["weights"].to(torch.bfloat16 if fp8 else q.dtype)
+    kind = torch.bfloat16 if fp8 else torch.float32 if form == "int8" else getattr(torch, form)
+    weights = t["weights"].to(kind)
 
-    def scores(rows: Any) -> Any:
+    def scores(rows: Any, keys: Any) -> Any:
         if fp8:
             # With the sums that the tensor cores make, as ours are.
             return torch._scaled_mm(rows, k.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return torch.matmul(rows, k.T)
+        return _products(rows, keys, form)
 
     def logits_of(part: slice) -> Any:
-        heads = scores(q[part].reshape(-1, d_idx)).relu_().view(-1, h_idx, len(k))
+        heads = scores(q[part].reshape(-1, d_idx), k).relu_().to(kind).view(-1, h_idx, len(k))
         return torch.bmm(weights[part, None], heads)[:, 0]
 
     def logits_of_one() -> Any:
         # The products that a CPU does faster for a single query.
-        return torch.matmul(torch.matmul(k, q[0].T).relu_(), weights[0])[None]
+        return torch.matmul(scores(k, q[0]).relu_().to(kind), weights[0])[None]
 
     def index() -> Any:
-        if s_q == 1 and capability is None:
+        if s_q == 1 and on_cpu:
             logits = logits_of_one().float()
         else:
             logits = _in_groups(s_q, h_idx * len(k) * weights.element_size(), torch.float32, logits_of)
@@ -132,23 +179,25 @@ def _indexer(work: Workload, unseen: Any, capability: int | None) -> Callable[[]
     return index
 
 
-def _attend(work: Workload, indices: Any, unused: Any) -> Any:
+def _attend(work: Workload, indices: Any, unused: Any, product: str) -> Any:
     """`unused` [s_q, topk] bool: which of the indices are -1; None where none is."""
     import torch
 
     q, kv, d_v = work.inputs["q"], work.inputs["kv"], work.attrs["d_v"]
+    kind = getattr(torch, product) if product else q.dtype
+    queries = q.to(kind)
 
     def out_of(part: slice) -> Any:
         rows = indices[part]
         found = rows if unused is None else rows.clamp(min=0)
         keys = kv.index_select(0, found.reshape(-1))
-        keys = (unpack_mla_rows(keys, d_v) if work.op == "sparse_mla_fp8" else keys).view(*rows.shape, -1)
-        scores = torch.bmm(q[part], keys.transpose(1, 2)).mul_(work.attrs["sm_scale"])
+        keys = (unpack_mla_rows(keys, d_v) if work.op == "sparse_mla_fp8" else keys).to(kind).view(*rows.shape, -1)
+        scores = torch.bmm(queries[part], keys.transpose(1, 2)).mul_(work.attrs["sm_scale"])
         if unused is not None:
             scores.masked_fill_(unused[part, None], -torch.inf)
         return torch.bmm(scores.softmax(-1), keys[:, :, :d_v])
 
-    size = indices.shape[1] * (q.shape[2] + q.shape[1]) * q.element_size()
+    size = indices.shape[1] * (q.shape[2] + q.shape[1]) * queries.element_size()
     return _in_groups(len(q), size, q.dtype, out_of)
 
 
