@@ -7,6 +7,7 @@ import TVM.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..ops import OPS, sparse_mla_fp8
@@ -82,7 +83,48 @@ def cpu_variants(op: str, target: str) -> tuple[Mapping[str, str], ...]:
     return tuple(variant for variant in CPU_VARIANTS[op] if takes and takes(variant, DOTS[target]))
 
 
+@dataclass(frozen=True)
+class CpuSpace:
+    """The decisions of one CPU kernel, a `space.Module`: those of its operator that some element types can have.
+
+    Parameters
+    ----------
+    module : module
+        The operator's, such as those of `CPU`.
+    variant : mapping
+        Element types by type variable.
+    target : str
+    """
+
+    module: Any
+    variant: Mapping[str, str]
+    target: str
+
+    @property
+    def Decisions(self) -> Any:
+        """The dataclass."""
+        return self.module.Decisions
+
+    @property
+    def DEFAULT(self) -> Mapping[str, Any]:
+        """The hand-made decisions by target."""
+        return self.module.DEFAULT
+
+    def choices(self, target: str) -> dict[str, tuple[int, ...]]:
+        """The values of each decision that are worth trying."""
+        return self.module.choices(target)
+
+    def check(self, decisions: Any) -> None:
+        """Raise ValueError for what the kernel cannot be made of."""
+        if self.target in DOTS:
+            self.module.check_dots(decisions, DOTS[self.target])
+
+    def kernel(self, decisions: Any) -> Any:
+        """Make the PrimFunc."""
+        options = {"dots": DOTS[self.target]} if self.target in DOTS else {}
+        return self.module.tensor_ir(self.variant, decisions, **options)
+
+
 def cpu_kernel(op: str, variant: Mapping[str, str], target: str, decisions: Any) -> Any:
     """Make the PrimFunc of a CPU kernel."""
-    options = {"dots": DOTS[target]} if target in DOTS else {}
-    return CPU[op].tensor_ir(variant, decisions, **options)
+    return CpuSpace(CPU[op], variant, target).kernel(decisions)

@@ -10,7 +10,7 @@ from ..presets import Preset
 from ..records import Record
 from ..records.selection.cpu import Row, choose
 from ..records.selection.finals import has_lengths
-from ..schedules import CPU, CPU_TARGETS, chain, cpu_variants, space
+from ..schedules import CPU, CPU_TARGETS, CpuSpace, chain, cpu_variants, space
 
 #: Element types of an operator's type variables, in order.
 Types = tuple[str, ...]
@@ -53,8 +53,10 @@ def make(
             raise BuildError(f"target: expected one of {', '.join(CPU_TARGETS)}, got {target}")
         plan[target] = {}
         for op, module in CPU.items():
-            variants = [tuple(variant.values()) for variant in cpu_variants(op, target)]
-            if not variants:
+            spaces = {
+                tuple(variant.values()): CpuSpace(module, variant, target) for variant in cpu_variants(op, target)
+            }
+            if not spaces:
                 continue
             finals = [r for r in records if (r.op, r.target, r.kind) == (op, target, "final")]
             default = asdict(module.DEFAULT[target])
@@ -62,12 +64,12 @@ def make(
             followed: dict[Types, list[Types]] = {}
             # A failed or unusable final still counts as measured: its kernel does not follow another one.
             measured = [
-                types for types in variants if any(r.types == types and has_lengths(r, preset.lengths) for r in finals)
+                types for types in spaces if any(r.types == types and has_lengths(r, preset.lengths) for r in finals)
             ]
-            for types in variants:
+            for types in spaces:
                 like = types if types in measured else _followed(types, measured)
                 if like not in rows:
-                    usable = accepted((r for r in finals if r.types == like), module, progress)
+                    usable = accepted((r for r in finals if r.types == like), spaces[like], progress)
                     rows[like] = choose(op, usable, default, preset.lengths)
                 rows[types] = rows[like]
                 if like != types and any(row.decisions != default for row in rows[like]):
@@ -77,7 +79,7 @@ def make(
                 progress(
                     f"{op} on {target}: decisions tuned for {_in_words(like)} serve {serves} too, which have no records"
                 )
-            plan[target][op] = {types: rows[types] for types in variants}
+            plan[target][op] = {types: rows[types] for types in spaces}
     return plan
 
 

@@ -12,12 +12,12 @@ from types import ModuleType
 from ..build.candidates import Linker
 from ..errors import BuildError
 from ..runtime.machine import usable_cpus
-from ..schedules import CPU, space
+from ..schedules import CPU, CpuSpace, space
 from .builder import CandidateBuilder
 from .failures import WorkerError, no_default, patiently
 from .fleet import Remote
 from .source import Decisions
-from .tasks import Effort, Task
+from .tasks import Effort, Task, Types
 from .workers import Request, Workers
 
 
@@ -47,11 +47,11 @@ class Builder(CandidateBuilder):
     ) -> None:
         super().__init__(workers, directory, seconds)
         self._cc, self.modules = cc, modules
-        self._linkers: dict[tuple[str, tuple[str, ...]], tuple[Linker, Path]] = {}
+        self._linkers: dict[tuple[str, str, Types], tuple[Linker, Path]] = {}
 
     def space(self, task: Task) -> space.Module:
-        """The task's kernel module."""
-        return self.modules[task.op]
+        """The decisions of the task's kernel."""
+        return CpuSpace(self.modules[task.op], task.variant, task.target)
 
     def request(self, task: Task, library: Path, effort: Effort, remote: Remote | None) -> Request:
         """Measure a library, here or on a machine of a fleet."""
@@ -70,7 +70,7 @@ class Builder(CandidateBuilder):
     def libraries(self, task: Task, proposals: Sequence[Decisions]) -> Iterator[tuple[int, Path | WorkerError]]:
         """The library of each proposal, by its position, or the error that left it without one. Any order."""
         linker, default = self._linker(task)
-        module = self.modules[task.op]
+        module = self.space(task)
         paths = [self._path(task, ".o") for _ in proposals]
         requests = [self._request(task, d, p) for d, p in zip(proposals, paths, strict=True)]
 
@@ -99,7 +99,7 @@ class Builder(CandidateBuilder):
 
     def _linker(self, task: Task) -> tuple[Linker, Path]:
         """The linker of a kernel, made once, and the object of DEFAULT with which its candidates are compared."""
-        key = (task.op, task.types)
+        key = (task.op, task.target, task.types)
         if key not in self._linkers:
             default = self._path(task, ".default.o")
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import env, presets
@@ -22,7 +23,7 @@ from .failures import WorkerError
 from .fleet import Remote
 from .gpu import command as cuda_command
 from .summary import summary
-from .tasks import Task, parse_shape, variants_of
+from .tasks import Task, Types, parse_shape, variants_of
 from .workers import Workers, pool_size
 
 
@@ -92,26 +93,14 @@ def run(args: argparse.Namespace) -> None:
     # What a worker leaves behind when it is killed goes with the job's own files.
     with scratch() as directory, Workers(pool_size(max(cpus, servers)), {"TMPDIR": str(directory)}) as workers:
         # The workers import TVM while this process does.
-        from ..schedules import BASES, CPU_TARGETS, chain
         from .building import Builder
         from .job import Job, Options
 
-        active = library.active_target()
-        target = args.target or chain(active)[-1]
-        # These have kernels for some element types only, not float32, and DEFAULT decisions.
-        tunable = [name for name in CPU_TARGETS if name not in BASES]
-        if target not in tunable:
-            raise ArgumentError(f"tune: target: expected one of {', '.join(tunable)}, got {target!r}")
-        ops = list(cpu.BUCKETS) if args.op == "all" else [args.op]
-        tasks = [
-            Task(op, target, preset, *shape, types)
-            for op in ops
-            for types in variants_of(op, args.types, [None])
-            for shape in shapes or cpu.buckets(op)
-        ]
+        tasks = _tasks(args, preset, shapes)
         builder = Builder(workers, directory, args.cc)
+        target, types = tasks[0].target, tuple(dict.fromkeys(task.types for task in tasks))
         print(f"dsa-tvm tune: measuring the peak of this machine for {target}", file=sys.stderr, flush=True)
-        request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), remote))
+        request = ("machine", (str(builder.baseline(tasks[0])), tuple(args.threads), types, remote))
         try:
             gflops = workers.ask(request, 120)
         except WorkerError as error:
@@ -122,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         options = Options(
             trials=args.trials,
             timeout=args.timeout,
-            threads=tuple(gflops),
+            threads=tuple(gflops[types[0]]),
             output=args.output,
             machine=f"rpc {remote.key}" if remote else f"{env.cpu_model()}, {cpus} CPUs",
             gflops=gflops,
@@ -130,10 +119,55 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         with Progress(len(tasks) * args.trials, estimate=True) as progress:
-            limits = ", ".join(f"{rate:.0f} GFLOP/s with {n}" for n, rate in gflops.items())
-            progress.say(f"{target} on {options.machine}; the limit of its multiply-adds: {limits} threads")
+            for of in types:
+                limits = ", ".join(f"{rate:.0f} GFLOP/s with {n}" for n, rate in gflops[of].items())
+                serving = f" for {'/'.join(dict.fromkeys(of))}" if of else ""
+                progress.say(
+                    f"{target} on {options.machine}; the limit of its multiply-adds{serving}: {limits} threads"
+                )
             finals = Job(options, tasks, workers, builder).run(progress)
     print("\n".join(summary(tasks, finals)))
+
+
+def _tasks(args: argparse.Namespace, preset: presets.Preset, shapes: Sequence[tuple[int, int]]) -> list[Task]:
+    """What a job for CPUs is to tune.
+
+    Raises
+    ------
+    ArgumentError
+        An unknown target, or one that has no kernels of its own for what was asked for.
+    """
+    from ..schedules import BASES, CPU_TARGETS, chain, cpu_variants
+
+    if args.target and args.target not in CPU_TARGETS:
+        raise ArgumentError(f"tune: target: expected one of {', '.join(CPU_TARGETS)}, got {args.target!r}")
+    ops = list(cpu.BUCKETS) if args.op == "all" else [args.op]
+
+    def own(op: str, target: str) -> list[Types]:
+        """The element types that a target has kernels of its own for, and that the operator is called with."""
+        known = [tuple(variant.values()) for variant in OPS[op].variants]
+        return [types for variant in cpu_variants(op, target) if (types := tuple(variant.values())) in known]
+
+    # The best target of the machine may have kernels for some element types only.
+    possible = [args.target] if args.target else chain(library.active_target())
+    serving = (t for t in possible if {types[0] for op in ops for types in own(op, t) if types}.issuperset(args.types))
+    target = possible[-1] if args.target or not args.types else next(serving, possible[-1])
+    tasks = []
+    for op in ops:
+        kernels = own(op, target)
+        if not kernels:
+            if args.op == "all":
+                continue
+            raise ArgumentError(
+                f"tune: target: expected one with kernels of {op}, such as {chain(target)[-1]}, got {target}"
+            )
+        default: Sequence[Types | None] = [None] if target not in BASES else kernels[:1]
+        wanted = variants_of(op, args.types, default)
+        if foreign := [types for types in wanted if types is not None and types not in kernels]:
+            expected = f"expected some of {', '.join(dict.fromkeys(types[0] for types in kernels))}"
+            raise ArgumentError(f"tune: types: {expected} with {target}, got {foreign[0][0]}")
+        tasks += [Task(op, target, preset, *shape, types) for types in wanted for shape in shapes or cpu.buckets(op)]
+    return tasks
 
 
 def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, list[tuple[int, int]]]:

@@ -19,7 +19,7 @@ from . import fleet
 from .failures import Losses, WorkerError, failure
 from .fleet import Remote
 from .source import Decisions, Proposer, Source
-from .tasks import Effort, Task
+from .tasks import Effort, Task, Types
 from .trials import Trials
 from .workers import BATCH, Request, Workers
 
@@ -54,7 +54,7 @@ class Options:
     machine : str
         Name of this kind of machine. Trials of other machines do not count.
     gflops : mapping
-        The machine's multiply-add limit by number of threads.
+        The machine's multiply-add limit by the element types of a task, then by number of threads.
     remote : Remote, optional
         Measure on a fleet.
     seed : int
@@ -67,7 +67,7 @@ class Options:
     threads: tuple[int, ...]
     output: Path
     machine: str
-    gflops: Mapping[int, float]
+    gflops: Mapping[Types, Mapping[int, float]]
     remote: Remote | None = None
     seed: int = 0
     limit: float = 180.0
@@ -262,7 +262,7 @@ class Job:
             seconds, default_seconds = ({n: tuple(x) for n, x in outcome[m].items()} for m in _TIMES)
             roof = outcome.get("roof")
             if roof is None:
-                gflops = outcome["gflops"] or self._options.gflops
+                gflops = outcome["gflops"] or self._options.gflops[task.types]
                 roof = task.roof({n: gflops[n] for n in seconds})
             try:
                 return Record(**fields, seconds=seconds, default_seconds=default_seconds, roof=roof, error=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import tvm_ffi
 
 from ..benchmark.check import CheckError
 from ..errors import DsaError
-from ..ops.element_types import STORAGE
+from ..ops.element_types import PRODUCTS, STORAGE, product_of
 from .fleet import Remote
 from .problem import Problem, problems
-from .tasks import Effort, Task
+from .tasks import Effort, Task, Types
 from .turns import Timer, in_turns
 
 DEFAULT, CANDIDATE = 0, 1
@@ -61,7 +61,7 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
         outputs = [_poisoned(timed, device), written]
         times: dict[str, dict[int, Any]] = {"seconds": {}, "default_seconds": {}, "gflops": {}}
         if remote is not None:
-            times["gflops"] = {n: float(module["peak"](n, 100)) for n in effort.threads}
+            times["gflops"] = _peaks(module, effort.threads, task.types)
         for count in effort.threads:
             timers = [_timer(module, which, count, [*arguments, *x]) for which, x in enumerate(outputs)]
             pairs = in_turns(timers, effort)
@@ -70,11 +70,24 @@ def measure(library: str, task: Task, effort: Effort, remote: Remote | None = No
     return times
 
 
-def machine(library: str, threads: Sequence[int], remote: Remote | None = None) -> dict[int, float]:
-    """GFLOP/s of multiply-adds in registers by number of threads; without `threads` for one and for all CPUs."""
+def machine(
+    library: str, threads: Sequence[int], types: Iterable[Types], remote: Remote | None = None
+) -> dict[Types, dict[int, float]]:
+    """GFLOP/s of multiply-adds in registers, for each of `types` what its kernels multiply by, by number of threads.
+
+    Without `threads` for one and for all CPUs.
+    """
     with _opened(library, remote) as (module, _):
         counts = threads or sorted({1, int(module["cpus"]())})
-        return {n: float(module["peak"](n, 100)) for n in counts}
+        return {of: _peaks(module, counts, of) for of in types}
+
+
+def _peaks(module: Any, threads: Sequence[int], types: Types) -> dict[int, float]:
+    """By number of threads. A target without dot products of these types multiplies in float32."""
+    products = (
+        [PRODUCTS.index(product) for product in dict.fromkeys((product_of(types[0]), "float32"))] if types else [0]
+    )
+    return {n: next(rate for p in products if (rate := float(module["peak"](p, n, 100)))) for n in threads}
 
 
 def check(module: Any, device: Any, problem: Problem, which: int, threads: int) -> None:

@@ -55,10 +55,10 @@ def compile_object(
 ) -> None:
     """Compile the kernel of one candidate to an object file. `suffix` keeps its symbols apart from others."""
     from ..build.candidates import compile_kernel
-    from ..schedules import space
+    from ..schedules import CpuSpace, space
 
     kernels = importlib.import_module(module)
-    chosen = space.kernel_decisions(kernels, decisions)
+    chosen = space.kernel_decisions(CpuSpace(kernels, variant, target), decisions)
     compile_kernel(op, variant, target, chosen, suffix, path, kernels)
 
 

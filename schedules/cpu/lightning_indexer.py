@@ -84,6 +84,13 @@ def takes(variant: Mapping[str, str], dots: str) -> bool:
     return variant["T"] in EXACT[dots] and variant["K"] in EXACT[dots]
 
 
+def check_dots(c: Decisions, dots: str | None) -> None:
+    """Raise ValueError for decisions that a kernel with these dot products cannot have; None stands for float32."""
+    Products = products_of(dots)
+    if c.heads % Products.lanes or STEP // Products.entries % c.unroll_d:
+        raise ValueError(f"lightning_indexer: decisions that do not divide for {dots} dot products: {c}")
+
+
 def choices(target: str) -> dict[str, tuple[int, ...]]:
     """The values of each decision that are worth trying on `target`."""
     floats = VECTOR[target]
@@ -175,8 +182,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
     NARROW = 16 if HV > 16 and HV % 16 == 0 else LANES
     HALF = HV // 2 if HV % (2 * NARROW) == 0 and HV > 2 * NARROW else NARROW
     IN_PLACE = c.in_place == 1 and Products.reads_in_place(k_type)
-    if HV % LANES or STEP // Products.entries % UD:
-        raise ValueError(f"lightning_indexer: decisions that do not divide for {dots} dot products: {c}")
+    check_dots(c, dots)
 
     @T.prim_func(s_tir=True)
     def lightning_indexer(

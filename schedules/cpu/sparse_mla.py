@@ -86,6 +86,11 @@ def takes(variant: Mapping[str, str], dots: str) -> bool:
     return dots == BF16X16 and variant["T"] == "bfloat16"
 
 
+def check_dots(c: Decisions, dots: str | None) -> None:
+    """Raise ValueError for decisions that a kernel with these dot products cannot have; None stands for float32."""
+    products_of(dots).check(c)
+
+
 def choices(target: str) -> dict[str, tuple[int, ...]]:
     """The values of each decision that are worth trying on `target`."""
     floats = VECTOR[target]

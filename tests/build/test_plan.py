@@ -98,3 +98,36 @@ def test_a_table_by_element_types():
     first = len(shared[0][0])
     assert all("[DTYPE_FLOAT32]" in cell and "[DTYPE_BFLOAT16]" not in cell for cell in cells[:first])
     assert all("[DTYPE_BFLOAT16]" in cell and "[DTYPE_FLOAT32]" not in cell for cell in cells[first:])
+
+
+def test_what_was_tuned_for_float32_decides_nothing_of_bf16_products():
+    """These are of a target of their own, though that has its other kernels from the one that was tuned."""
+    from dsa_tvm.schedules import CPU
+
+    from dsa_tvm.build import plan
+
+    target, types = "x86-64-v4-bf16", ("bfloat16",) * 2
+    default = asdict(CPU["lightning_indexer"].DEFAULT[target])
+    tuned = default | {"rows": 2 * default["rows"]}
+    of_float = make("lightning_indexer", BUCKET, kind="final", target="x86-64-v4", decisions=tuned)
+    of_bf16 = make("lightning_indexer", BUCKET, kind="final", target=target, types=types, decisions=tuned)
+    for records, expected in (([of_float], default), ([of_float, of_bf16], tuned)):
+        rows_of = plan.make([target], records, presets.get("deepseek-v3.2"), lambda line: None)[target]
+        rows = rows_of["lightning_indexer"][types]
+        row = next(r for r in rows if BUCKET[0] <= r.s_q_max and BUCKET[1] <= r.s_kv_max)
+        assert row.decisions == expected
+
+
+def test_decisions_that_bf16_products_cannot_have_are_left_out():
+    """A log may hold them; a build that took them would fail."""
+    from dsa_tvm.schedules import CPU
+
+    from dsa_tvm.build import plan
+
+    target = "x86-64-v4-bf16"
+    odd = asdict(CPU["sparse_mla"].DEFAULT[target]) | {"tile_keys": 3}
+    said = []
+    record = make("sparse_mla", BUCKET, kind="final", target=target, types=BF16, decisions=odd)
+    rows_of = plan.make([target], [record], presets.get("deepseek-v3.2"), said.append)[target]["sparse_mla"]
+    assert all(row.decisions != odd for rows in rows_of.values() for row in rows)
+    assert "leaving out a record of sparse_mla on x86-64-v4-bf16" in said[0] and "bf16 dot products" in said[0]

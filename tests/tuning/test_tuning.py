@@ -142,7 +142,7 @@ def job(output, *, seconds=60.0, limit=60.0, kernels=bad_kernels, work=None, **o
             threads=(1,),
             output=output,
             machine="test",
-            gflops={1: 1e3},
+            gflops={(): {1: 1e3}},
             limit=limit,
         )
         yield Job(chosen, [TASK], workers, builder)
@@ -382,6 +382,14 @@ def test_two_jobs_one_log(finished, tmp_path):
     [
         (["sort"], "operator: expected all or one of lightning_indexer, topk, sparse_mla, got 'sort'"),
         (["topk", "--target", "z80"], "target: expected one of x86-64-v2"),
+        (
+            ["topk", "--target", "x86-64-v4-bf16"],
+            "target: expected one with kernels of topk, such as x86-64-v4, got",
+        ),
+        (
+            ["sparse_mla", "--target", "x86-64-v4-bf16", "--types", "bfloat16", "float32"],
+            "types: expected some of bfloat16 with x86-64-v4-bf16, got float32",
+        ),
         (["topk", "--preset", "gpt"], "preset: expected one of deepseek-v3.2"),
         (["topk", "--trials", "0"], "trials: expected at least 1, got 0"),
         (["topk", "--timeout", "-1"], "timeout: expected a positive number"),
