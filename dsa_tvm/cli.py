@@ -139,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--seconds", type=float, help="time for each figure (default: 1, or 0.2 on a GPU)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+    bench.add_argument(
+        "--growth", action="store_true", help="vary s_kv, s_q, topk and threads one at a time instead, beside no others"
+    )
+    bench.add_argument("--topk", type=int, nargs="+", default=[], help="with --growth: selected keys")
+    bench.add_argument("--out", type=Path, metavar="PNG", help="with --growth: draw it into PNG, with matplotlib")
 
     build = command("build", _build, "compile a library for other targets or sizes")
     from .build.command import add_arguments

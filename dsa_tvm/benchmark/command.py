@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import ArgumentError
 from ..terminal.progress import Progress
 from . import clock, figures
 from .check import Checker, CheckError
 from .cpu import CpuSuite
 from .cuda import CudaSuite
+from .growth import command as growth
 from .peers import Peer, Skipped
 from .suite import Case, LostError, Suite
 from .workload import Workload
@@ -22,7 +24,8 @@ def run(args: argparse.Namespace) -> None:
     Parameters
     ----------
     args : argparse.Namespace
-        suite, op, s_q, s_kv, threads, preset, dtype, seconds and json, as `dsa_tvm.cli` parses them.
+        suite, op, s_q, s_kv, threads, preset, dtype, seconds, json, growth, and topk and out for that, as `dsa_tvm.cli`
+        parses them.
 
     Raises
     ------
@@ -35,6 +38,12 @@ def run(args: argparse.Namespace) -> None:
     LibraryError
         As `dsa_tvm.runtime.library.load`, or the library has no CUDA kernels.
     """
+    for name in ("out", "topk"):
+        if getattr(args, name, None) and not args.growth:
+            raise ArgumentError(f"bench: {name}: expected --growth beside it, got none")
+    if args.growth:
+        growth.run(args)
+        return
     suite: Suite = CudaSuite(args) if args.suite == "cuda" else CpuSuite(args)
     for line in suite.heading():
         print(line)

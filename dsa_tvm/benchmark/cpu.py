@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import functions
-from ..errors import ArgumentError
 from ..runtime import library, machine
 from ..terminal.text import aligned, digits
 from . import figures, workload
@@ -55,11 +54,7 @@ class CpuSuite:
         figures.check_threads("bench", args.threads)
         self._preset, self._preset_name = figures.check_arguments(args, ("s_q", "s_kv")), args.preset
         self._dtype, self.seconds = args.dtype, args.seconds
-        if args.dtype not in workload.DTYPES:
-            raise ArgumentError(f"bench: dtype: expected one of {', '.join(workload.DTYPES)}, got {args.dtype!r}")
-        for op in args.op or ():
-            if not workload.serves(op, args.dtype):
-                raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {args.dtype!r}")
+        figures.check_dtype(args.op, args.dtype)
         ops = [op for op in dict.fromkeys(args.op or workload.OPERATORS) if workload.serves(op, args.dtype)]
         threads = list(dict.fromkeys(args.threads or sorted({1, machine.usable_cpus()})))
         self.cases = [

@@ -15,7 +15,7 @@ from ..runtime.files import expect_writable, write_atomically
 from ..runtime.machine import THREADS
 from ..terminal.text import digits
 from .check import CheckError
-from .workload import OPERATORS
+from .workload import DTYPES, OPERATORS, serves
 
 
 def with_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
@@ -56,6 +56,20 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
         except OSError as error:
             raise ArgumentError(f"bench: json: expected a file that can be written, got {error}") from error
     return preset
+
+
+def check_dtype(ops: Sequence[str], dtype: str) -> None:
+    """Refuse an element type that is unknown, or that one of the operators does not have on a CPU.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if dtype not in DTYPES:
+        raise ArgumentError(f"bench: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    for op in ops:
+        if not serves(op, dtype):
+            raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {dtype!r}")
 
 
 def check_threads(command: str, threads: Sequence[int]) -> None:

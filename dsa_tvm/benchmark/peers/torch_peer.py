@@ -145,7 +145,7 @@ def _indexer(work: Workload, unseen: Any, capability: int | None, product: str) 
     if q.dtype is torch.int8 and not on_cpu:
         raise Skipped("torch has no int8 product whose result is float")
     fp8 = q.element_size() == 1 and not on_cpu
-    if fp8 and capability < 89:
+    if fp8 and (capability or 0) < 89:
         raise Skipped("torch has no fp8 product below compute capability 8.9")
     one = torch.ones((), device=q.device)
     form = product or str(q.dtype).removeprefix("torch.")
