@@ -16,7 +16,7 @@ import torch
 from fake_gpu import CEILINGS, SMALL, FakeGpu
 
 from dsa_tvm import cli, functions, presets
-from dsa_tvm.benchmark import clock, command, cuda, device
+from dsa_tvm.benchmark import clock, command, cuda, device, workload
 from dsa_tvm.benchmark.clock import DeviceClock
 from dsa_tvm.benchmark.peers import Peer
 from dsa_tvm.benchmark.peers import cuda as peers
@@ -72,9 +72,9 @@ def test_the_median_is_of_all_turns():
             return lambda i: [10.0**i, 3 * 10.0**i]
 
     done = []
-    assert clock.medians(Slowing(), {"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 6) == {
-        "a": 20.0,
-        "b": 20.0,
+    assert clock.medians(Slowing(), {"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 10) == {
+        "a": 200.0,
+        "b": 200.0,
     }
     assert done == ["a", "b"]
 
@@ -88,12 +88,12 @@ def test_turns_leave_out_what_the_host_takes():
         return fake.taking(seconds, lambda: order.append(name), launch)
 
     calls = {"a": contender("a", 2e-3, 1e-5), "b": contender("b", 5e-5, 1e-3)}
-    times = clock.medians(DeviceClock(fake), calls, 0.06)
+    times = clock.medians(DeviceClock(fake), calls, 0.1)
     assert times == pytest.approx({"a": 1e-5, "b": 1e-3})
     turns = [name for name, _ in itertools.groupby(order)]
-    assert turns == ["a", "b"] * 4  # the warm-up, and three turns
+    assert turns == ["a", "b"] * 6  # the warm-up, and five turns
     # A turn of 20 ms has as many calls as fit, and a wait at its end alone.
-    assert order.count("a") - 2 == 3 * 3 and order.count("b") - 2 == 3 * 17
+    assert order.count("a") - 2 == 5 * 3 and order.count("b") - 2 == 5 * 17
     assert fake.log.count("flush") == len(order) - 4 and fake.log[8:12] == ["flush"] * 3 + ["synchronize"]
     assert clock.medians(DeviceClock(fake), {"a": calls["a"]}, 1e-9)["a"] == pytest.approx(1e-5)
 
@@ -117,7 +117,7 @@ def test_a_run(gpu, capsys, tmp_path):
         assert row["peers"]["torch"] == pytest.approx({"ms": 1e3 * TORCH[op], "ratio": TORCH[op] / OURS[op]})
         assert (row["tflops"] is None) == (op == "topk")
     lines = [line.split() for line in printed.out.splitlines()]
-    table = [line[:4] for line in lines if line and line[0] in OPS and line[1] in cuda.DTYPES]
+    table = [line[:4] for line in lines if line and line[0] in OPS and line[1] in workload.DTYPES]
     assert table == [[r["op"], r["dtype"], str(r["s_q"]), "40"] for r in rows]
     assert "-  DeepGEMM: DeepGEMM's fp8_mqa_logits takes fp8 queries and keys (lightning_indexer s_q 1" in printed.out
     assert f"[{len(rows)}/{len(rows)}]" in printed.err

@@ -43,7 +43,7 @@ def test_the_suite_has_the_issue_s_shapes():
     assert lengths["sparse_mla", "s_kv"] == thousands[1:]
     assert {c.dtype for c in found if c.op == "lightning_indexer"} == {"bfloat16", "float8_e4m3fn"}
     assert {c.op for c in found} == set(workload.OPERATORS) == set(peers.BY_OPERATOR)
-    assert all(cuda.variant(OPS[c.op], c.dtype) is not None for c in found)
+    assert all(workload.variant(OPS[c.op], c.dtype) is not None for c in found)
     assert len(found) == len(set(found))
 
 
@@ -52,7 +52,7 @@ def test_cases_can_be_chosen():
     found = cuda.cases(["topk", "lightning_indexer"], [1], [9], "float16")
     assert found == [Case("lightning_indexer", "float16", 1, 9)]
     assert {c.op for c in cuda.cases([], [1], [9], "int8")} == {"lightning_indexer", "indexer_topk"}
-    assert cuda.variant(OPS["dsa_attention"], "float8_e4m3fn") == {"T": "bfloat16", "K": "float8_e4m3fn"}
+    assert workload.variant(OPS["dsa_attention"], "float8_e4m3fn") == {"T": "bfloat16", "K": "float8_e4m3fn"}
     for ops, dtype in ((["topk"], "bfloat16"), (["sparse_mla"], "int8")):
         with pytest.raises(ArgumentError, match="bench: dtype: expected"):
             cuda.cases(ops, [], [], dtype)

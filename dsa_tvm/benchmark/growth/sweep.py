@@ -107,6 +107,6 @@ def sweeps(ops: Sequence[str], given: Mapping[str, Sequence[int]], preset: Prese
         for name in VARIED:
             # The indexer selects nothing.
             if len(values[name]) > 1 and (name != "topk" or "topk" in OPS[op].dims):
-                points = [replace(start, **{name: value}) for value in values[name]]
+                points = [Point(op, **(base | {name: value})) for value in values[name]]
                 found.append(Sweep(op, name, start, points))
     return found
