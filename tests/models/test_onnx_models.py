@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +16,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from small_models import TOPK, make, prompt  # noqa: E402
 
+import dsa_tvm  # noqa: E402
 from dsa_tvm import export  # noqa: E402
 from dsa_tvm.errors import ArgumentError, ModelError  # noqa: E402
 from dsa_tvm.models.onnx import Generator, export_model  # noqa: E402
@@ -115,6 +120,53 @@ def test_tokens(kind, batch, padding, library, generators, generated):
     timing = generators[kind, library].timing
     assert timing.prefill_tokens == int(mask.sum()) and timing.decode_tokens == batch * (NEW - 1)
     assert "prefill" in str(timing) and "decode" in str(timing)
+
+
+C = Path(__file__).parent.parent.parent / "export" / "c"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The C++ example. Where ONNX Runtime's headers are not installed, it takes our declarations of the interface."""
+    libraries = sorted((Path(ort.__file__).parent / "capi").glob("libonnxruntime.so.1*"))
+    if not libraries:
+        pytest.skip(f"onnxruntime {ort.__version__} comes without libonnxruntime.so")
+    directory = tmp_path_factory.mktemp("program")
+    library = directory / "libonnxruntime.so.1"
+    library.symlink_to(libraries[0])
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{C / 'src'}", library, f"-Wl,-rpath,{directory}"]
+    subprocess.run(["c++", C / "examples" / "generate.cpp", *flags, "-o", directory / "generate"], check=True)
+    return directory / "generate"
+
+
+def run(program, model, prompt, new, library=None):
+    command = [program, model, library or dsa_tvm.get_library_path(), str(new)]
+    return subprocess.run(command, input=" ".join(map(str, prompt)), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_from_cpp(kind, program, exported, generators, models):
+    """Those of `Generator` and of `model.generate`, after a prompt of more than one piece."""
+    ids, mask = prompt(1, 600)
+    expected = generators[kind, True].generate(ids.tolist(), NEW)[0]
+    done = run(program, exported[kind] / "model.onnx", ids[0].tolist(), NEW)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == " ".join(map(str, expected)) + "\n"
+    models[kind].set_attn_implementation("dsa_tvm")
+    with torch.no_grad():
+        made = models[kind].generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    assert made[0, 600:].tolist() == expected
+
+
+def test_errors_from_cpp(program, exported, tmp_path):
+    model = exported["deepseek-yarn"] / "model.onnx"
+    assert run(program, model, [], 4).returncode == 2
+    for done, expected in (
+        (run(program, tmp_path / "model.onnx", [1], 4), "generate: Load model from"),
+        (run(program, model, [1], 4, tmp_path / "none.so"), "generate: .*none.so"),
+        (run(program, model, [1, 256], 4), "generate: .*indices element out of data bounds, idx=256"),
+    ):
+        assert done.returncode == 1 and re.search(expected, done.stderr), done.stderr
 
 
 def test_a_sequence_ends_at_its_token(generators, generated):

@@ -17,11 +17,19 @@ typedef struct OrtShapeInferContext OrtShapeInferContext;
 typedef struct OrtOpAttr OrtOpAttr;
 typedef struct OrtCustomOp OrtCustomOp;
 typedef struct OrtMemoryInfo OrtMemoryInfo;
+typedef struct OrtEnv OrtEnv;
+typedef struct OrtSession OrtSession;
+typedef struct OrtRunOptions OrtRunOptions;
+typedef struct OrtTypeInfo OrtTypeInfo;
+typedef struct OrtAllocator OrtAllocator;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum { ORT_ARGUMENT_REQUIRED = 0, ORT_ARGUMENT_OPTIONAL = 1 };
 enum { ORT_MEMORY_DEFAULT = 0 };
 enum { ORT_ATTRIBUTE_INT = 1 };
+/* With the names that ONNX Runtime's own header has, because a program may be compiled with either. */
+enum { ORT_API_VERSION = 18, ORT_LOGGING_LEVEL_WARNING = 2, OrtDeviceAllocator = 0, OrtMemTypeDefault = 0 };
+enum { ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7 };
 
 /* The table of functions; each member stands at its slot. */
 #define ORT_SLOT(number, declaration)      \
@@ -32,10 +40,24 @@ enum { ORT_ATTRIBUTE_INT = 1 };
 typedef union OrtApi {
   OrtStatus *(*CreateStatus)(int code, const char *message); /* slot 0 */
   ORT_SLOT(2, const char *(*GetErrorMessage)(const OrtStatus *));
+  ORT_SLOT(3, OrtStatus *(*CreateEnv)(int level, const char *name, OrtEnv **));
+  ORT_SLOT(7, OrtStatus *(*CreateSession)(const OrtEnv *, const char *path, const OrtSessionOptions *, OrtSession **));
+  ORT_SLOT(9, OrtStatus *(*Run)(OrtSession *, const OrtRunOptions *, const char *const *input_names,
+                                const OrtValue *const *inputs, size_t, const char *const *output_names, size_t,
+                                OrtValue **outputs));
+  ORT_SLOT(10, OrtStatus *(*CreateSessionOptions)(OrtSessionOptions **));
   ORT_SLOT(26, OrtStatus *(*CreateCustomOpDomain)(const char *name, OrtCustomOpDomain **));
   ORT_SLOT(27, OrtStatus *(*CustomOpDomain_Add)(OrtCustomOpDomain *, const OrtCustomOp *));
   ORT_SLOT(28, OrtStatus *(*AddCustomOpDomain)(OrtSessionOptions *, OrtCustomOpDomain *));
+  ORT_SLOT(29, OrtStatus *(*RegisterCustomOpsLibrary)(OrtSessionOptions *, const char *path, void **handle));
+  ORT_SLOT(30, OrtStatus *(*SessionGetInputCount)(const OrtSession *, size_t *));
+  ORT_SLOT(33, OrtStatus *(*SessionGetInputTypeInfo)(const OrtSession *, size_t, OrtTypeInfo **));
+  ORT_SLOT(36, OrtStatus *(*SessionGetInputName)(const OrtSession *, size_t, OrtAllocator *, char **));
+  ORT_SLOT(49, OrtStatus *(*CreateTensorWithDataAsOrtValue)(const OrtMemoryInfo *, void *, size_t bytes,
+                                                            const int64_t *shape, size_t, int type, OrtValue **));
   ORT_SLOT(51, OrtStatus *(*GetTensorMutableData)(OrtValue *, void **));
+  ORT_SLOT(55, OrtStatus *(*CastTypeInfoToTensorInfo)(const OrtTypeInfo *,
+                                                      const OrtTensorTypeAndShapeInfo **)); /* borrowed */
   ORT_SLOT(57, OrtStatus *(*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo **));
   ORT_SLOT(58, OrtStatus *(*SetTensorElementType)(OrtTensorTypeAndShapeInfo *, int));
   ORT_SLOT(59, OrtStatus *(*SetDimensions)(OrtTensorTypeAndShapeInfo *, const int64_t *, size_t));
@@ -44,13 +66,18 @@ typedef union OrtApi {
   ORT_SLOT(62, OrtStatus *(*GetDimensions)(const OrtTensorTypeAndShapeInfo *, int64_t *, size_t));
   ORT_SLOT(63, OrtStatus *(*GetSymbolicDimensions)(const OrtTensorTypeAndShapeInfo *, const char **, size_t));
   ORT_SLOT(65, OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *, OrtTensorTypeAndShapeInfo **));
+  ORT_SLOT(69, OrtStatus *(*CreateCpuMemoryInfo)(int allocator, int memory, OrtMemoryInfo **));
   ORT_SLOT(72, OrtStatus *(*MemoryInfoGetId)(const OrtMemoryInfo *, int *));
+  ORT_SLOT(78, OrtStatus *(*GetAllocatorWithDefaultOptions)(OrtAllocator **)); /* borrowed */
   ORT_SLOT(85, OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *, const char *name, float *));
   ORT_SLOT(86, OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *, const char *name, int64_t *));
   ORT_SLOT(88, OrtStatus *(*KernelContext_GetInputCount)(const OrtKernelContext *, size_t *));
   ORT_SLOT(90, OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *, size_t, const OrtValue **));
   ORT_SLOT(91, OrtStatus *(*KernelContext_GetOutput)(OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **));
   ORT_SLOT(93, void (*ReleaseStatus)(OrtStatus *));
+  ORT_SLOT(95, void (*ReleaseSession)(OrtSession *));
+  ORT_SLOT(96, void (*ReleaseValue)(OrtValue *));
+  ORT_SLOT(98, void (*ReleaseTypeInfo)(OrtTypeInfo *));
   ORT_SLOT(99, void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo *));
   ORT_SLOT(101, void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *));
   ORT_SLOT(193, OrtStatus *(*KernelContext_GetGPUComputeStream)(const OrtKernelContext *, void **));
