@@ -3,18 +3,19 @@
 A checkpoint is a directory with ``config.json`` and one or more ``.safetensors`` files. Names are Transformers' and
 those of the published models: experts one by one, or merged. Weights in fp8 come with a scale for each block of
 128 x 128 (``weight_scale_inv``) and are multiplied out while they are read. Every tensor that the model has must be
-there in its shape, and nothing else may be.
+there in its shape, and nothing else may be; all of that is known before the first weight is read.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -30,7 +31,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-_FP8 = torch.float8_e4m3fn
+#: Element types of weights, as safetensors calls them.
+_FP8 = "F8_E4M3"
+_FLOATS = ("F64", "F32", "F16", "BF16", _FP8)
+#: What a piece of a tensor may take in float32.
+_PIECE_BYTES = 32 << 20
+#: How much of a file is read through one mapping: what was read counts as the process's memory until it is unmapped.
+_MAPPED_BYTES = 64 << 20
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _EXPERTS = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")
 #: In old checkpoints, and computed.
@@ -68,21 +75,68 @@ def load_model(
         No checkpoint, a model of another type, an unknown quantization, or tensors that are missing, too many,
         truncated, or of another shape; the message names them.
     """
-    directory = Path(checkpoint)
-    settings = read_config(directory)
-    quantization = settings.pop("quantization_config", None)
-    block = _block_size(quantization)
-    config, first = _config(settings, layers)
-    model = _empty(config, dtype)
-    with ExitStack() as files:
-        _fill(model, _Tensors(directory, files, block), first, _published_layers(settings, config))
-    return model.eval()
+    unread = UnreadModel(checkpoint, dtype=dtype, layers=layers)
+    for name, like in unread.weights.items():
+        unread.assign(name, _joined(unread.pieces(name), like))
+    return unread.finished()
+
+
+class UnreadModel:
+    """The model that a checkpoint is to become, before any weight is read.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+    dtype : torch.dtype
+    layers : tuple of two int, optional
+        As of `load_model`, and with its exceptions.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        Without memory for its weights, until they are assigned.
+    weights : dict of str to tensor
+        Shape and element type of each weight of the model, on the device "meta".
+    """
+
+    def __init__(
+        self, checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, layers: tuple[int, int] | None = None
+    ):
+        directory = Path(checkpoint)
+        settings = read_config(directory)
+        block = _block_size(settings.pop("quantization_config", None))
+        config, first = _config(settings, layers)
+        self.model = _empty(config, dtype)
+        self._tensors = _Tensors(directory, block)
+        self.weights = dict(self.model.state_dict())
+        if config.tie_word_embeddings and not self._tensors.has("lm_head.weight"):
+            del self.weights["lm_head.weight"]
+        self._sources, used = _checked_sources(self.weights, lambda name: _shifted(name, first), self._tensors)
+        last, published = first + config.num_hidden_layers, _published_layers(settings, config)
+        extra = [n for n in self._tensors.names if n not in used and not _left_out(n, first, last, published)]
+        _complain("not expected", extra, "of the model")
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A weight of the model in pieces of a few MiB, one behind the other, in its element type."""
+        for part, shape in self._sources[name]:
+            yield from self._tensors.read(part, shape, self.weights[name].dtype)
+
+    def assign(self, name: str, value: torch.Tensor) -> None:
+        """Give the model a weight."""
+        _assign(self.model, name, value)
+
+    def finished(self) -> transformers.PreTrainedModel:
+        """The model, after every weight was assigned, in evaluation mode."""
+        self.model.tie_weights()
+        empty = [name for name, x in (*self.model.named_parameters(), *self.model.named_buffers()) if x.is_meta]
+        _complain("missing", empty, "in the files")
+        return self.model.eval()
 
 
 class Checkpoint:
     """A published checkpoint whose parts are read one at a time, so that it may be larger than memory.
 
-    Used as a context manager: the files are open until its end.
+    Used as a context manager: files are closed at its end.
 
     Parameters
     ----------
@@ -108,18 +162,13 @@ class Checkpoint:
         self.config, _ = _config(settings, None)
         self.family = family_of(self.config)
         self.dtype = dtype
-        self._files = ExitStack()
-        try:
-            self._tensors = _Tensors(directory, self._files, block)
-        except BaseException:
-            self._files.close()
-            raise
+        self._tensors = _Tensors(directory, block)
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._files.close()
+        self._tensors.close()
 
     def read(self, make: Callable[[], Any], prefix: str) -> Any:
         """A module with its weights from the checkpoint.
@@ -144,9 +193,13 @@ class Checkpoint:
         module = _without_memory(make, self.dtype)
         classes = getattr(self.family.module, f"{self.family.prefix}PreTrainedModel")
         _keep_float32(module, classes, self.dtype, prefix)
-        _read_weights(module, self._tensors, lambda name: prefix + name)
-        unused = [n for n in self._tensors.names if n.startswith(prefix) and n not in self._tensors.used]
+        weights = module.state_dict()
+        sources, used = _checked_sources(weights, lambda name: prefix + name, self._tensors)
+        unused = [n for n in self._tensors.names if n.startswith(prefix) and n not in used]
         _complain("not expected", [n for n in unused if not n.endswith(_COMPUTED)], "of the model")
+        for name, like in weights.items():
+            pieces = (x for part, shape in sources[name] for x in self._tensors.read(part, shape, like.dtype))
+            _assign(module, name, _joined(pieces, like))
         return module.eval()
 
 
@@ -171,11 +224,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 def _block_size(quantization: Any) -> tuple[int, int] | None:
     if quantization is None:
         return None
-    method = quantization.get("quant_method")
-    size = quantization.get("weight_block_size")
-    if method != "fp8" or not size or len(size) != 2:
+    settings = quantization if isinstance(quantization, dict) else {}
+    method, size = settings.get("quant_method"), settings.get("weight_block_size")
+    whole = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if method != "fp8" or size is None or not whole:
         raise ModelError(
-            "config.json: quantization_config: expected quant_method fp8 with weight_block_size, "
+            "config.json: quantization_config: expected quant_method fp8 with weight_block_size of two numbers, "
             f"got {method} with {size}"
         )
     return size[0], size[1]
@@ -187,7 +241,8 @@ def _config(settings: dict[str, Any], layers: tuple[int, int] | None) -> tuple[A
     try:
         config = getattr(transformers, f"{family.prefix}Config").from_dict(settings)
     except Exception as error:  # Transformers validates in its own classes
-        raise ModelError(f"config.json: expected a configuration of {family.model_type}, got: {error}") from error
+        raise _no_configuration(family, str(error)) from error
+    _check_config(config)
     if layers is None:
         return config, 0
     first, last = layers
@@ -204,6 +259,28 @@ def _config(settings: dict[str, Any], layers: tuple[int, int] | None) -> tuple[A
     return config, first
 
 
+def _no_configuration(family: Family, what: str) -> ModelError:
+    return ModelError(f"config.json: expected a configuration of {family.model_type}, got: {' '.join(what.split())}")
+
+
+def _check_config(config: Any) -> None:
+    """Raise `ModelError` for what Transformers would find out in the middle of a forward."""
+    kinds = getattr(config, "indexer_types", None)
+    if kinds is not None:
+        right = len(kinds) == config.num_hidden_layers and set(kinds) <= {"full", "shared"} and kinds[0] == "full"
+        if not right:
+            expected = f"{config.num_hidden_layers} times full or shared, the first one full"
+            raise ModelError(f"config.json: indexer_types: expected {expected}, got {', '.join(map(str, kinds))}")
+    experts, groups = config.n_routed_experts, config.n_group
+    if groups < 1 or experts % groups:
+        raise ModelError(f"config.json: n_group: expected a divisor of {experts} n_routed_experts, got {groups}")
+    if not 1 <= config.topk_group <= groups:
+        raise ModelError(f"config.json: topk_group: expected 1..{groups}, got {config.topk_group}")
+    most = config.topk_group * experts // groups
+    if not 1 <= config.num_experts_per_tok <= most:
+        raise ModelError(f"config.json: num_experts_per_tok: expected 1..{most}, got {config.num_experts_per_tok}")
+
+
 def _published_layers(settings: dict[str, Any], config: Any) -> int:
     """How many layers of the checkpoint are the model's; behind them are those that predict further tokens."""
     return settings.get("num_hidden_layers", type(config)().num_hidden_layers)
@@ -216,12 +293,15 @@ def family_of(config: Any) -> Family:
 
 def _empty(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model without memory for its weights."""
-    made = getattr(transformers, f"{family_of(config).prefix}ForCausalLM")
-    model = _without_memory(lambda: made(config), dtype)
+    family = family_of(config)
+    made = getattr(transformers, f"{family.prefix}ForCausalLM")
+    try:
+        model = _without_memory(lambda: made(config), dtype)
+        # Its buffers are computed, not read.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    except Exception as error:  # a name that Transformers does not know, for example
+        raise _no_configuration(family, f"{type(error).__name__}: {error}") from error
     _keep_float32(model, model, dtype)
-    # Its buffers are computed, not read.
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config)
     return model
 
 
@@ -245,58 +325,98 @@ def _keep_float32(module: torch.nn.Module, rules: Any, dtype: torch.dtype, prefi
             parameter.data = parameter.data.float()
 
 
+class _Entry(NamedTuple):
+    """Where a tensor is, and what its file says of it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class _Tensors:
     """The tensors of all files of a checkpoint, by name."""
 
-    def __init__(self, directory: Path, files: ExitStack, block: tuple[int, int] | None):
+    def __init__(self, directory: Path, block: tuple[int, int] | None):
         self.block = block
-        self._files: dict[str, Any] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._open: Any = None
+        self._open_path: Path | None = None
+        self._mapped = 0
         for path in _paths(directory):
-            try:
-                opened = files.enter_context(safetensors.safe_open(path, framework="pt"))
-            except FileNotFoundError:
-                raise ModelError(f"{path}: expected a file that the index names, got none") from None
-            except safetensors.SafetensorError as error:
-                raise ModelError(f"{path}: expected a whole safetensors file, got: {error}") from None
-            for name in opened.keys():  # noqa: SIM118  # no mapping
-                if name in self._files:
-                    raise ModelError(f"{path}: {name}: expected it in one file only, got it in two")
-                self._files[name] = opened
-        self.used: set[str] = set()
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    if name in self._entries:
+                        raise ModelError(f"{path}: {name}: expected it in one file only, got it in two")
+                    x = file.get_slice(name)
+                    self._entries[name] = _Entry(path, tuple(x.get_shape()), x.get_dtype())
 
     @property
-    def names(self) -> Iterable[str]:
-        return self._files
+    def names(self) -> list[str]:
+        return list(self._entries)
 
     def has(self, name: str) -> bool:
-        return name in self._files
+        return name in self._entries
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in `dtype`; the scales of an fp8 one are multiplied in."""
-        x = self._read(name, shape)
-        if x.dtype == _FP8:
-            scale = f"{name}_scale_inv"
-            if self.block is None or len(shape) != 2 or not self.has(scale):
-                raise ModelError(f"{name}: expected {scale} and a quantization_config beside fp8 weights, got none")
-            rows, columns = self.block
-            blocks = (-(-shape[0] // rows), -(-shape[1] // columns))
-            factors = self._read(scale, blocks).float()
-            factors = factors.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
-            x = x.float().mul_(factors)
-        if not x.dtype.is_floating_point:
-            raise ModelError(f"{name}: expected floating point numbers, got {x.dtype}")
-        # A copy: what safetensors hands out lies in the mapped file.
-        return x.to(dtype, copy=True)
+    def close(self) -> None:
+        self._open = self._open_path = None
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        found = tuple(self._files[name].get_slice(name).get_shape())
-        if found != tuple(shape):
-            raise ModelError(f"{name}: expected shape {list(shape)}, got {list(found)}")
-        self.used.add(name)
+    def check(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Names of what has to be read for a tensor of this shape; `ModelError` unless that can be read."""
+        entry = self._entries[name]
+        if entry.shape != shape:
+            raise ModelError(f"{name}: expected shape {list(shape)}, got {list(entry.shape)}")
+        if entry.dtype not in _FLOATS:
+            raise ModelError(f"{name}: expected one of {', '.join(_FLOATS)}, got {entry.dtype}")
+        if entry.dtype != _FP8:
+            return [name]
+        scale = f"{name}_scale_inv"
+        if self.block is None or len(shape) != 2 or not self.has(scale):
+            raise ModelError(f"{name}: expected {scale} and a quantization_config beside fp8 weights, got none")
+        if self._entries[scale].dtype == _FP8:
+            raise ModelError(f"{scale}: expected one of {', '.join(_FLOATS[:-1])}, got {_FP8}")
+        blocks = (-(-shape[0] // self.block[0]), -(-shape[1] // self.block[1]))
+        return [name, *self.check(scale, blocks)]
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor in `dtype`, some rows at a time; the scales of an fp8 one are multiplied in."""
+        if len(shape) < 2:
+            yield self._rows(name, slice(None)).to(dtype)
+            return
+        step = max(1, _PIECE_BYTES // (4 * math.prod(shape[1:])))
+        if self._entries[name].dtype != _FP8 or self.block is None:
+            for first in range(0, shape[0], step):
+                yield self._rows(name, slice(first, first + step)).to(dtype)
+            return
+        rows, columns = self.block
+        step = rows * max(1, step // rows)
+        factors = self._rows(f"{name}_scale_inv", slice(None)).float()
+        for first in range(0, shape[0], step):
+            x = self._rows(name, slice(first, first + step)).float()
+            own = factors[first // rows : (first + step) // rows]
+            own = own.repeat_interleave(rows, 0)[: len(x)].repeat_interleave(columns, 1)[:, : shape[1]]
+            yield x.mul_(own).to(dtype)
+
+    def _rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor, in memory of their own."""
+        path = self._entries[name].path
+        if path != self._open_path or self._mapped > _MAPPED_BYTES:
+            self._open, self._open_path, self._mapped = _opened(path), path, 0
         try:
-            return self._files[name].get_tensor(name)
+            x = self._open.get_slice(name)
+            x = x[rows] if self._entries[name].shape else self._open.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise ModelError(f"{name}: expected a tensor that can be read, got: {error}") from None
+        self._mapped += x.nbytes
+        return x.clone()
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"{path}: expected a file that the index names, got none") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: expected a whole safetensors file, got: {error}") from None
 
 
 def _paths(directory: Path) -> list[Path]:
@@ -306,6 +426,9 @@ def _paths(directory: Path) -> list[Path]:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: expected JSON with a weight_map, got: {error!r}") from None
+        for name in files:  # nothing outside of the directory
+            if not isinstance(name, str) or name in ("", ".", "..") or name != os.path.basename(name):
+                raise ModelError(f"{index}: expected names of files beside it, got {name!r}")
         return [directory / name for name in sorted(files)]
     found = sorted(directory.glob("*.safetensors"))
     if not found:
@@ -313,60 +436,39 @@ def _paths(directory: Path) -> list[Path]:
     return found
 
 
-def _fill(model: Any, tensors: _Tensors, first: int, published: int) -> None:
-    """Give a model without weights those of a checkpoint; its layer 0 is the checkpoint's `first`."""
-    tied = model.config.tie_word_embeddings and not tensors.has("lm_head.weight")
-    _read_weights(model, tensors, lambda name: _shifted(name, first), left_out=["lm_head.weight"] if tied else [])
-    last = first + model.config.num_hidden_layers
-    _complain(
-        "not expected",
-        [n for n in tensors.names if n not in tensors.used and not _left_out(n, first, last, published)],
-        "of the model",
-    )
-    model.tie_weights()
-    empty = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_meta]
-    _complain("missing", empty, "in the files")
+def _checked_sources(
+    weights: Mapping[str, torch.Tensor], name_of: Callable[[str], str], tensors: _Tensors
+) -> tuple[dict[str, list[tuple[str, tuple[int, ...]]]], set[str]]:
+    """What each weight is read from, in a checkpoint that calls it `name_of` its name, and all names that are read."""
+    sources = {name: _sources(name_of(name), x, tensors) for name, x in weights.items()}
+    parts = [part for own in sources.values() for part in own]
+    _complain("missing", [name for name, _ in parts if not tensors.has(name)], "in the files")
+    return sources, {read for part in parts for read in tensors.check(*part)}
 
 
-def _read_weights(
-    module: torch.nn.Module, tensors: _Tensors, name_of: Callable[[str], str], left_out: Iterable[str] = ()
-) -> None:
-    """Give a module without weights those of a checkpoint, which calls them `name_of` their names here."""
-    wanted = {name: x for name, x in module.state_dict().items() if name not in left_out}
-    sources = {name: _sources(name_of(name), x, tensors) for name, x in wanted.items()}
-    _complain(
-        "missing", [part for parts in sources.values() for part, _ in parts if not tensors.has(part)], "in the files"
-    )
-    for name, parts in sources.items():
-        like = wanted[name]
-        if len(parts) == 1:
-            value = tensors.read(parts[0][0], tuple(like.shape), like.dtype)
-        else:
-            value = torch.empty(like.shape, dtype=like.dtype)
-            for part, place in parts:
-                piece = place(value)
-                piece.copy_(tensors.read(part, tuple(piece.shape), like.dtype))
-        _assign(module, name, value)
+def _joined(pieces: Iterator[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    value = torch.empty(like.shape, dtype=like.dtype)
+    flat, done = value.view(-1), 0
+    for piece in pieces:
+        flat[done : done + piece.numel()] = piece.flatten()
+        done += piece.numel()
+    return value
 
 
 def _shifted(name: str, first: int) -> str:
     return _LAYER.sub(lambda match: f"model.layers.{int(match[1]) + first}.", name)
 
 
-def _sources(name: str, like: torch.Tensor, tensors: _Tensors) -> list[tuple[str, Callable]]:
-    """What a tensor of the model is read from, each with the part of it that it fills."""
-    match = _EXPERTS.match(name)
+def _sources(name: str, like: torch.Tensor, tensors: _Tensors) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what a tensor of the model is read from, in the order in which it lies in memory."""
+    match, shape = _EXPERTS.match(name), tuple(like.shape)
     if match is None or tensors.has(name):
-        return [(name, lambda x: x)]
-    parts: list[tuple[str, Callable]] = []
-    half = like.shape[1] // 2
-    for i in range(like.shape[0]):
-        if match[2] == "down_proj":
-            parts.append((f"{match[1]}.{i}.down_proj.weight", lambda x, i=i: x[i]))
-        else:
-            parts.append((f"{match[1]}.{i}.gate_proj.weight", lambda x, i=i: x[i, :half]))
-            parts.append((f"{match[1]}.{i}.up_proj.weight", lambda x, i=i: x[i, half:]))
-    return parts
+        return [(name, shape)]
+    experts = range(shape[0])
+    if match[2] == "down_proj":
+        return [(f"{match[1]}.{i}.down_proj.weight", shape[1:]) for i in experts]
+    half = (shape[1] // 2, *shape[2:])
+    return [(f"{match[1]}.{i}.{part}.weight", half) for i in experts for part in ("gate_proj", "up_proj")]
 
 
 def _left_out(name: str, first: int, last: int, published: int) -> bool:
@@ -379,9 +481,9 @@ def _left_out(name: str, first: int, last: int, published: int) -> bool:
     return not first <= layer < last or layer >= published or name.endswith(_COMPUTED)
 
 
-def _assign(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+def _assign(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = module.get_submodule(path)
     if leaf in owner._parameters:
         owner._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
     else:

@@ -30,6 +30,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="element type (default: float32)")
     parser.add_argument(
+        "--cache-dtype", choices=(*_DTYPES, "bfloat16"), help="element type of caches and attention (default: --dtype)"
+    )
+    parser.add_argument(
         "--no-bodies", action="store_true", help="leave out the bodies that run without the library, more slowly"
     )
 
@@ -89,7 +92,12 @@ def run_export(args: argparse.Namespace) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         export_checkpoint(
-            args.checkpoint, args.out, layers=args.layers, dtype=DTYPES[args.dtype], bodies=not args.no_bodies
+            args.checkpoint,
+            args.out,
+            layers=args.layers,
+            dtype=DTYPES[args.dtype],
+            cache_dtype=DTYPES[args.cache_dtype or args.dtype],
+            bodies=not args.no_bodies,
         )
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer
 
+from ..errors import ArgumentError
+
 #: The number of tokens that fit in the first buffer.
 FIRST_CAPACITY = 1024
 
@@ -52,12 +54,18 @@ class RowLayer(DynamicIndexedLayer):
         rows : tensor [b, 1, capacity, rank + qk_rope]
         empty : tensor [b, 1, 1, 0]
             In place of values. It has a batch, for code that repeats or selects in both.
+
+        Raises
+        ------
+        ArgumentError
+            Rows for another batch than the layer holds, or of another width.
         """
         s_q, rank = key_states.shape[-2:]
         end = self.length + s_q
-        self.capacity = self._capacity_for(end)
         width = rank + value_states.shape[-1]
-        self.keys = _with_room(self.keys, key_states, (*key_states.shape[:2], self.capacity, width), 2)
+        held = _held(self.keys, self.length, key_states.shape[0], width)
+        self.capacity = self._capacity_for(end)
+        self.keys = _with_room(held, key_states, (*key_states.shape[:2], self.capacity, width), 2)
         self.keys[:, :, self.length : end, :rank] = key_states
         self.keys[:, :, self.length : end, rank:] = value_states
         self.values = key_states.new_empty(*key_states.shape[:2], 1, 0)
@@ -70,7 +78,8 @@ class RowLayer(DynamicIndexedLayer):
         b, s_q, width = indexer_key_states.shape
         end = self.indexed + s_q
         capacity = max(self.capacity, self._capacity_for(end))
-        self.indexer_keys = _with_room(self.indexer_keys, indexer_key_states, (b, capacity, width), 1)
+        held = _held(self.indexer_keys, self.indexed, b, width)
+        self.indexer_keys = _with_room(held, indexer_key_states, (b, capacity, width), 1)
         self.indexer_keys[:, self.indexed : end] = indexer_key_states
         self.indexed = end
         self.is_indexer_initialized = True
@@ -125,3 +134,16 @@ def _with_room(buffer: torch.Tensor | None, like: torch.Tensor, shape: tuple[int
     if buffer is not None:
         grown.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
     return grown
+
+
+def _held(buffer: torch.Tensor | None, length: int, batch: int, width: int) -> torch.Tensor | None:
+    """The buffer for new rows of this kind; one that holds nothing may be of another."""
+    if buffer is None or (buffer.shape[0], buffer.shape[-1]) == (batch, width):
+        return buffer
+    if not length:
+        return None
+    # Writing would repeat the rows of one sequence for all.
+    raise ArgumentError(
+        f"RowCache: expected rows for a batch of {buffer.shape[0]} with {buffer.shape[-1]} numbers each, as those that "
+        f"it holds, got a batch of {batch} with {width}"
+    )

@@ -30,8 +30,8 @@ KINDS = {
 }
 
 
-def make(kind: str = "deepseek", **changes):
-    """A model in evaluation mode. Equal arguments give equal weights."""
+def config_of(kind: str = "deepseek", **changes):
+    """The configuration of `make`."""
     family, special = KINDS[kind]
     settings = {
         "vocab_size": 256,
@@ -59,12 +59,16 @@ def make(kind: str = "deepseek", **changes):
         "initializer_range": 0.05,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    torch.manual_seed(0)
     if family == "deepseek":
-        config = DeepseekV32Config(**settings | {"n_group": 2, "topk_group": 1} | special | changes)
-        model = DeepseekV32ForCausalLM(config)
-    else:
-        model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**settings | special | changes))
+        return DeepseekV32Config(**settings | {"n_group": 2, "topk_group": 1} | special | changes)
+    return GlmMoeDsaConfig(**settings | special | changes)
+
+
+def make(kind: str = "deepseek", **changes):
+    """A model in evaluation mode. Equal arguments give equal weights."""
+    torch.manual_seed(0)
+    config = config_of(kind, **changes)
+    model = (DeepseekV32ForCausalLM if KINDS[kind][0] == "deepseek" else GlmMoeDsaForCausalLM)(config)
     for name, parameter in model.named_parameters():  # what is initialized to 1 or 0 would hide mistakes
         if "norm" in name:
             torch.nn.init.normal_(parameter, 0.0 if name.endswith("bias") else 1.0, 0.2)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from small_models import KINDS, make, prompt  # noqa: E402
+from small_models import KINDS, config_of, make, prompt  # noqa: E402
 
 from dsa_tvm.cli import main  # noqa: E402
 from dsa_tvm.errors import ArgumentError, ModelError  # noqa: E402
 from dsa_tvm.models import checkpoint  # noqa: E402
 from dsa_tvm.models.checkpoint import load_model  # noqa: E402
 from dsa_tvm.models.onnx import export_checkpoint, export_model, exporting  # noqa: E402
+from dsa_tvm.runtime.files import owned  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +46,21 @@ def copy_of(saved, tmp_path):
     return copy
 
 
+#: As published models have it.
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "scale_fmt": "ue8m0"}
+
+
+def change_config(directory, **changes):
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | changes))
+
+
 def change(directory, changes=None, removed=(), config=None):
     """Rewrite tensors and settings."""
     path = directory / "model.safetensors"
     tensors = safetensors.load_file(path)
     safetensors.save_file({n: x for n, x in (tensors | (changes or {})).items() if n not in removed}, path)
-    if config:
-        settings = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps(settings | config))
+    change_config(directory, **(config or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,8 +112,11 @@ def quantized(weight, block=128):
     return out, scale
 
 
-def test_fp8(copy_of):
+@pytest.mark.parametrize("piece", [checkpoint._PIECE_BYTES, 4 << 10])
+def test_fp8(piece, copy_of, monkeypatch):
     """Each weight is within the step of its block's fp8 of what it was; and a factor belongs to its own block."""
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(checkpoint, "_MAPPED_BYTES", 2 * piece)
     directory = copy_of()
     tensors = safetensors.load_file(directory / "model.safetensors")
     fp8 = [n for n in tensors if "_proj" in n and "weights_proj" not in n] + [
@@ -115,8 +128,7 @@ def test_fp8(copy_of):
         x[:, 100:] *= 64  # blocks of different size: a factor in the wrong place shows
         tensors[name] = x
         changes[name], changes[f"{name}_scale_inv"] = quantized(x)
-    fp8_config = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "scale_fmt": "ue8m0"}
-    change(directory, changes, config={"quantization_config": fp8_config})
+    change(directory, changes, config={"quantization_config": FP8})
     got = load_model(directory).state_dict()
     assert any(max(tensors[n].shape) > 128 for n in fp8) and any(min(tensors[n].shape) % 128 for n in fp8)
     for name in fp8:
@@ -168,11 +180,31 @@ DAMAGE = {
     },
     rf"{NORM}: expected shape \[128\], got \[127\]": {"changes": {NORM: torch.zeros(127)}},
     rf"{EXPERT}: expected shape \[128, 64\], got \[64, 128\]": {"changes": {EXPERT: torch.zeros(64, 128)}},
-    f"{NORM}: expected floating point numbers, got torch.int8": {"changes": {NORM: torch.zeros(128, dtype=torch.int8)}},
-    "quantization_config: expected quant_method fp8 with weight_block_size, got awq with None": {
+    f"{NORM}: expected one of F64, F32, F16, BF16, F8_E4M3, got I8": {
+        "changes": {NORM: torch.zeros(128, dtype=torch.int8)}
+    },
+    "quantization_config: expected quant_method fp8 with weight_block_size of two numbers, got awq": {
         "config": {"quantization_config": {"quant_method": "awq"}}
     },
     "model_type: expected deepseek_v32 or glm_moe_dsa, got llama": {"config": {"model_type": "llama"}},
+    "quantization_config: expected quant_method fp8 .*, got None with None": {"config": {"quantization_config": "fp8"}},
+    r"quantization_config: expected .* of two numbers, got fp8 with \[0, 128\]": {
+        "config": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}
+    },
+    "expected a configuration of deepseek_v32, got: .*num_hidden_layers.* expected int": {
+        "config": {"num_hidden_layers": "two"}
+    },
+    "expected a configuration of deepseek_v32, got: KeyError: 'wow'": {"config": {"hidden_act": "wow"}},
+    "expected a configuration of deepseek_v32, got: KeyError: 'warp'": {
+        "config": {"rope_parameters": {"rope_type": "warp", "rope_theta": 1e4}}
+    },
+    r"embed_tokens\.weight: expected shape \[256, 1000000000000000\], got \[256, 128\]": {
+        "config": {"hidden_size": 10**15}
+    },
+    "n_group: expected a divisor of 8 n_routed_experts, got 3": {"config": {"n_group": 3}},
+    r"topk_group: expected 1\.\.2, got 3": {"config": {"topk_group": 3}},
+    r"num_experts_per_tok: expected 1\.\.4, got 5": {"config": {"num_experts_per_tok": 5}},
+    r"index_topk: expected 1\.\.4096, got 0": {"config": {"index_topk": 0}},
 }
 
 
@@ -183,6 +215,24 @@ def test_what_is_wrong_is_named(message, copy_of, tmp_path):
     with pytest.raises(ModelError, match=message):
         export_checkpoint(directory, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("kinds", [["full"], ["full", "nope", "shared"], ["shared", "full", "full"], []])
+def test_wrong_kinds_of_indexers(kinds, copy_of):
+    directory = copy_of("glm-shared")
+    change_config(directory, indexer_types=kinds)
+    with pytest.raises(ModelError, match="expected 3 times full or shared, the first one full, got"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["../copy/model.safetensors", "/etc/passwd", ".", "..", "", 5, ["a"]])
+def test_an_index_that_leads_elsewhere(name, copy_of):
+    directory = copy_of()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(
+        ModelError, match=r"index\.json: expected (names of files beside it|JSON with a weight_map), got"
+    ):
+        load_model(directory)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 5000, -1])
@@ -222,6 +272,134 @@ def test_nothing_half_written(error, tmp_path, monkeypatch):
         export_model(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert model.config._attn_implementation != "dsa_tvm"
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from dsa_tvm.cli import main
+sys.exit(main(["export", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("bytes_written", [0, 100_000, 3_000_000])
+def test_a_file_that_cannot_be_written(bytes_written, saved, tmp_path):
+    """Not at all, in the middle of the weights, or as a whole and then not put in order."""
+    weights = sum(x.nbytes for x in safetensors.load_file(saved["deepseek"] / "model.safetensors").values())
+    assert weights > 3_000_000
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", LIMITED, str(bytes_written), str(saved["deepseek"]), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"[Errno 27] File too large: '{out}'\n")
+    assert not list(tmp_path.iterdir())
+
+
+SMALL_DISK = """
+import shutil, sys
+from pathlib import Path
+from types import SimpleNamespace
+shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 60)  # as if somebody else filled the disk meanwhile
+from dsa_tvm.cli import main
+status = main(["export", sys.argv[1], "--out", sys.argv[2] + "/out"])
+assert not list(Path(sys.argv[2]).iterdir())
+sys.exit(status)
+"""
+
+
+def test_a_full_disk(saved, tmp_path):
+    """A file system of 1 MB."""
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && exec "$@"']
+    if subprocess.run([*mount, tmp_path, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    command = [*mount, tmp_path, sys.executable, "-c", SMALL_DISK, saved["deepseek"], tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith(f"[Errno 28] No space left on device: '{tmp_path}/out'\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_export_that_is_killed(number, saved, tmp_path):
+    """Nothing of that name, nothing else that the next export to it does not remove."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dsa_tvm.cli", "export", str(saved["deepseek"]), "--out", str(out), "--layers=0:1"]
+    process = subprocess.Popen(command)
+    while not list(tmp_path.glob(".out.*.partial/model.onnx.data")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait() in (-number, 128 + number)
+    assert len(list(tmp_path.iterdir())) == (number == signal.SIGKILL)
+    living = tmp_path / ".out.0123abcd.partial"
+    living.mkdir()
+    with owned(living):
+        subprocess.run(command, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", living.name}
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from dsa_tvm.models.onnx import exporting
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10
+
+before = peak()
+exporting.export_checkpoint(sys.argv[1], sys.argv[2])
+print(peak() - before)
+"""
+
+
+def test_a_checkpoint_larger_than_memory(tmp_path):
+    """1.4 GiB of weights in three layers, from fp8: the peak grows by less than half of them."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 40960, "num_hidden_layers": 3, "first_k_dense_replace": 3}
+    config = config_of(**sizes)
+    config.save_pretrained(tmp_path / "checkpoint")
+    change_config(tmp_path / "checkpoint", quantization_config=FP8)
+    with torch.device("meta"):
+        weights = transformers.DeepseekV32ForCausalLM(config).state_dict()
+    assert sum(4 * x.numel() for x in weights.values()) > 1.4 * 2**30
+    for layer in (*range(3), ""):
+        shard = {}
+        for name, x in weights.items():
+            if name.startswith(f"model.layers.{layer}.") if layer != "" else ".layers." not in name:
+                shard[name] = torch.zeros(x.shape, dtype=torch.bfloat16)
+                if ".mlp." in name:
+                    shard[name] = shard[name].to(torch.float8_e4m3fn)
+                    shard[f"{name}_scale_inv"] = torch.ones(*(-(-n // 128) for n in x.shape))
+        safetensors.save_file(shard, tmp_path / "checkpoint" / f"layer{layer}.safetensors")
+    command = [sys.executable, "-c", MEMORY, tmp_path / "checkpoint", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 700
+    shutil.rmtree(tmp_path)
+
+
+def test_what_is_not_served_is_known_before_the_work(copy_of, tmp_path, monkeypatch):
+    directory = copy_of()
+    change(directory, config={"index_topk": 5000})
+    monkeypatch.setattr(exporting, "_weight_file", None)
+    with pytest.raises(ModelError, match=r"index_topk: expected 1\.\.4096, got 5000"):
+        export_checkpoint(directory, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["from files", "from memory"])
+def test_one_matrix_for_embedding_and_head(loaded, tmp_path):
+    """It is looked up as it is and multiplied with transposed."""
+    from dsa_tvm.models.onnx import Generator
+
+    model = make("deepseek", num_hidden_layers=1, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "checkpoint")
+    if loaded:
+        export_model(model, tmp_path / "out")
+    else:
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    ids, _ = prompt(1, 120)
+    with torch.no_grad():
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert Generator(tmp_path / "out").generate(ids.tolist(), 6) == expected[:, 120:].tolist()
 
 
 def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch):

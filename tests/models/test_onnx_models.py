@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ pytest.importorskip("transformers")
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
+from agreement import generate, reference_logits  # noqa: E402
 from small_models import TOPK, make, prompt  # noqa: E402
 
 import dsa_tvm  # noqa: E402
@@ -120,6 +123,70 @@ def test_tokens(kind, batch, padding, library, generators, generated):
     timing = generators[kind, library].timing
     assert timing.prefill_tokens == int(mask.sum()) and timing.decode_tokens == batch * (NEW - 1)
     assert "prefill" in str(timing) and "decode" in str(timing)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_ways_agree_with_float64(kind, models, generators, monkeypatch):
+    """A prefill of 1, 7 and 512 tokens, then 64 steps: ONNX Runtime with and without the library, Transformers."""
+    steps = 64
+    for s_q in (1, 7, 512):
+        ids, mask = prompt(1, s_q)
+        logits = {}
+        for library in (True, False):
+            generator, outputs = generators[kind, library], []
+            run = generator._run
+            monkeypatch.setattr(generator, "_run", lambda *a, run=run, to=outputs: to.append(run(*a)) or to[-1])
+            tokens = generator.generate(ids.tolist(), steps, chunk=s_q)[0]
+            monkeypatch.undo()
+            logits["library" if library else "bodies", tuple(tokens)] = np.concatenate(outputs, 1)[0]
+        runs = {name: generate(models[kind], name, ids, mask, steps) for name in ("eager", "dsa_tvm")}
+        for name, made in runs.items():
+            logits[name, tuple(made.tokens[0].tolist())] = made.logits[0].numpy()
+        assert len({tokens for _, tokens in logits}) == 1
+        whole = torch.cat([ids[0], made.tokens[0, :-1]])
+        # Two of them, because each program rounds in its own way, and may select another one of two almost equal keys.
+        references = [reference_logits(models[kind], made, whole) for made in runs.values()]
+        near = [near for _, near in references]
+        for (way, _), got in logits.items():
+            error = min(np.abs(got - x[s_q - 1 :]).max() / np.abs(x).max() for x, _ in references)
+            print(f"{kind}, prompt of {s_q}, {way}: {error:.1e}; {near} queries select otherwise, within rounding")
+            assert error < 1e-5, (way, s_q, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_caches_of_16_bits(dtype, models, tmp_path):
+    """Closer to float32 than a model that is of that type altogether; half the memory; in place as well."""
+    model = models["deepseek-yarn"]
+    export_model(model, tmp_path / "model", cache_dtype=dtype)
+    ids, _ = prompt(1, LENGTH)
+    errors, tokens = {}, []
+    model.set_attn_implementation("eager")
+    half = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        exact = model(ids).logits
+        errors["whole model"] = (half(ids).logits.float() - exact).square().mean().sqrt()
+    for library in (True, False):
+        generator, pointers = Generator(tmp_path / "model", library=library, threads=1), []
+        logits = []
+        run = generator._run
+
+        def watched(now, positions, keep, caches, run=run, pointers=pointers, logits=logits):
+            everything = np.arange(now.shape[1])
+            pointers.append({name: value.data_ptr() for name, value in caches.items()})
+            assert all(value.element_type() == {"bf": 16, "fl": 10}[str(dtype)[6:8]] for value in caches.values())
+            logits.append(run(now, positions, everything, caches))
+            return logits[-1]
+
+        generator._run = watched
+        tokens.append(generator.generate(ids.tolist(), 4, chunk=LENGTH)[0])
+        assert all(found == pointers[0] for found in pointers)
+        errors[library] = (torch.from_numpy(logits[0]) - exact).square().mean().sqrt()
+        assert 0 < errors[library] < errors["whole model"]
+    assert tokens[0] == tokens[1]
+    with pytest.raises(
+        ArgumentError, match=r"cache_dtype: expected float32, float16, bfloat16 or none, got torch\.int8"
+    ):
+        export_model(model, tmp_path / "other", cache_dtype=torch.int8)
 
 
 C = Path(__file__).parent.parent.parent / "export" / "c"
@@ -231,8 +298,35 @@ def test_a_position_behind_the_capacity_is_an_error(library, generators):
     generator = generators["deepseek-yarn", library]
     ids, mask = prompt(2, 10)
     inputs = feeds(generator, ids, mask, 9)
-    with pytest.raises(Exception, match="out of data bounds"):
+    with pytest.raises(Exception, match=r"'expect_positions_below_the_capacity'.* out of data bounds"):
         generator.session.run(["logits"], inputs)
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["library", "bodies"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_of_other_lengths_are_an_error(kind, library, generators):
+    """Longer or shorter than the others, or of another batch: no row of another sequence is taken for its own."""
+    generator = generators[kind, library]
+    ids, mask = prompt(2, 10)
+    inputs = feeds(generator, ids, mask, 20)
+    generator.session.run(["logits"], inputs)
+    for name in generator._caches:
+        for capacity in (19, 21):
+            changed = inputs | {name: np.zeros((2, capacity, inputs[name].shape[2]), np.float32)}
+            with pytest.raises(Exception, match=r"'expect_caches_of_one_capacity'.* out of data bounds"):
+                generator.session.run(["logits"], changed)
+        with pytest.raises(Exception, match=r"write_rows|WriteRows|Reshape|node_"):
+            generator.session.run(["logits"], inputs | {name: np.zeros((3, 20, inputs[name].shape[2]), np.float32)})
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_truncated_models(name, exported, tmp_path):
+    directory = shutil.copytree(exported["deepseek-yarn"], tmp_path / "copy")
+    whole = (directory / name).read_bytes()
+    for keep in (0, len(whole) // 2):
+        (directory / name).write_bytes(whole[:keep])
+        with pytest.raises(ModelError, match=r"model\.onnx: expected a model that (ONNX Runtime can load|dsa-tvm)"):
+            Generator(directory)
 
 
 def test_arguments(generators, exported, tmp_path):
@@ -259,6 +353,15 @@ def test_arguments(generators, exported, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ModelError, match="expected a model that ONNX Runtime can load"):
         Generator(tmp_path)
+    for changes, expected in (
+        ({"vocab_size": "many"}, "vocab_size: expected a positive integer, got many"),
+        ({"max_position_embeddings": None}, "max_position_embeddings: expected a positive integer, got None"),
+        ({"eos_token_id": ["a"]}, r"eos_token_id: expected an integer or several, got \['a'\]"),
+    ):
+        other = copy.copy(generator)
+        other.config = generator.config | changes
+        with pytest.raises(ModelError, match=expected):
+            other.generate([[1]], 1)
     (tmp_path / "model.onnx").write_bytes(export.build_model("topk", topk=4).SerializeToString())
     with pytest.raises(ModelError, match="expected a model that dsa-tvm export has made, got inputs logits, ks, ke"):
         Generator(tmp_path)

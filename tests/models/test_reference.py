@@ -10,33 +10,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from agreement import layer_of  # noqa: E402
 from small_models import KINDS, TOPK, make, prompt, weights_of  # noqa: E402
 
 from dsa_tvm.models import layer as ours  # noqa: E402
 from dsa_tvm.models import transformers as door  # noqa: E402
 from dsa_tvm.models.families import FAMILIES  # noqa: E402
-from dsa_tvm.models.reference import Layer, attention, hadamard, index_scores  # noqa: E402
+from dsa_tvm.models.reference import attention, hadamard, index_scores  # noqa: E402
 
 LENGTH = 280
-
-
-def layer_of(config, **changes) -> Layer:
-    """The reference's description of a model's layers."""
-    return Layer(
-        **{
-            "heads": config.num_attention_heads,
-            "qk_nope": config.qk_nope_head_dim,
-            "qk_rope": config.qk_rope_head_dim,
-            "v": config.v_head_dim,
-            "kv_rank": config.kv_lora_rank,
-            "index_heads": config.index_n_heads,
-            "index_dim": config.index_head_dim,
-            "topk": config.index_topk,
-            "rope": config.rope_parameters,
-            "index_interleaved": config.model_type == "glm_moe_dsa",
-        }
-        | changes
-    )
 
 
 class Calls:

@@ -11,8 +11,9 @@ pytest.importorskip("transformers")
 
 from small_models import make  # noqa: E402
 
-import dsa_tvm.models.transformers  # noqa: E402, F401  # registers the attention
-from dsa_tvm.models.row_cache import RowCache, RowLayer  # noqa: E402
+from dsa_tvm.errors import ArgumentError  # noqa: E402
+from dsa_tvm.models.row_cache import RowLayer  # noqa: E402
+from dsa_tvm.models.transformers import RowCache  # noqa: E402
 
 
 def put(layer, b, s, seed):
@@ -74,6 +75,34 @@ def test_crop_reorder_repeat_select_reset():
     layer.reset()
     put(layer, 1, 2, 3)
     assert layer.get_seq_length() == 2 and layer.keys.shape == (1, 1, 4, 40)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "got"),
+    [
+        ((1, 1, 1, 32), (1, 1, 16), "1 with 40"),
+        ((3, 1, 1, 32), (3, 1, 16), "3 with 40"),
+        ((2, 1, 1, 30), None, "2 with 38"),
+    ],
+)
+def test_rows_of_another_batch_or_width(rows, keys, got):
+    """They are not repeated for every sequence, and what is held stays."""
+    layer = RowLayer(4)
+    put(layer, 2, 5, 0)
+    before = [x.clone() for x in held(layer)]
+    with pytest.raises(
+        ArgumentError, match=rf"RowCache: expected rows for a batch of 2 with 40 .*, got a batch of {got}"
+    ):
+        layer.update(torch.ones(rows), torch.ones(*rows[:3], 8))
+    if keys:
+        with pytest.raises(
+            ArgumentError, match=rf"expected rows for a batch of 2 with 16 .*, got a batch of {keys[0]}"
+        ):
+            layer.update_indexer(torch.ones(keys))
+    assert all(torch.equal(x, y) for x, y in zip(before, held(layer), strict=True))
+    layer.crop(-5)  # an empty one takes any
+    put(layer, 3, 2, 1)
+    assert layer.get_seq_length() == 2
 
 
 def test_of_a_model():

@@ -14,7 +14,7 @@ Outputs are ``logits`` [batch, n, vocab] and, under ``output.past_key_values...`
 Bind the same memory to a cache's input and output: then new rows are all that is written. A token is written to row
 ``position_ids`` of its sequence's cache, and attends to the rows up to there. So padding may be anywhere, sequences of
 a batch may have different lengths, and to go back is to give a position again. A position that is not below the
-capacity is an error of the run.
+capacity is an error of the run, and so are caches of different capacities.
 
 Importing this package loads neither torch nor ONNX Runtime.
 """

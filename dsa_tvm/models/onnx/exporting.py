@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import inspect
 import logging
 import os
@@ -11,28 +12,32 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer
 
 from ... import export
-from ...errors import ArgumentError, ModelError
-from ...runtime.files import sync_directory
-from ..checkpoint import load_model
+from ...errors import ArgumentError, DsaError, ModelError
+from ...runtime.files import owned, sync_directory
+from ..checkpoint import DTYPES, UnreadModel
 from ..families import NAME
 from ..transformers import accelerate, restore
+from .weight_file import WeightFile
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 #: What lies beside the weights in a checkpoint, and a program that generates tokens wants to have.
 _COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 #: Room for the graph and its bodies, beside the weights.
 _GRAPH_BYTES = 32 << 20
+#: Smaller tensors are part of the graph, where shape inference sees them.
+_EXTERNAL_BYTES = 1024
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -42,9 +47,13 @@ def export_checkpoint(
     *,
     layers: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
     bodies: bool = True,
 ) -> None:
     """Export a published checkpoint, see `export_model` and `dsa_tvm.models.checkpoint.load_model`.
+
+    The weights go from file to file, some rows of a tensor at a time, so the memory needed does not grow with them. It
+    is about 0.6 GiB, 20 MiB for each layer, which its graph takes, and the largest matrix.
 
     Parameters
     ----------
@@ -56,24 +65,32 @@ def export_checkpoint(
         First layer and one past the last.
     dtype : torch.dtype
         float32 or float16.
+    cache_dtype : torch.dtype, optional
     bodies : bool
-        Whether nodes get bodies of standard operators.
 
     Raises
     ------
     ArgumentError, ModelError, OSError
         Nothing is at `directory` then that was not there before.
     """
-    _check_dtype(dtype)
+    _check_dtype(dtype, cache_dtype)
     with _made_whole(Path(directory)) as made:
-        model = load_model(checkpoint, dtype=dtype, layers=layers)
-        _write(model, made, bodies)
+        opened = UnreadModel(checkpoint, dtype=dtype, layers=layers)
+        accelerate(opened.model)  # says which sizes are not served, before anything is written
+        _expect_room(opened.weights.values(), made)
+        with _weight_file(made) as file:
+            places = {name: file.add(x.numpy() for x in opened.pieces(name)) for name in opened.weights}
+            for name, like in opened.weights.items():
+                opened.assign(name, file.mapped(places[name], like))
+            _write(opened.finished(), made, file, cache_dtype or dtype, bodies)
         for name in _COMPANIONS:
             if (source := Path(checkpoint) / name).is_file():
                 shutil.copyfile(source, made / name)
 
 
-def export_model(model: torch.nn.Module, directory: str | Path, *, bodies: bool = True) -> None:
+def export_model(
+    model: torch.nn.Module, directory: str | Path, *, cache_dtype: torch.dtype | None = None, bodies: bool = True
+) -> None:
     """Export a loaded model to ``model.onnx`` and ``model.onnx.data``, with its configuration beside them.
 
     Parameters
@@ -82,6 +99,9 @@ def export_model(model: torch.nn.Module, directory: str | Path, *, bodies: bool 
         In float32 or float16, on the CPU. It is left as it was.
     directory : str or Path
         Made as a whole, at the end. It must not exist, or be empty.
+    cache_dtype : torch.dtype, optional
+        Of the caches, and so of the indexer and the attention: float32, float16 or bfloat16. By default the model's.
+        Caches of 16 bits take half the memory of those of 32, and round what they hold.
     bodies : bool
         Whether nodes of ``ai.dsa`` get bodies of standard operators, so that the model runs without the library, too.
 
@@ -94,16 +114,21 @@ def export_model(model: torch.nn.Module, directory: str | Path, *, bodies: bool 
     OSError
         A full disk, for example. Nothing is at `directory` then.
     """
-    _check_dtype(next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    _check_dtype(dtype, cache_dtype)
     with _made_whole(Path(directory)) as made:
-        _write(model, made, bodies)
+        _expect_room(model.parameters(), made)
+        with _weight_file(made) as file:
+            _write(model, made, file, cache_dtype or dtype, bodies)
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
+    if cache_dtype not in (None, *DTYPES.values()):
+        raise ArgumentError(f"export: cache_dtype: expected {', '.join(DTYPES)} or none, got {cache_dtype}")
     if dtype not in _DTYPES:
         raise ArgumentError(
             f"export: dtype: expected float32 or float16, got {str(dtype).removeprefix('torch.')}: ONNX Runtime's CPU "
-            "provider has no bfloat16 kernels for the projections, norms and experts"
+            "provider has no bfloat16 kernels for the projections, norms and experts; caches may be bfloat16"
         )
 
 
@@ -116,36 +141,78 @@ def _made_whole(directory: Path) -> Iterator[Path]:
     if directory.exists() and any(directory.iterdir()):
         raise ArgumentError(f"{directory}: expected a directory that is not there yet or is empty, got one with files")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    made = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
+    _remove_abandoned(directory)
+    made = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     made.mkdir()
     try:
-        yield made
-        for path in made.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(made)
-        made.rename(directory)
+        with _locked(made):
+            yield made
+            for path in made.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(made)
+            made.rename(directory)
         sync_directory(directory.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None and _within(error.filename, made):
+            raise OSError(error.errno, error.strerror, str(directory)) from error
         raise
 
 
-def _write(model: Any, directory: Path, bodies: bool) -> None:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if shutil.disk_usage(directory).free < weights + _GRAPH_BYTES:
-        # Known before minutes of work, not after.
-        needed = f"{os.strerror(errno.ENOSPC)} for {weights / 2**30:.1f} GiB of weights"
-        raise OSError(errno.ENOSPC, needed, str(directory.parent))
-    program = _program(model)
-    path = directory / MODEL
-    program.save(str(path), external_data=True)
-    graph = onnx.load(path, load_external_data=False)
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        # Where a file system has no locks, what a killed export leaves stays.
+        with contextlib.suppress(OSError):
+            held.enter_context(owned(directory))
+        yield
+
+
+def _within(name: Any, directory: Path) -> bool:
+    """Whether an error is about a file of `directory`; writing to one that is open names none."""
+    return name is None or Path(os.fsdecode(name)).is_relative_to(directory)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what exports to `directory` that were killed left beside it; a living one holds a lock on its own."""
+    for path in directory.parent.glob(f".{glob.escape(directory.name)}.{'[0-9a-f]' * 8}.partial"):
+        with contextlib.suppress(OSError), owned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _expect_room(weights: Iterable[torch.Tensor], directory: Path) -> None:
+    """Find out before minutes of work, and not after, that the disk is full."""
+    needed = sum(x.numel() * x.element_size() for x in weights)
+    if shutil.disk_usage(directory).free < needed + _GRAPH_BYTES:
+        what = f"{os.strerror(errno.ENOSPC)} for {needed / 2**30:.1f} GiB of weights"
+        raise OSError(errno.ENOSPC, what, str(directory.parent))
+
+
+@contextlib.contextmanager
+def _weight_file(directory: Path) -> Iterator[WeightFile]:
+    file = WeightFile(directory / WEIGHTS)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _write(model: Any, directory: Path, file: WeightFile, cache_dtype: torch.dtype, bodies: bool) -> None:
+    program = _program(model, cache_dtype)
+    tensors = {name: value.const_value for name, value in program.model.graph.initializers.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.nbytes >= _EXTERNAL_BYTES}
+    for name, (offset, length) in file.store({name: tensor.numpy() for name, tensor in tensors.items()}).items():
+        program.model.graph.initializers[name].const_value = onnx_ir.ExternalTensor(
+            WEIGHTS, offset, length, tensors[name].dtype, shape=tensors[name].shape, name=name, base_dir=str(directory)
+        )
+    graph = onnx_ir.to_proto(program.model)
     _name_lengths(graph)
     _forget_sources(graph)
+    _expect_one_capacity(graph)
     if bodies:
         export.attach_bodies(graph)
-    path.write_bytes(graph.SerializeToString())
+    (directory / MODEL).write_bytes(graph.SerializeToString())
     model.config.save_pretrained(directory)
 
 
@@ -168,18 +235,20 @@ class _GraphLayer(DynamicIndexedLayer):
 
     def __init__(self, rows: torch.Tensor, indexer_keys: torch.Tensor | None, positions: torch.Tensor):
         super().__init__()
-        self.rows, self.index_rows, self.positions = rows, indexer_keys, positions
+        self.rows, self.positions = rows, positions
+        self.index_rows: Any = indexer_keys
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         """Latents and rope keys into the rows, all of which are handed out."""
-        rows = torch.cat([key_states, value_states], -1)[:, 0]
+        rows = torch.cat([key_states, value_states], -1)[:, 0].to(self.rows.dtype)
         self.rows = torch.ops.dsa_tvm.write_rows(self.rows, rows, self.positions)
         return self.rows[:, None], key_states.new_empty(key_states.shape[0], 1, 1, 0)
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Indexer keys into theirs."""
-        self.index_rows = torch.ops.dsa_tvm.write_rows(self.index_rows, indexer_key_states, self.positions)
+        rows = indexer_key_states.to(self.index_rows.dtype)
+        self.index_rows = torch.ops.dsa_tvm.write_rows(self.index_rows, rows, self.positions)
         return self.index_rows
 
 
@@ -232,8 +301,8 @@ class _Step(torch.nn.Module):
         return out.logits, *written
 
 
-def _program(model: Any) -> Any:
-    """What `torch.onnx.export` makes of the model."""
+def _program(model: Any, cache_dtype: torch.dtype) -> Any:
+    """What `torch.onnx.export` makes of the model, with caches of this type."""
     try:
         from transformers.exporters import exporter_onnx
         from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
@@ -251,7 +320,6 @@ def _program(model: Any) -> Any:
         model.set_experts_implementation("grouped_mm")
         step = _Step(model)
         names = step.cache_names()
-        dtype = next(model.parameters()).dtype
         # Two at least of everything: torch would fix a length of one.
         b, s_q, capacity = 2, 3, 2 * config.index_topk + 5
         widths = [config.index_head_dim if n.endswith("indexer_keys") else _row_width(config) for n in names]
@@ -259,7 +327,7 @@ def _program(model: Any) -> Any:
             torch.ones(b, s_q, dtype=torch.int64),
             torch.arange(s_q).repeat(b, 1),
             torch.tensor([1, 2]),
-            [torch.zeros(1, dtype=dtype).expand(b, capacity, width) for width in widths],
+            [torch.zeros(1, dtype=cache_dtype).expand(b, capacity, width) for width in widths],
         )
         dim = torch.export.Dim
         tokens = {0: dim("batch"), 1: dim("s_q")}
@@ -276,6 +344,11 @@ def _program(model: Any) -> Any:
                 verbose=False,
             )
             exporter_onnx.apply_onnx_ir_fixes(program)
+    except (DsaError, MemoryError):
+        raise
+    except Exception as error:  # of torch's many passes
+        what = f"{type(error).__name__}: {error}"
+        raise ModelError(f"export: expected a model that torch {torch.__version__} can export, got: {what}") from error
     finally:
         model.set_experts_implementation(experts)
         if not accelerated:
@@ -319,3 +392,33 @@ def _name_lengths(model: onnx.ModelProto) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = symbol.sub(lambda match: names[match[1]], dim.dim_param)
+
+
+def _expect_one_capacity(model: onnx.ModelProto) -> None:
+    """Make the graph refuse caches whose capacities differ: their rows would be those of other sequences.
+
+    ONNX has no assertions, but a lookup behind the end of a table is an error, which says the name of the node.
+    """
+    graph = model.graph
+    caches = [value.name for value in graph.input if value.name.startswith("input.")]
+    ranges = {node.output[0] for node in graph.node if node.op_type == "Range"}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == "position_ids":
+                node.input[i] = "checked_position_ids"
+        if node.op_type == "Gather" and node.input[0] in ranges:  # the lookup in `_Step.forward`
+            node.name = "expect_positions_below_the_capacity"
+    capacities = [f"{name}.capacity" for name in caches]
+    make = onnx.helper.make_node
+    nodes = [make("Shape", [c], [n], start=1, end=2) for c, n in zip(caches, capacities, strict=True)]
+    nodes += [
+        make("Concat", capacities, ["capacities"], axis=0),
+        make("ReduceMax", ["capacities"], ["largest_capacity"]),
+        make("ReduceMin", ["capacities"], ["smallest_capacity"]),
+        make("Sub", ["largest_capacity", "smallest_capacity"], ["difference_of_capacities"]),
+        make("Constant", [], ["one_zero"], value_ints=[0]),
+        make("Gather", ["one_zero", "difference_of_capacities"], ["zero"], "expect_caches_of_one_capacity"),
+        make("Add", ["position_ids", "zero"], ["checked_position_ids"]),
+    ]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)

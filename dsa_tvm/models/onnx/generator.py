@@ -17,6 +17,8 @@ from ...runtime.library import get_library_path
 
 _MODEL = "model.onnx"
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+#: NumPy has no such type. The number is ONNX's.
+_BFLOAT16, _BFLOAT16_NUMBER = "tensor(bfloat16)", 16
 _CACHE = "past_key_values."
 
 
@@ -104,7 +106,13 @@ class Generator:
     @property
     def max_length(self) -> int:
         """Positions that the model was made for."""
-        return int(self.config["max_position_embeddings"])
+        return self._number("max_position_embeddings")
+
+    def _number(self, name: str) -> int:
+        value = self.config.get(name)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{self.directory / 'config.json'}: {name}: expected a positive integer, got {value}")
+        return value
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -112,7 +120,10 @@ class Generator:
         path = self.directory / "generation_config.json"
         settings = _read_json(path) if path.exists() else {}
         found = settings.get("eos_token_id", self.config.get("eos_token_id"))
-        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(type(token) is int for token in ids):
+            raise ModelError(f"{self.directory}: eos_token_id: expected an integer or several, got {found}")
+        return frozenset(ids)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         """New tokens of each prompt, the one that ends it included. The arguments are those of `stream`."""
@@ -173,7 +184,7 @@ class Generator:
             raise ArgumentError(f"max_new_tokens: expected 1 at least, got {new}")
         if chunk < 1:
             raise ArgumentError(f"chunk: expected 1 at least, got {chunk}")
-        vocabulary = int(self.config["vocab_size"])
+        vocabulary = self._number("vocab_size")
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ArgumentError(f"prompts: {i}: expected a token at least, got none")
@@ -202,10 +213,7 @@ class Generator:
         for i, prompt in enumerate(prompts):  # on the left, so that all end together
             ids[i, longest - len(prompt) :] = prompt
             positions[i, longest - len(prompt) :] = np.arange(len(prompt))
-        caches = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, capacity, x.shape[2]), _TYPES[x.type]))
-            for name, x in self._caches.items()
-        }
+        caches = {name: _zeros(x.type, (batch, capacity, x.shape[2])) for name, x in self._caches.items()}
         for first in range(0, longest, chunk):
             started = time.perf_counter()
             part = slice(first, min(first + chunk, longest))
@@ -241,6 +249,12 @@ class Generator:
             binding.bind_ortvalue_output(name.replace("input.", "output.", 1), value)
         self.session.run_with_iobinding(binding)
         return binding.get_outputs()[0].numpy()
+
+
+def _zeros(kind: str, shape: tuple[int, ...]) -> Any:
+    if kind == _BFLOAT16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), _BFLOAT16_NUMBER)
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _TYPES[kind]))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
