@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 #: Turns that every contender of a benchmark gets.
 ROUNDS = 5
-#: Calls of one turn on a device at most: what is enqueued is held in the driver's memory.
+#: The most calls of a turn on a device. The driver's memory holds what is enqueued.
 MOST_CALLS = 400
-#: Seconds that a device is held at most while a call is enqueued.
+#: The longest time, in seconds, for which a device waits while a call is enqueued.
 LONGEST_HOLD = 5e-3
 
 _Name = TypeVar("_Name")
@@ -30,10 +30,10 @@ def take_turns(
     contenders : mapping
         Functions by name. Each takes the number of the round, from 0, and returns what it measured.
     rounds : int
-        At most so many: a caller that has seen enough takes no more.
+        The most rounds. A caller that has seen enough stops earlier.
     alternate : bool
-        Go through the contenders backwards in every second round: what one leaves in the caches, or does to the
-        clocks, must not favour the next.
+        Go through the contenders backwards in every second round, so that no contender always profits from what
+        the one before it left in the caches or did to the clock rate.
 
     Yields
     ------
@@ -89,7 +89,7 @@ class HostClock:
                 call()
                 now = time.perf_counter()
                 taken.append(now - start)
-            # The first call of a turn meets the caches and the spinning threads that the one before it left.
+            # The first call of a turn finds the caches and the spinning threads of the contender before it.
             return taken[1:] or taken
 
         return turn
@@ -133,7 +133,7 @@ class DeviceClock:
     def turns(self, call: Callable[[], Any], seconds: float) -> Callable[[int], list[float]]:
         """As `Clock`."""
         device = self.device
-        for _ in range(2):  # the first compiles, loads and allocates
+        for _ in range(2):  # the first call compiles, loads and allocates
             device.synchronize()
             begin = device.now()
             call()

@@ -23,7 +23,7 @@ DEFAULTS = {"s_q": [1, 16, 128], "s_kv": [2048, 32768], "dtype": "float32", "sec
 _HEADER = {"operator": 17, "s_q": 5, "s_kv": 7, "threads": 7, "ours ms": 9, "rate": 13}
 #: Keys of `Ceilings.shares`.
 _FIGURES = ("of_peak", "of_read", "bound", "peak_gflops", "read_gbps")
-#: What of the machine's limits a call reaches, and which of the two binds it.
+#: The share of the machine's limits that a call reaches, and which of the two limits it.
 _SHARES = {"of peak": 7, "of read": 7, "bound": 5}
 
 
@@ -132,13 +132,13 @@ class CpuSuite:
         return {**row, "failed": None, "skipped": None, **empty, "peers": {}}
 
     def inputs(self, case: Case) -> tuple[Workload, Checker]:
-        """As `Suite`; cases that differ in the number of threads alone share them."""
+        """As `Suite`. Cases that differ only in the number of threads share their inputs."""
         if self._latest is None or (self._latest[0].op, self._latest[0].s_q, self._latest[0].s_kv) != (
             case.op,
             case.s_q,
             case.s_kv,
         ):
-            self._latest = None  # memory may not hold the last inputs and the next ones
+            self._latest = None  # memory may not hold these inputs and the next ones together
             types = workload.types_on_cpu(case.op, case.dtype)
             work = workload.make(case.op, self._preset, case.s_q, case.s_kv, types=types)
             self._latest = case, work, Checker(work)
@@ -168,13 +168,13 @@ class CpuSuite:
         )
 
     def reason(self, error: Exception) -> str | None:
-        """As `Suite`: inputs that do not fit."""
+        """As `Suite`: the inputs do not fit into memory."""
         if isinstance(error, workload.SizeError):
             return f"needs {machine.in_units(error.needed)} of memory, less is left"
         return None
 
     def check_alive(self, after: str) -> None:
-        """As `Suite`: a CPU goes on."""
+        """As `Suite`. A CPU keeps working."""
 
     def release(self) -> None:
-        """As `Suite`: nothing is held."""
+        """As `Suite`. There is nothing to free."""

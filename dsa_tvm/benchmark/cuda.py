@@ -1,4 +1,4 @@
-"""``dsa-tvm bench --suite cuda``: the shapes and figures of a GPU, and what can go wrong on one."""
+"""``dsa-tvm bench --suite cuda``: shapes and figures for a GPU, and the errors that a GPU may raise."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SUITE: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = 
 
 
 def cases(ops: Sequence[str], s_q: Sequence[int], s_kv: Sequence[int], dtype: str | None) -> list[Case]:
-    """The cases of some operators, or of all; lengths and a type that are given replace the suite's.
+    """The cases of some operators, or of all. Lengths and a type that the user gives replace the suite's.
 
     Raises
     ------
@@ -128,11 +128,11 @@ class CudaSuite:
         return {**found, "preset": sizes, "seconds": self.seconds}
 
     def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """As `Suite`: none."""
+        """As `Suite`. There are none."""
         return []
 
     def header(self, op: str, first: bool) -> list[str]:
-        """As `Suite`: each operator has a table, with its peers."""
+        """As `Suite`. Each operator has a table of its own, with its peers."""
         peers = [cell for name in self.peers(op) for cell in (f"{self.titles[name]} ms", "x")]
         return ["", aligned([*_HEADER, *peers], self._widths(op))]
 
@@ -182,7 +182,7 @@ class CudaSuite:
         return cuda.prepare(name, work, self._gpu.capability)
 
     def figures(self, case: Case, work: Workload, seconds: float) -> dict[str, Any]:
-        """As `Suite`: TFLOPS, TB/s, and their shares of what the card did in a large product and a large copy."""
+        """As `Suite`: TFLOPS, TB/s, and their shares of what the card reached in a large product and a large copy."""
         tflops = workload.flops(case.op, work.lengths, *workload.ranges(work)) / seconds / 1e12 or None
         tbps = workload.traffic(work) / seconds / 1e12
         # Packed rows are multiplied as bf16; no product of int8 is measured.
@@ -198,21 +198,21 @@ class CudaSuite:
         }
 
     def reason(self, error: Exception) -> str | None:
-        """As `Suite`: no memory, or what the operators refuse."""
+        """As `Suite`: no memory, or arguments that the operators refuse."""
         if isinstance(error, self.out_of_memory):
             return "out of memory"
         if isinstance(error, DsaError):
             self.check_alive(str(error))
             return str(error)
-        if isinstance(error, RuntimeError):  # torch's, of CUDA
+        if isinstance(error, RuntimeError):  # torch raises it for errors of CUDA
             self.check_alive(str(error).strip().partition("\n")[0][:200])
         return None
 
     def check_alive(self, after: str) -> None:
-        """As `Suite`: some errors of CUDA stay."""
+        """As `Suite`. After some errors of CUDA every later call fails."""
         try:
             self._gpu.synchronize()
-        except Exception as error:  # torch's own errors of CUDA have no common base but this
+        except Exception as error:  # torch's errors of CUDA have no other common base
             raise LostError(
                 f"bench: the GPU does not go on after an error ({after}); run the rest by itself"
             ) from error

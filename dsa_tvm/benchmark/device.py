@@ -79,7 +79,7 @@ class Gpu:
     def free(self) -> None:
         """Free cached memory."""
         gc.collect()
-        with contextlib.suppress(RuntimeError):  # of a GPU that has stopped working: the next call tells
+        with contextlib.suppress(RuntimeError):  # the GPU may have stopped working, which the next call reports
             self._cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Gpu:
             fp8()
             calls["fp8_tflops"] = fp8
         except (RuntimeError, TypeError, NotImplementedError):
-            pass  # no such product on this card, or in this torch
+            pass  # this card or this torch has no such product
         times = medians(DeviceClock(self), calls, 0.5)
         work = {"bf16_tflops": 2 * size**3, "fp8_tflops": 2 * size**3, "copy_tbps": 2 * copy_bytes}
         return {name: work[name] / times[name] / 1e12 if name in times else None for name in work}

@@ -19,7 +19,7 @@ from .workload import DTYPES, OPERATORS, serves
 
 
 def with_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments, with a default for each that was not given: None or an empty list."""
+    """The arguments, with a default for each that was not given, that is None or an empty list."""
     given = {name: value for name, value in vars(args).items() if value is not None and value != []}
     return argparse.Namespace(**{**vars(args), **defaults, **given})
 
@@ -51,7 +51,7 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
     preset = presets.get(args.preset)
     if args.json:
         try:
-            # Now, not after minutes of measuring.
+            # Refuse it now, not after minutes of measuring.
             expect_writable(args.json)
         except OSError as error:
             raise ArgumentError(f"bench: json: expected a file that can be written, got {error}") from error
@@ -86,7 +86,7 @@ def check_threads(command: str, threads: Sequence[int]) -> None:
 
 
 def peer_figures(times: Mapping[str, float], ours: float) -> dict[str, dict[str, float]]:
-    """The entries of peers in a row: milliseconds, and how many times longer than ours; times are in seconds."""
+    """The entries of peers in a row: milliseconds, and the ratio to ours. `times` are in seconds."""
     return {name: {"ms": 1e3 * taken, "ratio": taken / ours} for name, taken in times.items()}
 
 
@@ -104,7 +104,7 @@ def _ratio(value: float) -> str:
 
 
 def notes(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
-    """Why there is a dash, once for each reason; and how many near-ties the checks met.
+    """The reasons for dashes in the table, each once, and how many near-ties the checks met.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a suite: `cpu` and `cuda` are the two."""
+"""The interface of a benchmark suite. There are two: `cpu` and `cuda`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .workload import Workload
 
 
 class LostError(DsaError):
-    """The device stopped working: every later call in this process would fail, too."""
+    """The device has stopped working. Every later call in this process would fail."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Suite(Protocol):
     seconds : float
         Time for each figure.
     titles : mapping
-        How the table calls each peer.
+        The name of each peer in the table.
     out_of_memory : tuple of type
-        What the device, or the generator of inputs, raises then.
+        What the device or the generator of inputs raises when memory runs out.
     """
 
     cases: Sequence[Case]
@@ -60,22 +60,22 @@ class Suite(Protocol):
     out_of_memory: tuple[type[Exception], ...]
 
     def heading(self) -> list[str]:
-        """Lines above the table: where this is measured."""
+        """Lines above the table, which describe the machine."""
 
     def document(self) -> dict[str, Any]:
-        """What the JSON file has beside the rows."""
+        """The entries of the JSON file beside the rows."""
 
     def remarks(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Lines below the notes."""
 
     def header(self, op: str, first: bool) -> list[str]:
-        """Lines above an operator's rows, the first operator or a later one."""
+        """Lines above the rows of an operator. `first` tells whether it is the first operator."""
 
     def line(self, row: Mapping[str, Any]) -> str:
         """A row of the table."""
 
     def title(self, case: Case) -> str:
-        """For the progress."""
+        """The name of a case in the progress display."""
 
     def blank(self, case: Case) -> dict[str, Any]:
         """A row without figures: "failed", "skipped" and "peers" are among its keys."""

@@ -1,4 +1,4 @@
-"""Seeded inputs of the operators, how much work they are, and how much memory is there for them.
+"""Seeded inputs of the operators, the work that they cause, and the memory that they need.
 
 The inputs are arrays, or torch tensors on the device that is measured.
 """
@@ -20,18 +20,18 @@ from ..runtime import machine
 from ..runtime.packing import pack_mla_rows
 from ..spec import INT32_MAX, OpSpec, TensorSpec, completed
 
-#: What a call and its check take beside what grows with its size.
+#: The memory that a call and its check take at any size.
 _SLACK_BYTES = 32 << 20
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
-#: What 1.0 is in int8: of normally distributed numbers few leave its range.
+#: 1.0 in int8. Few normally distributed numbers leave the range then.
 _INT8_SCALE = 1 / 40
 
-#: The operators that are measured: those that compute something for queries.
+#: The operators that are measured. They all compute something for queries.
 OPERATORS = tuple(op for op, spec in OPS.items() if "s_q" in spec.dims)
 
 
 class SizeError(ArgumentError):
-    """Inputs that memory does not hold.
+    """The inputs do not fit into memory.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def expect_memory(op: str, preset: Preset, s_q: int, s_kv: int) -> None:
         return 4 * sum(math.prod(lengths[d] for d in t.shape) for t in tensors)
 
     inputs = [t for t in spec.inputs if not t.optional]
-    # The generator holds a tensor twice; the reference takes all keys in float64.
+    # The generator holds a tensor twice, and the reference converts all keys to float64.
     needed = _SLACK_BYTES + 2 * size(inputs) + size(spec.outputs) + 2 * size(t for t in inputs if t.shape[0] == "s_kv")
     if op in ("lightning_indexer", "indexer_topk", "dsa_attention"):
         # Three times the float64 scores of every head, for the sampled queries at a time or for one.
@@ -326,14 +326,14 @@ def traffic(work: Workload) -> int:
 
 
 def _selected(indices: np.ndarray, rows: int) -> int:
-    """How many rows some query selects."""
+    """The number of rows that at least one query selects."""
     found = np.zeros(rows, bool)
     found[indices[indices >= 0]] = True
     return int(found.sum())
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """A torch tensor as an array, its type from ml_dtypes where NumPy has none; an array as it is."""
+    """A torch tensor as an array, with a type of ml_dtypes where NumPy has none. Arrays are returned unchanged."""
     if isinstance(x, np.ndarray):
         return x
     import torch
@@ -348,7 +348,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def load_notes() -> list[str]:
-    """A line for a report of times where other processes keep the CPUs busy, else nothing."""
+    """A line for a report of times if other processes keep the CPUs busy, otherwise nothing."""
     load, cpus = os.getloadavg()[0], machine.usable_cpus()
     if load < cpus / 2:
         return []
@@ -428,7 +428,7 @@ class _Tensors:
             chance = torch.rand((len(stop), s_kv), device=self._device, generator=self._rng)
             self._hide(chance, stop, -1)
             chosen = chance.topk(count)
-            # What may not be seen sorts behind everything else.
+            # Positions that a query may not see sort behind all others.
             rows = chosen.indices.masked_fill(chosen.values < 0, INT32_MAX).sort().values.int()
             rows = rows.masked_fill(rows == INT32_MAX, -1)
             parts.append(torch.nn.functional.pad(rows, (0, topk - count), value=-1))

@@ -19,12 +19,12 @@ from . import Peer, Skipped, torch_peer
 TITLES = {"torch": "torch", "ort": "ORT", "numpy": "numpy"}
 #: A peer that would need more than this is left out.
 MEMORY_LIMIT = 6 * 2**30
-#: What importing a peer takes.
+#: The memory that importing a peer takes.
 _LOADED_BYTES = {"torch": 160 << 20}
 
 
 def prepare(name: str, work: Workload, threads: int) -> Peer:
-    """A peer's work of one call, ready to be timed.
+    """The work of one call by a peer, ready to be timed.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def prepare(name: str, work: Workload, threads: int) -> Peer:
         The package is not installed, or the peer would need too much memory.
     """
     if work.op == "sparse_mla_fp8" and name != "torch":
-        # They have no such rows: they get what these stand for.
+        # The peers know no packed rows, so they get the numbers that the rows stand for.
         kv = unpack_mla_rows(work.inputs["kv"], work.attrs["d_v"])
         work = Workload("sparse_mla", {**work.inputs, "kv": kv}, work.attrs, work.lengths)
     if name != "torch":
@@ -67,7 +67,7 @@ def check_memory(op: str, lengths: Mapping[str, int], held: int) -> None:
 
 
 def check_bytes(needed: int) -> None:
-    """Raise `Skipped` where that much memory is not to be used."""
+    """Raise `Skipped` if a peer may not use that much memory."""
     limit = min(MEMORY_LIMIT, int(0.8 * available_memory()))
     if needed > limit:
         raise Skipped(f"would need {in_units(needed)}, the limit is {in_units(limit)}")
@@ -79,7 +79,7 @@ def onnxruntime_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Its exceptions have no common base, but a common home.
+        # Its exceptions have no common base, but they come from one module.
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise DsaError(f"onnxruntime: {error}") from error
@@ -107,7 +107,7 @@ def session(model: Any, threads: int, library: str | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    # Contenders take turns: the threads of one must not spin on while the next is timed.
+    # Contenders take turns, so the threads of one must not spin while the next is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         if library is not None:
@@ -127,7 +127,7 @@ def _ort(work: Workload, threads: int) -> Peer:
     running = session(model, threads)
     output = [running.get_outputs()[0].name]
     feeds = dict(work.inputs)
-    # Of its selection, what it returns for the whole attention says nothing.
+    # The output of the whole attention does not tell what it selected.
     result = None if work.op == "dsa_attention" else lambda x: x[0]
     return Peer(lambda: running.run(output, feeds), result, "" if work.op == "topk" else "float32")
 
@@ -137,7 +137,7 @@ def _plain_model(work: Workload) -> Any:
 
     from ...export import build_plain_model
 
-    # The form for a single query is another, and faster.
+    # A single query has a faster form of its own.
     dims = {"s_q": 1} if work.lengths["s_q"] == 1 else {}
     if work.op != "indexer_topk":
         return build_plain_model(work.op, dims=dims, **work.attrs)

@@ -115,7 +115,7 @@ def _deep_gemm(work: Workload, capability: int) -> Peer:
     selecting, count = work.op == "indexer_topk", min(lengths["topk"], lengths["s_kv"])
 
     def logits() -> Any:
-        # Its users leave what is out of a query's range as it is; torch.topk, unlike their selection, would read it.
+        # Without clean_logits, logits outside of a query's range are not written. torch.topk would read them.
         given = score(t["q"], (t["k"], t["k_scale"]), t["weights"], t["ks"], t["ke"], clean_logits=selecting)
         return given if isinstance(given, torch.Tensor) else torch.from_dlpack(given)
 
@@ -202,7 +202,7 @@ def _vllm(work: Workload, capability: int) -> Peer:
         return Peer(lambda: select(t["logits"], t["ke"], out, memory, lengths["topk"], lengths["s_kv"]), lambda _: out)
     attend = _vllm_operator("_flashmla_C*.so", "_flashmla_C", "sparse_prefill_fwd")
     arguments = [*_one_kv_head(work), work.attrs["sm_scale"], work.attrs["d_v"]]
-    # Optional ones that came with later versions.
+    # Optional arguments of later versions.
     arguments += [None] * (len(attend._schema.arguments) - len(arguments))
     return Peer(lambda: attend(*arguments), lambda x: x[0])
 

@@ -11,7 +11,7 @@ from ...runtime.packing import unpack_mla_rows
 from ..workload import Workload
 from . import Skipped
 
-#: Bytes of an intermediate result: more queries than these allow go one group after another.
+#: Bytes that an intermediate result may have. Queries that need more are computed in groups.
 LIMIT = 2**31
 
 
@@ -47,7 +47,7 @@ def prepare(work: Workload, capability: int | None = None, product: str = "") ->
         return torch.topk(logits, count, sorted=False)
 
     if work.op == "topk":
-        # The logits are -inf already where a query may not look.
+        # The logits are already -inf where a query may not look.
         return lambda: select(t["logits"])[1]
     if work.op in ("sparse_mla", "sparse_mla_fp8"):
         unused = t["indices"] < 0
@@ -89,7 +89,7 @@ def fastest_form(dtype: str, threads: int) -> str:
 
     found = {}
     for form in forms(dtype):
-        # Small integers: every type has them.
+        # Small integers, which every type can represent.
         keys = torch.randint(-8, 8, (4096, 128)).to(getattr(torch, dtype))
         queries = torch.randint(-8, 8, (512, 128)).to(getattr(torch, dtype))
         times = []
@@ -112,12 +112,12 @@ def _products(rows: Any, keys: Any, form: str) -> Any:
 
 
 def as_bf16(x: Any) -> Any:
-    """fp8 and int8 as bfloat16, which holds all of them; everything else as it is."""
+    """fp8 and int8 as bfloat16, which represents all of their numbers. Other types are returned unchanged."""
     return x.bfloat16() if x.element_size() == 1 else x
 
 
 def hidden(work: Workload) -> Any:
-    """[s_q, s_kv] bool: which keys a query may not see; None where each sees all."""
+    """[s_q, s_kv] bool: the keys that a query may not see, or None if every query sees all keys."""
     import torch
 
     keys = torch.arange(work.lengths["s_kv"], device=work.inputs["ke"].device)
@@ -126,7 +126,7 @@ def hidden(work: Workload) -> Any:
 
 
 def plain_indexer(q: Any, k: Any, weights: Any, unseen: Any, k_scale: Any) -> Any:
-    """The formula; a compiler makes one kernel of everything behind the product."""
+    """The formula. A compiler fuses everything after the product into one kernel."""
     scores = (q.reshape(-1, q.shape[-1]) @ k.T).view(q.shape[0], q.shape[1], -1)
     logits = (scores.relu().float() * weights[:, :, None]).sum(1)
     if k_scale is not None:
@@ -149,13 +149,13 @@ def _indexer(work: Workload, unseen: Any, capability: int | None, product: str) 
         raise Skipped("torch has no fp8 product below compute capability 8.9")
     one = torch.ones((), device=q.device)
     form = product or str(q.dtype).removeprefix("torch.")
-    # The sum over the heads as a product, which is the fastest; it wants one type.
+    # The sum over the heads is fastest as a matrix product, which takes one type only.
     kind = torch.bfloat16 if fp8 else torch.float32 if form == "int8" else getattr(torch, form)
     weights = t["weights"].to(kind)
 
     def scores(rows: Any, keys: Any) -> Any:
         if fp8:
-            # With the sums that the tensor cores make, as ours are.
+            # Summed by the tensor cores, like ours.
             return torch._scaled_mm(rows, k.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
         return _products(rows, keys, form)
 
@@ -180,7 +180,7 @@ def _indexer(work: Workload, unseen: Any, capability: int | None, product: str) 
 
 
 def _attend(work: Workload, indices: Any, unused: Any, product: str) -> Any:
-    """`unused` [s_q, topk] bool: which of the indices are -1; None where none is."""
+    """`unused` [s_q, topk] bool: which indices are -1, or None if none is."""
     import torch
 
     q, kv, d_v = work.inputs["q"], work.inputs["kv"], work.attrs["d_v"]
