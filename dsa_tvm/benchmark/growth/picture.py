@@ -28,7 +28,7 @@ def as_png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     # No pyplot: a figure of its own needs neither a display nor a window system's library.
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     varied = [name for name in VARIED if any(row["varied"] == name for row in rows)]
     ops = list(dict.fromkeys(row["op"] for row in rows))
@@ -47,8 +47,10 @@ def as_png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _short(size)))
+        # More than the powers of ten: a sweep over threads may not reach the next one.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: f"{time:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(_NAMES[name])
         axes.set_ylabel("ms")
         axes.grid(color="0.9")
