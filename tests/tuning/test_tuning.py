@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import bad_kernels
 import outside_kernels
 import pytest
 
+import dsa_tvm
 from dsa_tvm import presets
 from dsa_tvm.errors import DsaError
 from dsa_tvm.records import Log
@@ -109,6 +111,21 @@ def test_element_types(tmp_path):
     found = trials(log_of(tmp_path, "sparse_mla"))
     assert len(found) == 2 and {(r.types, r.error) for r in found} == {(("bfloat16",), None)}
     assert "sparse_mla bfloat16 1x64" in done.stdout + done.stderr
+
+
+def test_a_target_with_kernels_for_some_types(tmp_path):
+    """Without --target it is the one whose kernel this machine takes for the type; the roof is that of its products."""
+    if dsa_tvm.active_target() != "x86-64-v4-bf16":
+        pytest.skip("this machine has no bf16 dot products")
+    arguments = ("sparse_mla", "--types", "bfloat16", "--preset", "glm-5", "--shapes", "1x2048", "--threads", "1")
+    done = tune(*arguments, "--output", str(tmp_path), "--trials", "3")
+    assert done.returncode == 0, done.stderr
+    assert "the limit of its multiply-adds for bfloat16: " in done.stdout
+    found = trials(log_of(tmp_path, "sparse_mla", "x86-64-v4-bf16"))
+    assert len(found) == 3 and {(r.types, r.error) for r in found} == {(("bfloat16",), None)}
+    assert all(record.roof[1] < statistics.median(record.seconds[1]) for record in found)
+    # A build takes what was measured there for these types, and not for others.
+    assert {path.parent.name for path in tmp_path.glob("*/*.jsonl")} == {"x86-64-v4-bf16"}
 
 
 def test_damaged_log(finished, tmp_path):
