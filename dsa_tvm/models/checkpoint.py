@@ -318,7 +318,7 @@ def _without_memory(make: Callable[[], Any], dtype: torch.dtype) -> Any:
 def _keep_float32(module: torch.nn.Module, rules: Any, dtype: torch.dtype, prefix: str = "") -> None:
     """Make those parameters float32 that Transformers keeps so, by the rules of a model or its class."""
     kept = [*(rules._keep_in_fp32_modules_strict or ())]
-    if dtype == torch.float16:  # what Transformers means by the list without "strict"
+    if dtype == torch.float16:  # Transformers applies the list without "strict" to float16 only
         kept += rules._keep_in_fp32_modules or ()
     for name, parameter in module.named_parameters():
         if any(part in prefix + name for part in kept):
@@ -426,7 +426,7 @@ def _paths(directory: Path) -> list[Path]:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: expected JSON with a weight_map, got: {error!r}") from None
-        for name in files:  # nothing outside of the directory
+        for name in files:  # a file outside of the directory is refused
             if not isinstance(name, str) or name in ("", ".", "..") or name != os.path.basename(name):
                 raise ModelError(f"{index}: expected names of files beside it, got {name!r}")
         return [directory / name for name in sorted(files)]
@@ -477,7 +477,7 @@ def _left_out(name: str, first: int, last: int, published: int) -> bool:
     if match is None:
         return False
     layer = int(match[1])
-    # Behind the model's own layers are those that predict further tokens.
+    # The layers after the model's own ones predict further tokens.
     return not first <= layer < last or layer >= published or name.endswith(_COMPUTED)
 
 

@@ -280,8 +280,8 @@ class _Step(torch.nn.Module):
         caches: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         positions = position_ids.to(torch.int32)
-        # Looked up and not only computed: ONNX Runtime refuses to look up what is behind the capacity. Nothing else
-        # would: rows of there are not written, and the next sequence's would be read.
+        # The end is looked up, because ONNX Runtime refuses to look up a position behind the capacity. Nothing else
+        # would refuse it: the row would not be written, and a row of the next sequence would be read.
         ends = torch.arange(caches[0].shape[1] + 1, dtype=torch.int32)
         end = ends.index_select(0, (position_ids + 1).clamp(min=0).flatten()).view(position_ids.shape)
         ranges = torch.stack([torch.zeros_like(end), end], -1).unsqueeze(1)
@@ -316,11 +316,11 @@ def _program(model: Any, cache_dtype: torch.dtype) -> Any:
     accelerated, experts = config._attn_implementation == NAME, model.get_experts_implementation()
     accelerate(model)
     try:
-        # The only one whose graph reads the weights of those experts that are chosen.
+        # With any other implementation the graph reads the weights of all experts, not only of the chosen ones.
         model.set_experts_implementation("grouped_mm")
         step = _Step(model)
         names = step.cache_names()
-        # Two at least of everything: torch would fix a length of one.
+        # Every length is at least two, because torch would fix a length of one.
         b, s_q, capacity = 2, 3, 2 * config.index_topk + 5
         widths = [config.index_head_dim if n.endswith("indexer_keys") else _row_width(config) for n in names]
         arguments = (
@@ -346,7 +346,7 @@ def _program(model: Any, cache_dtype: torch.dtype) -> Any:
             exporter_onnx.apply_onnx_ir_fixes(program)
     except (DsaError, MemoryError):
         raise
-    except Exception as error:  # of torch's many passes
+    except Exception as error:  # torch's many passes raise errors of any type
         what = f"{type(error).__name__}: {error}"
         raise ModelError(f"export: expected a model that torch {torch.__version__} can export, got: {what}") from error
     finally:

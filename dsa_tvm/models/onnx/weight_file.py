@@ -47,7 +47,7 @@ class WeightFile:
         self._mapped: dict[int, Place] = {}
 
     def add(self, pieces: Iterable[Array]) -> Place:
-        """Write a tensor that comes in pieces, one behind the other in memory.
+        """Write a tensor that comes in pieces, which follow one another in memory.
 
         Raises
         ------
@@ -60,7 +60,7 @@ class WeightFile:
         return Place(offset, length)
 
     def mapped(self, place: Place, like: torch.Tensor) -> torch.Tensor:
-        """A tensor of the file as `like` has its shape and element type, read when somebody looks at it.
+        """A tensor of the file with the shape and element type of `like`. It is read when somebody uses it.
 
         Tensors that are added later cannot be mapped.
         """
@@ -68,13 +68,13 @@ class WeightFile:
             self._file.flush()
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nobody writes to it
+            warnings.simplefilter("ignore")  # the mapping is read-only, and nobody writes to it
             x = torch.frombuffer(self._map, dtype=like.dtype, count=like.numel(), offset=place.offset).view(like.shape)
         self._mapped[x.data_ptr()] = place
         return x
 
     def store(self, tensors: Mapping[str, Array]) -> dict[str, Place]:
-        """Have tensors in the file, in C order.
+        """Put tensors into the file, in C order.
 
         Parameters
         ----------
