@@ -164,6 +164,8 @@ class Agreement:
         Of them, those that differ in keys of exactly equal score.
     rounding : int
         Those that differ in keys whose scores in float64 are within rounding of each other.
+    followed : int
+        Those whose inputs differ because a layer below selected another key by rounding. Each is right for its input.
     wrong : list of str
         Others.
     """
@@ -175,6 +177,7 @@ class Agreement:
     dropping: int = 0
     ties: int = 0
     rounding: int = 0
+    followed: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
@@ -198,17 +201,32 @@ def compare(model, mask: torch.Tensor, expected: Run, got: Run) -> Agreement:
             if not differing:
                 continue
             weights = weights_of(model.model.layers[i].self_attn)
-            scores = index_scores(layer, weights, hidden[b, first:].numpy(), np.arange(s - first))
+            scores, own = (
+                index_scores(layer, weights, run.hidden[i][b, first:].numpy(), np.arange(s - first))
+                for run in (expected, got)
+            )
             for t in differing:
                 swapped = scores[t][(theirs[t] != ours[t]).numpy()]
                 spread = swapped.max() - swapped.min()
                 if theirs[t].sum() != ours[t].sum() or spread > ROUNDING * np.abs(scores[t][: t + 1]).max():
-                    result.wrong.append(f"layer {i}, sequence {b}, query {t}: scores {swapped}")
+                    if _is_best(scores[t], theirs[t].numpy()) and _is_best(own[t], ours[t].numpy()):
+                        result.followed += 1
+                    else:
+                        result.wrong.append(f"layer {i}, sequence {b}, query {t}: scores {swapped}")
                 elif spread:
                     result.rounding += 1
                 else:
                     result.ties += 1
     return result
+
+
+def _is_best(scores: np.ndarray, chosen: np.ndarray) -> bool:
+    """Whether no key that was left out has a score above one that was chosen, but for rounding."""
+    left_out = np.isfinite(scores) & ~chosen
+    if not chosen.any() or not left_out.any():
+        return True
+    rounding = ROUNDING * np.abs(scores[np.isfinite(scores)]).max()
+    return bool(scores[left_out].max() <= scores[chosen].min() + rounding)
 
 
 def check(kind: str, batch: int, length: int, new: int) -> Agreement:
@@ -227,7 +245,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=64)
     args = parser.parse_args()
-    print("model          batch prompt  tokens  logits differ by  rows that drop   ties  rounding  wrong", flush=True)
+    print(
+        "model          batch prompt  tokens  logits differ by  rows that drop   ties  rounding  followed  wrong",
+        flush=True,
+    )
     for kind in args.kinds:
         for length in args.lengths:
             for batch in args.batches:
@@ -236,7 +257,7 @@ def main() -> None:
                 differ = f"{a.logits:.1e} of {a.size:.1f}"
                 print(
                     f"{kind:<14} {batch:5} {length:6}  {'equal' if a.tokens else 'OTHER'}  {differ:>16}  "
-                    f"{a.dropping:6} of {a.rows:<6} {a.ties:5}  {a.rounding:8}  {len(a.wrong):5}  "
+                    f"{a.dropping:6} of {a.rows:<6} {a.ties:5}  {a.rounding:8}  {a.followed:8}  {len(a.wrong):5}  "
                     f"({time.perf_counter() - started:.0f} s)",
                     flush=True,
                 )
