@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from small_models import make  # noqa: E402
 
@@ -122,7 +123,7 @@ def test_a_call_is_at_its_position(phase):
         if method == "dense":  # its cache is another draw: put that of the others in
             other = Contender(problem(index_topk=100), "eager")
             other.prepare(phase, 70)
-            kept = other._arguments["cache"].layers[0]
+            kept = next(x for x in other._arguments.values() if isinstance(x, transformers.Cache)).layers[0]
             rows = torch.cat([kept.keys[0, 0], kept.values[0, 0]], -1)
             contender._arguments["rows"][: len(rows)] = rows
         outs[method] = contender.call()
@@ -379,6 +380,29 @@ def test_checkpoints_that_do_not_serve(saved, tmp_path):
 def test_errors_of_a_process_reach_the_command(tmp_path, capsys):
     assert main(["cost", str(tmp_path / "none"), "--threads", "1"]) == 1
     assert re.search("dsa-tvm: .*none: expected a directory with config.json, got none", capsys.readouterr().err)
+
+
+def test_positions_past_the_last(saved, capsys):
+    arguments = ["cost", str(saved), "--positions", "100", "163841", "--methods", "ours", "--threads", "1"]
+    assert main(arguments) == 1
+    assert "positions: expected at most 163840, which the model has, got 163841" in capsys.readouterr().err
+
+
+def test_what_is_done_is_kept_on_interrupt(saved, tmp_path, monkeypatch):
+    """And no process is left."""
+    line = report.line
+
+    def interrupted(row, *arguments):
+        if row["phase"] == "decode":
+            raise KeyboardInterrupt
+        return line(row, *arguments)
+
+    monkeypatch.setattr(report, "line", interrupted)
+    target = tmp_path / "cost.json"
+    arguments = ["cost", str(saved), "--positions", "90", "--methods", "ours", "--seconds", "0.01", "--threads", "1"]
+    assert main([*arguments, "--json", str(target)]) == 130
+    assert [row["phase"] for row in json.loads(target.read_bytes())["rows"]] == ["prefill", "decode"]
+    assert not multiprocessing.active_children()
 
 
 def test_without_packages(capsys, monkeypatch):

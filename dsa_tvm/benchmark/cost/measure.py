@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import DsaError
+from ...errors import ArgumentError, DsaError
 from ...runtime import machine
 from .. import clock
 from . import gate
@@ -129,6 +129,8 @@ class Measurement:
 
         Raises
         ------
+        ArgumentError
+            A position that the model does not have.
         CheckError
             As `gate.compare`.
         DsaError
@@ -137,6 +139,9 @@ class Measurement:
         for method, process in self._processes.items():
             say(f"{method}: load the layer")
             self._load(method, process)
+        last, most = self.plan.positions[-1], self.about["layer"]["max_position_embeddings"]
+        if last > most:
+            raise ArgumentError(f"cost: positions: expected at most {most}, which the model has, got {last}")
         say("compare all with eager attention")
         processes = dict(self._processes)
         if "eager" not in processes:
