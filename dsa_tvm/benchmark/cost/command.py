@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ...errors import ArgumentError, DsaError
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         expect_installed("cost: out", "plot", "matplotlib")
     disturbed = workload.load_notes()
-    with Measurement(plan) as measurement:
+    with _ended_by_signals(), Measurement(plan) as measurement:
         try:
             with Progress(measurement.steps) as progress:
                 measurement.check(progress.step)
@@ -54,10 +57,20 @@ def run(args: argparse.Namespace) -> None:
                     ours = row if row["method"] == "ours" else ours
                     progress.say(report.line(row, ours if _together(row, ours) else None, args.price))
         finally:
-            # After Ctrl-C as well: what has been measured has been measured.
+            # After Ctrl-C or SIGTERM as well: what has been measured has been measured.
             _write(args, measurement)
     for line in [*report.summary(measurement.rows), *disturbed]:
         print(line)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A command that is told to end writes its figures and ends its processes, as after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
