@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,19 +31,15 @@ class Growth:
     seen: list[tuple[int, float, int]] = field(default_factory=list)
 
     def add(self, position: int, seconds: float, grown: int) -> None:
-        """Note seconds and bytes of a call."""
+        """Note the seconds of a token, and the bytes of a call."""
         self.seen.append((position, seconds, grown))
 
     def seconds(self, position: int) -> float:
-        """By the power of the position that the last two show: from linear to quadratic."""
+        """Of a token: in proportion to the position, as attention to all keys grows. That of the last counts."""
         if not self.seen:
             return 0.0
         last, taken, _ = self.seen[-1]
-        power = 1.0
-        if len(self.seen) > 1:
-            before, earlier, _ = self.seen[-2]
-            power = min(max(math.log(taken / earlier) / math.log(last / before), 1.0), 2.0)
-        return taken * (position / last) ** power
+        return taken * position / last
 
     def bytes(self, position: int) -> int:
         """By the line through the last two."""
@@ -205,7 +200,7 @@ class Measurement:
     def _prepare(self, phase: str, position: int, method: str, row: dict[str, Any]) -> float:
         """Seconds of the first call."""
         growth, limit = self._growth[method, phase], self.plan.limit
-        expected, needed = growth.seconds(position), growth.bytes(position)
+        expected, needed = row["queries"] * growth.seconds(position), growth.bytes(position)
         left = machine.memory()
         if needed > _FILLED * left.bytes:
             raise Left(f"would need about {machine.in_units(needed)} by its growth; {left} is left")
@@ -259,4 +254,4 @@ class Measurement:
         row.update(seconds=seconds / row["queries"], call_seconds=seconds, calls=len(times))
         row.update(peak_bytes=peak, shares=shares)
         grown = max(peak - self._bytes[method], 1)
-        self._growth[method, row["phase"]].add(row["position"], seconds, grown)
+        self._growth[method, row["phase"]].add(row["position"], row["seconds"], grown)
