@@ -12,6 +12,7 @@ import tvm_ffi
 
 from ..records.selection.cpu import Row
 from ..schedules import CPU, CPU_TARGETS, chain, cpu_kernel, cpu_variants
+from . import registers
 from .kernel_table import Kernels
 from .plan import Plan, Types
 
@@ -42,7 +43,7 @@ def write_object(functions: Mapping[str, tvm.tirx.PrimFunc], target: str, path: 
     tvm_target = tvm.target.Target(CPU_TARGETS[target])
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     with tvm_target:
-        executable = tvm.compile(module, target=tvm_target)
+        executable = tvm.compile(module, target=tvm_target, tir_pipeline=registers.PIPELINE)
     executable.mod.write_to_file(str(path), "o")
 
 

@@ -55,6 +55,34 @@ compiled(func)(tvm.runtime.tensor(np.full(1, np.nan, np.float32)), y)
 print(y.numpy()[0])
 """
 
+LOCAL = """
+@T.prim_func(s_tir=True)
+def func(x: T.handle):
+    X = T.match_buffer(x, (16,), "float32", align=4)
+    with T.sblock("sum"):
+        T.reads()
+        T.writes()
+        acc = T.sblock_alloc_buffer((16,), "float32", scope="local")
+        for i in T.vectorized(16):
+            acc[i] = X[i]
+        for _ in range(100):
+            for i in T.vectorized(16):
+                acc[i] = acc[i] * X[i]
+        for i in T.vectorized(16):
+            X[i] = acc[i]
+
+target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+from dsa_tvm.build import registers
+for pipeline in ("default", registers.PIPELINE):
+    with target:
+        built = tvm.compile(module, target=target, tir_pipeline=pipeline)
+    print("AllocWorkspace" in built.mod.inspect_source("ll"))
+    y = tvm.runtime.tensor(np.ones(16, np.float32))
+    built["main"](y)
+    assert (y.numpy() == 1).all()
+"""
+
 
 def outcome(tmp_path, body):
     """The output of a script. It runs in a child process, which TVMScript may end."""
@@ -80,6 +108,13 @@ def test_fp8_cast_is_wrong(tmp_path):
 def test_a_number_is_taken_to_equal_itself(tmp_path):
     """TVM folds x == x to true. So elements.is_nan looks at the bits."""
     assert outcome(tmp_path, NAN_TEST) == ["0"], "TVM no longer folds x != x: elements.is_nan can be that"
+
+
+def test_local_buffers_are_workspaces(tmp_path):
+    """So build/registers.py keeps them on the stack."""
+    default, ours = outcome(tmp_path, LOCAL)
+    assert default == "True", "TVM keeps small local buffers on the stack now: build/registers.py can go"
+    assert ours == "False"
 
 
 def test_tune_context_imports_tensor_intrinsics():
