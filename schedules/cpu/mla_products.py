@@ -11,8 +11,8 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .elements import CHAIN, STEP, f32_bits, narrow, u32, widen
-from .products import BF16X16, bf16_dot, with_bf16_dot
+from .elements import CHAIN, STEP, f32_bits, narrow, widen
+from .products import BF16X16, bf16_dot, bf16_twice, with_bf16_dot
 
 #: The half of an f32 that is a bf16.
 _UPPER = 0xFFFF0000
@@ -74,10 +74,6 @@ class FloatProducts:
                 self.keys[at, d * STEP + l] = T.float32(0)
 
     @T.inline
-    def put_values(self, keys):
-        """Make the values of the block's keys ready; here they are what the keys are."""
-
-    @T.inline
     def put_weights(self, weights, keys):
         """Make the weights of the block's keys ready."""
 
@@ -112,12 +108,9 @@ class Bf16Products:
     """Dot products of pairs of bf16, with the interface of `FloatProducts`.
 
     A score's pairs run along d_qk: a key's pair is broadcast, times a vector of 16 heads' pairs. Both operands are the
-    caller's bf16, so products are exact, and the scale multiplies their sum. An output's pairs are two keys: a head's
-    pair of weights is broadcast, times a vector of 16 values' pairs. One bf16 is too coarse for a weight where few keys
-    count, so a weight is the sum of two, and the values are multiplied twice.
-
-    A u32 of two neighbouring values gives a pair for the first and one for the second. 32 values are therefore two
-    vectors, of the even and of the odd ones, in the sums too, until the output puts them together again.
+    caller's bf16, so products are exact, and the scale multiplies their sum. One bf16 is too coarse for a weight where
+    few keys count, so a weight is the sum of two. They are the output's pair: it is broadcast, times a vector of 16
+    values, each twice.
 
     The processor takes subnormal bf16 for 0, makes subnormal sums 0, and rounds each addition to nearest even, whatever
     mode the caller has set.
@@ -126,7 +119,7 @@ class Bf16Products:
     @staticmethod
     def check(c: Any) -> None:
         """Raise ValueError for decisions that bf16 dot products cannot have."""
-        if c.heads % 16 or c.values % 16 or c.tile_keys % 2 or STEP // 2 % c.unroll_d:
+        if c.heads % 16 or c.values % 16 or STEP // 2 % c.unroll_d:
             raise ValueError(f"sparse_mla: decisions that do not divide for bf16 dot products: {c}")
 
     @staticmethod
@@ -139,9 +132,7 @@ class Bf16Products:
         self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
         self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 2, c.heads), "uint32")
         self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
-        self.values = T.sblock_alloc_buffer((c.block_keys // 2, self.d_v), "uint32")
-        self.weights = T.sblock_alloc_buffer((2, c.block_keys // 2, c.heads), "uint32")
-        self.words = T.sblock_alloc_buffer((16,), "uint32", scope="local")
+        self.weights = T.sblock_alloc_buffer((c.block_keys, c.heads), "uint32")
 
     def score(self, total, sm_scale):
         return total * sm_scale
@@ -149,10 +140,6 @@ class Bf16Products:
     def pair(self, row, d):
         """Two neighbouring elements of a key as a u32."""
         return T.reinterpret("uint32", self.keys[row, T.Ramp(2 * d, 1, 2)])
-
-    def pairs(self, row, d):
-        """Sixteen of them, from a multiple of STEP."""
-        return T.reinterpret("uint32x16", self.keys[row, T.Ramp(d * STEP, 1, STEP)])
 
     def rest(self, weight):
         """The bits of what a weight is above the bf16 that it begins with."""
@@ -178,30 +165,11 @@ class Bf16Products:
                 self.keys[at, d * STEP + l] = T.uint16(0)
 
     @T.inline
-    def put_values(self, keys):
-        # An odd block has a zero key behind it: the tile of the scores is even, and filled.
-        for j in T.serial((keys + 1) // 2):
-            for d in T.serial(self.d_v // STEP):
-                self.values[j, T.Ramp(d * STEP, 1, 16)] = (self.pairs(2 * j, d) & T.Broadcast(T.uint32(0xFFFF), 16)) | (
-                    self.pairs(2 * j + 1, d) << T.Broadcast(T.uint32(16), 16)
-                )
-                self.values[j, T.Ramp(d * STEP + 16, 1, 16)] = (
-                    self.pairs(2 * j, d) >> T.Broadcast(T.uint32(16), 16)
-                ) | (self.pairs(2 * j + 1, d) & T.Broadcast(T.uint32(_UPPER), 16))
-
-    @T.inline
     def put_weights(self, weights, keys):
-        if keys % 2 == 1:
+        for j in T.serial(keys):
             for h in T.vectorized(self.c.heads):
-                weights[keys, h] = T.float32(0)
-        for j in T.serial((keys + 1) // 2):
-            for h in T.vectorized(self.c.heads):
-                self.weights[0, j, h] = (T.reinterpret("uint32", weights[2 * j, h]) >> T.uint32(16)) | (
-                    T.reinterpret("uint32", weights[2 * j + 1, h]) & T.uint32(_UPPER)
-                )
-            for h in T.vectorized(self.c.heads):
-                self.weights[1, j, h] = (self.rest(weights[2 * j, h]) >> T.uint32(16)) | (
-                    self.rest(weights[2 * j + 1, h]) & T.uint32(_UPPER)
+                self.weights[j, h] = (T.reinterpret("uint32", weights[j, h]) >> T.uint32(16)) | (
+                    self.rest(weights[j, h]) & T.uint32(_UPPER)
                 )
 
     @T.inline
@@ -220,21 +188,17 @@ class Bf16Products:
 
     @T.inline
     def add_values(self, tile, weights, keys, head, value):
-        for j in T.serial((keys + 1) // 2):
-            for p in T.unroll(2):
+        for j in T.serial(keys):
+            for g in T.unroll(self.c.values // 16):
                 for r in T.unroll(self.c.tile_heads):
-                    for g in T.unroll(self.c.values // 16):
-                        tile[r, T.Ramp(16 * g, 1, 16)] = bf16_dot(
-                            tile[r, T.Ramp(16 * g, 1, 16)],
-                            self.weights[p, j, head + r],
-                            self.values[j, T.Ramp(value + 16 * g, 1, 16)],
-                        )
+                    tile[r, T.Ramp(16 * g, 1, 16)] = bf16_dot(
+                        tile[r, T.Ramp(16 * g, 1, 16)],
+                        self.weights[j, head + r],
+                        bf16_twice(self.keys[j, T.Ramp(value + 16 * g, 1, 16)]),
+                    )
 
     @T.inline
     def store(self, out, m, head, sums, h, divisor):
         for d in T.serial(self.d_v // STEP):
-            for l in T.vectorized(16):
-                self.words[l] = u32(narrow(sums[h, d * STEP + l] / divisor, "bfloat16")) | (
-                    u32(narrow(sums[h, d * STEP + 16 + l] / divisor, "bfloat16")) << T.uint32(16)
-                )
-            out[m, head, T.Ramp(d * STEP, 1, STEP)] = T.reinterpret("uint16x32", self.words[T.Ramp(0, 1, 16)])
+            for l in T.vectorized(STEP):
+                out[m, head, d * STEP + l] = narrow(sums[h, d * STEP + l] / divisor, "bfloat16")

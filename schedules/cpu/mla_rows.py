@@ -20,6 +20,15 @@ def rows_of(variant: dict[str, str]):
     return PackedRows if variant.get("K") == SCALED else PlainRows
 
 
+@T.inline
+def prefetch_rows(rows, indices, index_row, first, count, stop):
+    """Ask for the rows of `count` indices from `first` on, and before `stop`."""
+    for i in T.serial(T.max(T.min(count, stop - first), T.int64(0))):
+        row: T.let = T.Cast("int64", indices[index_row, first + i])
+        if T.int64(0) <= row and row < rows.kv.shape[0]:
+            rows.prefetch(row)
+
+
 @T.meta_class
 class PlainRows:
     """Rows of d_qk elements.

@@ -21,7 +21,7 @@ EXACT = {BF16X16: ("bfloat16", "float8_e4m3fn"), INT8X16: ("int8",), INT8X8: ("i
 
 #: Products of two bf16 vectors, two for each of 16 sums. TVM's legalization of bf16 changes the types of
 #: such arguments, so LLVM's intrinsic is called from a function of its own, which is always inlined.
-_BF16_DOT = "dsa_bf16_dot"
+_BF16_DOT, _BF16_TWICE = "dsa_bf16_dot", "dsa_bf16_twice"
 _BF16_DOT_IR = f"""
 define linkonce_odr hidden <16 x float> @{_BF16_DOT}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) #0 {{
   %x = bitcast <16 x i32> %a to <32 x bfloat>
@@ -30,6 +30,11 @@ define linkonce_odr hidden <16 x float> @{_BF16_DOT}(<16 x float> %sum, <16 x i3
   ret <16 x float> %r
 }}
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr hidden <16 x i32> @{_BF16_TWICE}(<16 x i16> %x) #0 {{
+  %y = shufflevector <16 x i16> %x, <16 x i16> poison, <32 x i32> <{", ".join(f"i32 {i // 2}" for i in range(32))}>
+  %r = bitcast <32 x i16> %y to <16 x i32>
+  ret <16 x i32> %r
+}}
 attributes #0 = {{ alwaysinline nounwind "target-features"="+avx512bf16,+avx512bw,+avx512f,+avx512vl" }}
 """
 
@@ -59,8 +64,13 @@ def bf16_dot(sums, pair, pairs):
     return T.call_pure_extern("float32x16", _BF16_DOT, sums, pairs, T.Broadcast(pair, 16))
 
 
+def bf16_twice(numbers):
+    """Pairs of 16 bf16, each with itself, as u32."""
+    return T.call_pure_extern("uint32x16", _BF16_TWICE, numbers)
+
+
 def with_bf16_dot(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The kernel with the function that `bf16_dot` calls."""
+    """The kernel with the functions that `bf16_dot` and `bf16_twice` call."""
     return _with_ir(kernel, _BF16_DOT_IR)
 
 

@@ -23,7 +23,7 @@ from ..storage import STORAGE
 from .elements import CHAIN, STEP, VECTOR, is_nan
 from .exponential import exp_nonpositive
 from .mla_products import products_of
-from .mla_rows import rows_of
+from .mla_rows import prefetch_rows, rows_of
 from .products import BF16X16
 
 #: The sums of 4096 keys are chains of 4096 / block_keys additions of sums of block_keys: both have to be short.
@@ -39,7 +39,7 @@ class Decisions:
     block_keys : int
         Keys gathered at a time; a multiple of `tile_keys`, and at least 32, so that 4096 keys are at most 128 blocks.
     tile_keys, heads : int
-        Register tile of the scores; for bf16 dot products `tile_keys` is even.
+        Register tile of the scores.
     tile_heads, values : int
         Register tile of the output; `tile_heads` divides `heads`, `values` divides 64, of which d_v is a multiple.
     unroll_d : int
@@ -75,7 +75,7 @@ DEFAULT = {
     "x86-64-v4": Decisions(block_keys=48, tile_keys=12, heads=32, tile_heads=4, values=64, unroll_d=4, task_heads=128),
     # Measured for itself. Tiles of 32 heads are 3 % faster for 128 heads, and 20 % slower for 16.
     "x86-64-v4-bf16": Decisions(
-        block_keys=96, tile_keys=12, heads=16, tile_heads=4, values=64, unroll_d=4, task_heads=128
+        block_keys=96, tile_keys=12, heads=16, tile_heads=8, values=32, unroll_d=4, task_heads=128
     ),
     "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
 }
@@ -129,6 +129,8 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
     BK, TK, HV, PH, PV = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values
     Products = products_of(dots)
     Products.check(c)
+    # Rows that are prefetched with a tile of scores. The others come with the output, which takes longer.
+    EARLY = (TK + 2) // 3
     s_q, s_kv, h_q, d_qk, d_v, s_rows, topk, s_sink, s_length, d_packed = (
         tirx.Var(n, "int64")
         for n in ("s_q", "s_kv", "h_q", "d_qk", "d_v", "s_rows", "topk", "s_sink", "s_length", "d_packed")
@@ -179,6 +181,10 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             seen = T.sblock_alloc_buffer((1,), "int64", scope="local")
             rows = Rows(KV, dtype, d_qk, d_v, dots is not None)
             products = Products(c, dtype, (h0, h1), (d_qk, d_v))
+            length[0] = topk
+            if has_length == T.int64(1):
+                length[0] = T.min(T.max(T.Cast("int64", LENGTH[m]), T.int64(0)), topk)
+            prefetch_rows(rows, INDEX, index_row, T.int64(0), BK, length[0])
             products.put_queries(Q, m, sm_scale)
             for hb in T.serial((h1 - h0 + HV - 1) // HV):
                 for h in T.vectorized(HV):
@@ -188,9 +194,6 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             for h, d in T.grid((h1 - h0 + HV - 1) // HV * HV, d_v // STEP):
                 for l in T.vectorized(STEP):
                     sums[h, d * STEP + l] = T.float32(0)
-            length[0] = topk
-            if has_length == T.int64(1):
-                length[0] = T.min(T.max(T.Cast("int64", LENGTH[m]), T.int64(0)), topk)
             at[0] = T.int64(0)
             seen[0] = T.int64(0)
             while at[0] < length[0]:
@@ -203,17 +206,15 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                     at[0] = at[0] + T.int64(1)
                 seen[0] = seen[0] + got[0]
                 keys: T.let = got[0]
+                # The rows of the next block come while this one is computed, some with each tile, because the CPU has
+                # room for a few dozen lines that are on their way.
+                late: T.let = (BK - BK // TK * EARLY + d_v // PV - 1) // (d_v // PV)
                 for j in T.serial((keys + TK - 1) // TK * TK - keys):
                     products.put_nothing(keys + j)
-                products.put_values(keys)
                 for hb in T.serial((h1 - h0 + HV - 1) // HV):
                     for t in T.serial((keys + TK - 1) // TK):
                         if hb == 0:
-                            # The rows of the next block come while this one is computed.
-                            for j in T.serial(T.max(T.min(TK, length[0] - at[0] - t * TK), 0)):
-                                next_row: T.let = T.Cast("int64", INDEX[index_row, at[0] + t * TK + j])
-                                if T.int64(0) <= next_row and next_row < s_kv:
-                                    rows.prefetch(next_row)
+                            prefetch_rows(rows, INDEX, index_row, at[0] + t * EARLY, EARLY, length[0])
                         for part in T.serial((d_qk + CHAIN - 1) // CHAIN):
                             for j in T.unroll(TK):
                                 for h in T.vectorized(HV):
@@ -255,6 +256,8 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                         total[hb, h] = total[hb, h] * fade[h] + mass[h]
                     products.put_weights(score, keys)
                     for dv in T.serial(d_v // PV):
+                        if hb == 0:
+                            prefetch_rows(rows, INDEX, index_row, at[0] + BK // TK * EARLY + dv * late, late, length[0])
                         for g in T.serial(HV // PH):
                             if h0 + hb * HV + g * PH < h1:
                                 for r in T.unroll(PH):
