@@ -46,6 +46,7 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
         "mattr": ["+avx512vnni", "+avx512bf16"],
     },
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
+    "aarch64-dotprod": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+dotprod"]},
 }
 
 #: GPU architectures that a library has machine code for by default. sm_90a rather than sm_90, because some kernels use
@@ -57,6 +58,7 @@ BASES: Mapping[str, str] = {
     "x86-64-v3-vnni": "x86-64-v3",
     "x86-64-v4-vnni": "x86-64-v4",
     "x86-64-v4-bf16": "x86-64-v4-vnni",
+    "aarch64-dotprod": "aarch64",
 }
 
 #: The dot products that the kernels of these targets multiply with.
@@ -64,6 +66,7 @@ DOTS: Mapping[str, str] = {
     "x86-64-v3-vnni": products.INT8X8,
     "x86-64-v4-vnni": products.INT8X16,
     "x86-64-v4-bf16": products.BF16X16,
+    "aarch64-dotprod": products.INT8X4,
 }
 
 

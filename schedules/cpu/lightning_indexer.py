@@ -76,6 +76,7 @@ DEFAULT = {
     # Measured separately: bf16 keys are read in place and need no copy in the cache.
     "x86-64-v4-bf16": Decisions(tile_keys=12, heads=32, block_keys=24, in_place=1, unroll_d=4, **_COMMON),
     "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
+    "aarch64-dotprod": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
 }
 
 
@@ -221,7 +222,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             # The sum of the earlier parts of products over many entries.
             long = T.sblock_alloc_buffer((TK, HV), Products.sums)
             span = T.sblock_alloc_buffer((2,), "int64", scope="local")
-            products = Products(Q, K, (q_type, k_type), (TK, HV, UD), d_idx)
+            products = Products(Q, K, (q_type, k_type), (TK, HV, UD), d_idx, (m1 - m0, blocks))
             tiles = _Tiles(products, K if IN_PLACE else kp, kp, qp, wp, long, lanes, h_idx)
             products.put_queries(qp, m0, m1 - m0, blocks, h_idx)
             for i, hb, h in T.grid(m1 - m0, blocks, HV):
@@ -276,8 +277,9 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                             if LANES > 8:
                                 for h in T.vectorized(8):
                                     half[h] = half[h] + half[h + 8]
-                            for h in T.vectorized(4):
-                                half[h] = half[h] + half[h + 4]
+                            if LANES > 4:
+                                for h in T.vectorized(4):
+                                    half[h] = half[h] + half[h + 4]
                             OUT[row0 + i, start + j] = T.if_then_else(
                                 low <= start + j and start + j < high,
                                 (half[0] + half[1]) + (half[2] + half[3]),

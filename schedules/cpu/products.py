@@ -12,12 +12,12 @@ from tvm.script import tirx as T
 
 from .elements import CHAIN, STEP, widen
 
-#: The dot products that a target may have (AVX512-BF16, AVX512-VNNI, AVX-VNNI), by what they multiply and how many sums
-#: a vector holds.
-BF16X16, INT8X16, INT8X8 = "bf16x16", "int8x16", "int8x8"
+#: The dot products that a target may have (AVX512-BF16, AVX512-VNNI, AVX-VNNI, and those of Armv8.2), by what they
+#: multiply and how many sums a vector holds.
+BF16X16, INT8X16, INT8X8, INT8X4 = "bf16x16", "int8x16", "int8x8", "int8x4"
 
 #: The element types that they multiply exactly. All numbers of fp8 are normal numbers of bf16.
-EXACT = {BF16X16: ("bfloat16", "float8_e4m3fn"), INT8X16: ("int8",), INT8X8: ("int8",)}
+EXACT = {BF16X16: ("bfloat16", "float8_e4m3fn")} | dict.fromkeys((INT8X16, INT8X8, INT8X4), ("int8",))
 
 #: Products of two bf16 vectors, two for each of 16 sums. TVM's legalization of bf16 changes the types of
 #: such arguments, so LLVM's intrinsic is called from a function of its own, which is always inlined.
@@ -39,22 +39,28 @@ attributes #0 = {{ alwaysinline nounwind "target-features"="+avx512bf16,+avx512b
 """
 
 
-#: Products of bytes, those of the first vector unsigned, four for each of some i32 sums. Nothing saturates.
+#: Products of bytes, four for each of some i32 sums. Nothing saturates. On x86-64 the bytes of the first vector are
+#: unsigned.
 _INT8_DOT = "dsa_int8_dot"
+#: The intrinsics by the sums of a vector, and the features that they need.
+_INT8_INTRINSICS = {
+    16: ("llvm.x86.avx512.vpdpbusd.512", "+avx512vnni,+avx512bw,+avx512f,+avx512vl"),
+    8: ("llvm.x86.avx512.vpdpbusd.256", "+avxvnni,+avx2"),
+    4: ("llvm.aarch64.neon.sdot.v4i32.v16i8", "+dotprod,+neon"),
+}
 
 
 def _int8_dot_ir(lanes: int) -> str:
     sums, quads = f"<{lanes} x i32>", f"<{4 * lanes} x i8>"
-    bits = 32 * lanes
-    features = "+avx512vnni,+avx512bw,+avx512f,+avx512vl" if bits == 512 else "+avxvnni,+avx2"
+    intrinsic, features = _INT8_INTRINSICS[lanes]
     return f"""
 define linkonce_odr hidden {sums} @{_INT8_DOT}({sums} %sum, {sums} %a, {sums} %b) #0 {{
   %x = bitcast {sums} %a to {quads}
   %y = bitcast {sums} %b to {quads}
-  %r = call {sums} @llvm.x86.avx512.vpdpbusd.{bits}({sums} %sum, {quads} %x, {quads} %y)
+  %r = call {sums} @{intrinsic}({sums} %sum, {quads} %x, {quads} %y)
   ret {sums} %r
 }}
-declare {sums} @llvm.x86.avx512.vpdpbusd.{bits}({sums}, {quads}, {quads})
+declare {sums} @{intrinsic}({sums}, {quads}, {quads})
 attributes #0 = {{ alwaysinline nounwind "target-features"="{features}" }}
 """
 
@@ -80,7 +86,13 @@ def _with_ir(kernel: tirx.PrimFunc, ir: str) -> tirx.PrimFunc:
 
 def products_of(dots: str | None):
     """The class that multiplies with the dot products of this name, or in f32."""
-    return {None: FloatProducts, BF16X16: Bf16Products, INT8X16: Int8Products16, INT8X8: Int8Products8}[dots]
+    return {
+        None: FloatProducts,
+        BF16X16: Bf16Products,
+        INT8X16: Int8Products16,
+        INT8X8: Int8Products8,
+        INT8X4: Int8Products4,
+    }[dots]
 
 
 def bf16_bits(x, dtype: str):
@@ -105,6 +117,8 @@ class FloatProducts:
     tile : tuple of int
         Keys and heads of a register tile, and steps of the product in one loop body.
     d_idx : expression
+    tasks : tuple of expression
+        Queries and blocks of heads.
     """
 
     #: What packed queries and keys and the accumulators are declared as, and how many partial sums over the heads a key
@@ -138,7 +152,7 @@ class FloatProducts:
         """How many parts the products of a query and a key are summed in, each from zero."""
         return (d_idx + CHAIN - 1) // CHAIN
 
-    def __init__(self, queries, keys, types, tile, d_idx) -> None:
+    def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.types, self.tile, self.d_idx = queries, keys, types, tile, d_idx
 
     def start(self, i, hb, h):
@@ -213,7 +227,7 @@ class Bf16Products:
     def parts(d_idx):
         return (d_idx + CHAIN - 1) // CHAIN
 
-    def __init__(self, queries, keys, types, tile, d_idx) -> None:
+    def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.types, self.tile, self.d_idx = queries, keys, types, tile, d_idx
 
     def start(self, i, hb, h):
@@ -265,14 +279,15 @@ class Bf16Products:
 class _Int8Products:
     """Dot products of four bytes: a key's four broadcast, times a vector of heads' four. As `FloatProducts`.
 
-    The instruction multiplies unsigned bytes by signed ones. So 128 is added to the keys, and an accumulator begins
-    with -128 times the sum of the head's query. Sums are integers and exact: those of d_idx 1024 stay below 2**26.
+    Sums are integers and exact. An instruction that multiplies unsigned bytes by signed ones gets keys with 128 added,
+    and accumulators begin with -128 times the sum of the head's query: with d_idx 1024, sums stay below 2**26.
     """
 
     packed, sums = "uint32", "int32"
     entries = 4
-    #: Sums of a vector.
+    #: Sums of a vector, and what makes four bytes of a key what the instruction takes.
     lanes: int
+    flip: int
 
     @classmethod
     def completed(cls, kernel: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -294,11 +309,9 @@ class _Int8Products:
     def parts(d_idx):
         return 1
 
-    def __init__(self, queries, keys, types, tile, d_idx) -> None:
+    def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
-        self.offsets = T.sblock_alloc_buffer(
-            (queries.shape[0], (queries.shape[1] + tile[1] - 1) // tile[1], tile[1]), "int32"
-        )
+        self.offsets = T.sblock_alloc_buffer((*tasks, tile[1]), "int32")
 
     def start(self, i, hb, h):
         return self.offsets[i, hb, h]
@@ -307,7 +320,7 @@ class _Int8Products:
         return T.Cast("float32", T.max(total, T.int32(0)))
 
     def dot(self, sums, quad, quads):
-        """The i32 `sums` and the products of four unsigned bytes and vectors of four signed ones, all in a u32."""
+        """The i32 `sums` and the products of four bytes of a key and vectors of four of queries, all in a u32."""
         return T.call_pure_extern(f"int32x{self.lanes}", _INT8_DOT, sums, T.Broadcast(quad, self.lanes), quads)
 
     @T.inline
@@ -324,7 +337,7 @@ class _Int8Products:
             for d in T.serial(self.d_idx // 4):
                 self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)] = self.dot(
                     self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)],
-                    T.uint32(0x80808080),
+                    T.uint32(self.flip),
                     packed[i, hb, d, T.Ramp(self.lanes * g, 1, self.lanes)],
                 )
             self.offsets[i, hb, T.Ramp(self.lanes * g, 1, self.lanes)] = (
@@ -336,7 +349,7 @@ class _Int8Products:
         for d in T.serial(self.d_idx // STEP):
             packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.reinterpret(
                 f"uint32x{STEP // 4}", self.keys[row, T.Ramp(d * STEP, 1, STEP)]
-            ) ^ T.Broadcast(T.uint32(0x80808080), STEP // 4)
+            ) ^ T.Broadcast(T.uint32(self.flip), STEP // 4)
 
     @T.inline
     def put_nothing(self, packed, at):
@@ -359,10 +372,16 @@ class _Int8Products:
 class Int8Products16(_Int8Products):
     """With AVX512-VNNI."""
 
-    lanes = 16
+    lanes, flip = 16, 0x80808080
 
 
 class Int8Products8(_Int8Products):
     """With AVX-VNNI."""
 
-    lanes = 8
+    lanes, flip = 8, 0x80808080
+
+
+class Int8Products4(_Int8Products):
+    """With the dot products of Armv8.2, whose bytes are all signed: the sum of 0 times the queries is 0."""
+
+    lanes, flip = 4, 0

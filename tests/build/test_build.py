@@ -222,10 +222,10 @@ EMULATOR = "qemu-aarch64"
 def test_aarch64_kernels_compile(tmp_path):
     from dsa_tvm.build import objects, plan
 
-    rows = plan.make(["aarch64"], [], presets.get("glm-5"), pytest.fail)
-    built = objects.compile_objects(rows, tmp_path, lambda line: None)
-    header = built["aarch64"].object.read_bytes()[:20]
-    assert header[:4] == b"\x7fELF" and header[18] == 183  # EM_AARCH64
+    rows = plan.make(DEFAULT_TARGETS["aarch64"], [], presets.get("glm-5"), pytest.fail)
+    for compiled in objects.compile_objects(rows, tmp_path, lambda line: None).values():
+        header = compiled.object.read_bytes()[:20]
+        assert header[:4] == b"\x7fELF" and header[18] == 183  # EM_AARCH64
 
 
 @pytest.mark.skipif(not shutil.which(AARCH64_CC), reason=f"{AARCH64_CC} is not installed")

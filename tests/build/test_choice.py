@@ -68,6 +68,17 @@ def test_the_best_target_that_runs_is_taken(choose):
     assert choose(list(expected)) == list(expected.values())
 
 
+def test_what_linux_says_of_arm_cpus(tmp_path):
+    """The bits of AT_HWCAP as Linux numbers them: a Cortex-A72 lacks dot products (ASIMDDP), a Neoverse N1 has them."""
+    program = Path(__file__).parent.parent / "c" / "arm_features.c"
+    link.run(["cc", f"-I{link.export_directory() / 'src'}", str(program), "-o", f"{tmp_path}/arm"])
+    words = {0x0: 0, 0xFF: 0, 1 << 20: 1, 0x1100FF: 1, 0xFFFFFFFFFFFFFFFF ^ 1 << 20: 0}
+    done = subprocess.run([f"{tmp_path}/arm", *map(str, words)], capture_output=True, check=True, text=True)
+    assert list(map(int, done.stdout.split())) == list(words.values())
+    table = kernel_table.source([(target, {}) for target in DEFAULT_TARGETS["aarch64"]])
+    assert '{"aarch64", 0, 0, ' in table and '{"aarch64-dotprod", 0, ARM_DOTPROD, ' in table
+
+
 @pytest.mark.parametrize(
     ("target", "needed"),
     [

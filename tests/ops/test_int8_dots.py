@@ -17,8 +17,12 @@ import dsa_tvm
 from dsa_tvm.ops import OPS
 
 INT8 = {"T": "int8", "K": "int8"}
-#: The targets that have such kernels, and their vectors' registers.
-TARGETS = {"x86-64-v3-vnni": "%ymm", "x86-64-v4-vnni": "%zmm"}
+#: The targets that have such kernels, their instruction and their vectors' registers.
+TARGETS = {
+    "x86-64-v3-vnni": ("vpdpbusd", "%ymm"),
+    "x86-64-v4-vnni": ("vpdpbusd", "%zmm"),
+    "aarch64-dotprod": ("sdot", ".4s"),
+}
 SPEC = OPS["lightning_indexer"]
 
 
@@ -29,10 +33,12 @@ def kernel_for(target):
     return cpu_kernel("lightning_indexer", INT8, target, CPU["lightning_indexer"].DEFAULT[target])
 
 
-@pytest.mark.skipif(not shutil.which("objdump"), reason="there is no objdump")
 @pytest.mark.parametrize("target", TARGETS)
 def test_they_are_in_the_object_code_of_their_targets_only(target, tmp_path):
     """In a loop that keeps its sums in registers. AVX-VNNI is not AVX512-VNNI: it has another encoding."""
+    program = "llvm-objdump" if target.startswith("aarch64") else "objdump"
+    if not shutil.which(program):
+        pytest.skip(f"there is no {program}")
     kernel = kernel_for(target)
     from dsa_tvm.schedules import BASES, CPU, DOTS, cpu_variants
     from dsa_tvm.schedules.cpu.products import products_of
@@ -43,17 +49,18 @@ def test_they_are_in_the_object_code_of_their_targets_only(target, tmp_path):
         "sparse_mla": [],
     }
     code = disassembled(kernel, target, tmp_path)
-    found = [line for line in code.splitlines() if "vpdpbusd" in line]
-    assert found and all(TARGETS[target] in line for line in found)
+    instruction, register = TARGETS[target]
+    found = [line for line in code.splitlines() if instruction in line]
+    assert found and all(register in line for line in found)
     if target == "x86-64-v3-vnni":
         assert all("{vex}" in line for line in found)
         assert not any(x in code for x in ("%zmm", "%k1", "%ymm16", "%xmm16"))
     c = CPU["lightning_indexer"].DEFAULT[target]
     dots = c.tile_keys * c.heads // products_of(DOTS[target]).lanes * c.unroll_d
     # Others sum up queries.
-    (loop,) = (loop for loop in innermost_loops(code) if sum("vpdpbusd" in x for x in loop) == dots)
+    (loop,) = (loop for loop in innermost_loops(code) if sum(instruction in x for x in loop) == dots)
     assert not spills(loop)
-    assert "vpdpbusd" not in disassembled(kernel_for(BASES[target]), BASES[target], tmp_path)
+    assert instruction not in disassembled(kernel_for(BASES[target]), BASES[target], tmp_path)
 
 
 #: The instruction in LLVM's plain arithmetic, for any processor.
@@ -61,7 +68,7 @@ MODEL = """
 define linkonce_odr hidden {sums} @dsa_int8_dot({sums} %sum, {sums} %a, {sums} %b) #0 {{
   %u = bitcast {sums} %a to {quads}
   %s = bitcast {sums} %b to {quads}
-  %x = zext {quads} %u to {wide}
+  %x = {extend} {quads} %u to {wide}
   %y = sext {quads} %s to {wide}
   %products = mul {wide} %x, %y
   {picks}
@@ -78,7 +85,14 @@ def model(lanes):
         picks.append(f"%p{i} = shufflevector <W x i32> %products, <W x i32> poison, <N x i32> <{mask}>")
         picks.append(f"%t{i + 1} = add <N x i32> %t{i}, %p{i}")
     text = "\n  ".join(picks).replace("N x", f"{lanes} x").replace("W x", f"{4 * lanes} x")
-    types = {"sums": f"<{lanes} x i32>", "quads": f"<{4 * lanes} x i8>", "wide": f"<{4 * lanes} x i32>"}
+    # Arm multiplies signed bytes.
+    extend = "sext" if lanes == 4 else "zext"
+    types = {
+        "extend": extend,
+        "sums": f"<{lanes} x i32>",
+        "quads": f"<{4 * lanes} x i8>",
+        "wide": f"<{4 * lanes} x i32>",
+    }
     return MODEL.format(picks=text, **types)
 
 

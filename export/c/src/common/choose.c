@@ -4,15 +4,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/arm_features.h"
 #include "common/internal.h"
 #include "common/x86_level.h"
+
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 static int cpu_runs(const struct kernel_set *set) {
 #if defined(__x86_64__)
   const struct x86_features features = x86_features_here();
   return set->level && set->level <= x86_level(&features) && x86_has(x86_dots(&features), set->dots);
 #elif defined(__aarch64__)
-  return !strcmp(set->target, "aarch64");
+  return !set->level && !(set->dots & ~arm_dots(getauxval(AT_HWCAP)));
 #else
   (void)set;
   return 0;

@@ -169,8 +169,8 @@ struct mla_kernel {
 /* The tables of one target, or the rows of them that were picked for a call. */
 struct kernel_set {
   const char *target;
-  int level;     /* of x86-64 that it needs; 0 for other machines */
-  unsigned dots; /* features beside the level: the bits of common/x86_level.h */
+  int level;     /* of x86-64 that it needs; 0 for Arm */
+  unsigned dots; /* features beside the level or the baseline: the bits of common/x86_level.h or arm_features.h */
   const struct indexer_kernel *indexer;
   const struct topk_kernel *topk;
   const struct mla_kernel *mla;
