@@ -10,8 +10,8 @@ from tvm import tirx
 
 #: The name of the passes that lower CPU kernels.
 PIPELINE = "dsa_tvm.cpu"
-#: Larger ones stay workspaces, as the indexer's tile of 12 keys by 32 heads does: with it on the stack, LLVM has too few
-#: registers for what is alive around the innermost loop, and spills there.
+#: Larger ones stay workspaces, as the indexer's tile of 12 keys by 32 heads does: with it on the stack, LLVM has too
+#: few registers for what is alive around the innermost loop, and spills there.
 _MOST_BYTES = 1024
 
 
