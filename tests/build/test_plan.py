@@ -125,7 +125,7 @@ def test_decisions_that_bf16_products_cannot_have_are_left_out():
     from dsa_tvm.build import plan
 
     target = "x86-64-v4-bf16"
-    odd = asdict(CPU["sparse_mla"].DEFAULT[target]) | {"tile_keys": 3}
+    odd = asdict(CPU["sparse_mla"].DEFAULT[target]) | {"heads": 8, "tile_heads": 8}
     said = []
     record = make("sparse_mla", BUCKET, kind="final", target=target, types=BF16, decisions=odd)
     rows_of = plan.make([target], [record], presets.get("deepseek-v3.2"), said.append)[target]["sparse_mla"]
