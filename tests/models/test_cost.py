@@ -148,11 +148,13 @@ def test_growth():
     growth = Growth()
     assert growth.seconds(1000) == 0 and growth.bytes(1000) == 0
     growth.add(1000, 2.0, 100)
-    assert growth.seconds(2000) == pytest.approx(4.0) and growth.bytes(4000) == 400
-    growth.add(2000, 8.0, 150)
-    assert growth.seconds(4000) == pytest.approx(16.0) and growth.bytes(4000) == 250
-    growth.add(4000, 8.5, 150)  # never shrinking
-    assert growth.seconds(8000) == pytest.approx(17.0) and growth.bytes(8000) == 150
+    assert growth.seconds(2000) == 0 and growth.bytes(4000) == 400
+    growth.add(2000, 3.0, 150)
+    assert growth.seconds(4000) == pytest.approx(5.0) and growth.bytes(4000) == 250
+    growth.add(4000, 20.0, 150)  # one disturbed time; and bytes never shrink
+    assert growth.seconds(8000) == pytest.approx(40.0) and growth.bytes(8000) == 150
+    growth.add(8000, 19.0, 150)
+    assert growth.seconds(16000) == pytest.approx(19.0)
 
 
 class FakeProcess:

@@ -35,11 +35,15 @@ class Growth:
         self.seen.append((position, seconds, grown))
 
     def seconds(self, position: int) -> float:
-        """Of a token: in proportion to the position, as attention to all keys grows. That of the last counts."""
-        if not self.seen:
+        """Of a token: by the line through the last two, and no more than in proportion to the position.
+
+        0 where nothing can be said yet: one position does not tell what is constant.
+        """
+        if len(self.seen) < 2:
             return 0.0
-        last, taken, _ = self.seen[-1]
-        return taken * position / last
+        (before, earlier, _), (last, taken, _) = self.seen[-2:]
+        slope = max(taken - earlier, 0.0) / (last - before)
+        return min(taken + slope * (position - last), taken * position / last)
 
     def bytes(self, position: int) -> int:
         """By the line through the last two."""
