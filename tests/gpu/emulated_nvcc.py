@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -14,14 +15,16 @@ from emulator import Emulator
 
 def install(directory: Path) -> Path:
     """Write the command to `directory`, where it keeps its emulators. Equal code is compiled once."""
-    command = directory / "nvcc"
+    command, program = directory / "nvcc", directory / "nvcc.py"
     here = Path(__file__).parent
     path = [str(here), str(here.parent)]
-    command.write_text(
-        f"#!{sys.executable}\nimport sys\n"
+    program.write_text(
+        "import sys\n"
         "if sys.argv[1:] == ['--version']:\n    sys.exit(print('release 13.0, V13.0.88'))\n"
         f"sys.path[:0] = {path!r}\nimport emulated_nvcc\nemulated_nvcc.main({str(directory)!r})\n"
     )
+    # A script's first line cannot name an interpreter in a folder with a space.
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(program))} "$@"\n')
     command.chmod(0o755)
     return command
 
