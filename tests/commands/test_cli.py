@@ -143,7 +143,8 @@ COMMAND = [sys.executable, "-m", "dsa_tvm.cli"]
 
 def through(shell, **environment):
     """Runs a command line in a shell; `$dsa` is the command."""
-    whole = {**os.environ, "dsa": " ".join(COMMAND), **environment}
+    whole = os.environ | environment
+    shell = shell.replace("$dsa", shlex.join(COMMAND))
     # Otherwise argparse would get the error and hide it.
     whole.pop("PYTHONUNBUFFERED", None)
     return subprocess.run(["bash", "-c", f"set -o pipefail; {shell}"], capture_output=True, env=whole)

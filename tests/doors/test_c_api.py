@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dsa_tvm
 from dsa_tvm.spec import DLPACK_TYPES
 
@@ -39,13 +41,14 @@ def test_cmake(tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.20)\nproject(embed C)\nset(CMAKE_C_STANDARD 99)\n"
         "find_package(dsa_tvm 0.1 REQUIRED CONFIG)\n"
-        f"add_executable(embed {PROGRAM})\ntarget_link_libraries(embed dsa_tvm::dsa_tvm)\n"
+        f'add_executable(embed "{PROGRAM}")\ntarget_link_libraries(embed dsa_tvm::dsa_tvm)\n'
     )
     run(*CMAKE, "-S", tmp_path, "-B", tmp_path / "build", f"-Ddsa_tvm_DIR={config('--cmakedir')}")
     run(*CMAKE, "--build", tmp_path / "build")
     check(tmp_path / "build" / "embed")
 
 
+@pytest.mark.skipif("'" in sys.prefix, reason="pkg-config cannot read a quotation mark: tests/install sees it refused")
 def test_pkg_config(tmp_path):
     environment = os.environ | {"PKG_CONFIG_PATH": config("--pkgconfigdir")}
     flags = run(*PKG_CONFIG, "--cflags", "--libs", "dsa_tvm", env=environment)

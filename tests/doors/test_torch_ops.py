@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 
@@ -119,6 +120,7 @@ def test_compile(name, device):
         assert equal(compiled(*args), Wrapper(name)(*args))
 
 
+@pytest.mark.skipif("'" in sys.prefix, reason="torch's inductor cannot compile from a folder with an apostrophe")
 def test_compile_with_inductor(device):
     def step(*args):
         return torch.relu(OPERATORS.lightning_indexer(*args)) + 1
