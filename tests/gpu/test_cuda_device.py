@@ -143,17 +143,12 @@ def test_stream_of_a_workspace(monkeypatch):
         yield
         current.pop()
 
-    def size_of(*arguments):
-        arguments[-1]._obj.value = 1000
-        return 0
-
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=current[-1]))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: (current[-1], device))
-    library = SimpleNamespace(dsa_tvm_workspace_size=size_of)
-    assert calls._workspace("topk", library, (), 1, stream=7) == ((7, "cuda:1"), 1000)
-    assert calls._workspace("topk", library, (), 1, stream=0) == ((0, "cuda:1"), 1000) and current == [7]
+    assert calls._workspace("topk", 1000, 1, stream=7) == (7, "cuda:1")
+    assert calls._workspace("topk", 1000, 1, stream=0) == (0, "cuda:1") and current == [7]
 
 
 @pytest.mark.parametrize("op", OPS)
