@@ -52,7 +52,7 @@ def run(directory, outcomes, count=2):
     answers = SimpleNamespace(
         map=lambda requests, *_: ((i, outcomes.get(library, GOOD)) for i, (_, (library,)) in enumerate(requests))
     )
-    options = Options(count + 1, 600.0, (1,), directory, "machine", {1: 100.0})
+    options = Options(count + 1, 600.0, (1,), directory, "machine", {(): {1: 100.0}})
     with Progress(count + 1) as progress:
         Job(options, [TASK], answers, source).run(progress)
     records, damage = Log(directory / TASK.target / "topk.jsonl").read()
