@@ -104,8 +104,8 @@ class FloatProducts:
 
 
 @T.meta_class
-class Bf16Products:
-    """Dot products of pairs of bf16, with the interface of `FloatProducts`.
+class Bf16Products(FloatProducts):
+    """Dot products of pairs of bf16.
 
     A score's pairs run along d_qk: a key's pair is broadcast, times a vector of 16 heads' pairs. Both operands are the
     caller's bf16, so products are exact, and the scale multiplies their sum. One bf16 is too coarse for a weight where
@@ -127,7 +127,7 @@ class Bf16Products:
         return with_bf16_dot(kernel)
 
     def __init__(self, c, dtype: str, heads, widths) -> None:
-        self.c, self.d_qk, self.d_v = c, *widths
+        self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
         self.h0, self.h1 = heads
         self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
         self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 2, c.heads), "uint32")
@@ -196,9 +196,3 @@ class Bf16Products:
                         self.weights[j, head + r],
                         bf16_twice(self.keys[j, T.Ramp(value + 16 * g, 1, 16)]),
                     )
-
-    @T.inline
-    def store(self, out, m, head, sums, h, divisor):
-        for d in T.serial(self.d_v // STEP):
-            for l in T.vectorized(STEP):
-                out[m, head, d * STEP + l] = narrow(sums[h, d * STEP + l] / divisor, "bfloat16")

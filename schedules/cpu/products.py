@@ -197,8 +197,8 @@ class FloatProducts:
 
 
 @T.meta_class
-class Bf16Products:
-    """Dot products of pairs of bf16: a key's pair broadcast, times a vector of 16 heads' pairs. As `FloatProducts`.
+class Bf16Products(FloatProducts):
+    """Dot products of pairs of bf16: a key's pair broadcast, times a vector of 16 heads' pairs.
 
     The processor takes subnormal bf16 for 0, makes subnormal sums 0, and rounds each addition to nearest even, whatever
     mode the caller has set.
@@ -218,23 +218,6 @@ class Bf16Products:
     @staticmethod
     def query_shape(rows, blocks, d_idx, heads):
         return rows, blocks, d_idx // 2, 2 * heads
-
-    @staticmethod
-    def key_width(d_idx):
-        return d_idx
-
-    @staticmethod
-    def parts(d_idx):
-        return (d_idx + CHAIN - 1) // CHAIN
-
-    def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
-        self.queries, self.keys, self.types, self.tile, self.d_idx = queries, keys, types, tile, d_idx
-
-    def start(self, i, hb, h):
-        return T.float32(0)
-
-    def score(self, total):
-        return relu(total)
 
     @T.inline
     def put_queries(self, packed, m0, rows, blocks, h_idx):
