@@ -51,7 +51,7 @@ class CpuSuite:
     def __init__(self, args: argparse.Namespace) -> None:
         chosen = bool(args.s_q or args.s_kv)
         args = figures.with_defaults(args, DEFAULTS)
-        figures.check_threads("bench", args.threads)
+        machine.check_threads("bench", args.threads)
         self._preset, self._preset_name = figures.check_arguments(args, ("s_q", "s_kv")), args.preset
         self._dtype, self.seconds = args.dtype, args.seconds
         figures.check_dtype(args.op, args.dtype)

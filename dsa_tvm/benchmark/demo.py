@@ -25,7 +25,7 @@ from ..spec import INT32_MAX
 from ..terminal.extras import expect_installed
 from ..terminal.progress import Progress
 from ..terminal.text import digits, duration, table
-from . import check, clock, figures, prompt, sample_model, workload
+from . import check, clock, prompt, sample_model, workload
 from .peers import Skipped
 from .peers.cpu import check_bytes, check_memory, dense_model, onnxruntime_errors, session
 from .workload import Workload
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads < 0:
         raise ArgumentError(f"demo: threads: expected 0 for all, or more, got {args.threads}")
     threads = args.threads or machine.usable_cpus()
-    figures.check_threads("demo", [threads])
+    machine.check_threads("demo", [threads])
     expect_installed("demo", "onnx", "onnx", "onnxruntime")
     path = args.file or prompt.default_text()
     tokens, notes = _tokens(path, args.tokens, at_least, preset)

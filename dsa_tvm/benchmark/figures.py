@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import env, presets
-from ..errors import ArgumentError, DsaError
-from ..runtime.files import expect_writable, write_atomically
-from ..runtime.machine import THREADS
+from ..errors import ArgumentError
+from ..runtime.files import expect_output, write_output
 from ..terminal.text import digits
 from .check import CheckError
 from .workload import DTYPES, OPERATORS, serves
@@ -49,12 +48,7 @@ def check_arguments(args: argparse.Namespace, lengths: Sequence[str]) -> presets
     if not (math.isfinite(args.seconds) and args.seconds > 0):
         raise ArgumentError(f"bench: seconds: expected a positive number, got {args.seconds}")
     preset = presets.get(args.preset)
-    if args.json:
-        try:
-            # Refuse it now, not after minutes of measuring.
-            expect_writable(args.json)
-        except OSError as error:
-            raise ArgumentError(f"bench: json: expected a file that can be written, got {error}") from error
+    expect_output("bench: json", args.json)
     return preset
 
 
@@ -70,19 +64,6 @@ def check_dtype(ops: Sequence[str], dtype: str) -> None:
     for op in ops:
         if not serves(op, dtype):
             raise ArgumentError(f"bench: dtype: expected one that {op} takes, got {dtype!r}")
-
-
-def check_threads(command: str, threads: Sequence[int]) -> None:
-    """Refuse numbers of threads that the library would not start.
-
-    Raises
-    ------
-    ArgumentError
-        A number is out of range.
-    """
-    for number in threads:
-        if number not in THREADS:
-            raise ArgumentError(f"{command}: threads: expected {THREADS[0]}..{THREADS[-1]}, got {number}")
 
 
 def peer_figures(times: Mapping[str, float], ours: float) -> dict[str, dict[str, float]]:
@@ -152,8 +133,5 @@ def write(path: Path, document: Mapping[str, Any], command: str = "bench") -> No
     DsaError
         The file cannot be written.
     """
-    try:
-        text = json.dumps({"environment": env.report(), **document}, indent=2) + "\n"
-        write_atomically(path, text.encode(), in_place=True)
-    except OSError as error:
-        raise DsaError(f"{command}: json: expected a file that can be written, got {error}") from error
+    text = json.dumps({"environment": env.report(), **document}, indent=2) + "\n"
+    write_output(f"{command}: json", path, text.encode())

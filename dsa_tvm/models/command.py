@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, DsaError
+from ..errors import ArgumentError
 from ..runtime import machine
-from ..runtime.files import expect_writable, write_atomically
+from ..runtime.files import expect_output, write_output
 from ..spec import DIMS
 from ..terminal.extras import expect_installed
 from ..terminal.progress import Progress
+from ..terminal.signals import exits_on_sigterm
 
 _DTYPES = ("float32", "float16")
 _TOPKS = (256, 512, 1024, 2048, 4096)
@@ -88,9 +88,7 @@ def run_export(args: argparse.Namespace) -> None:
     from .checkpoint import DTYPES
     from .onnx import export_checkpoint
 
-    # On SIGTERM, clean up as after Ctrl-C.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with exits_on_sigterm():
         export_checkpoint(
             args.checkpoint,
             args.out,
@@ -99,8 +97,6 @@ def run_export(args: argparse.Namespace) -> None:
             cache_dtype=DTYPES[args.cache_dtype or args.dtype],
             bodies=not args.no_bodies,
         )
-    finally:
-        signal.signal(signal.SIGTERM, before)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {size / 2**20:.1f} MiB")
 
@@ -154,15 +150,13 @@ def run_recall(args: argparse.Namespace) -> None:
     if args.json:
         document = {"checkpoint": str(args.checkpoint), "text": str(args.text), "tokens": len(tokens)}
         text = json.dumps({**document, "dtype": args.dtype, **found.document()})
-        _write("json", args.json, text.encode() + b"\n")
+        write_output("recall: json", args.json, text.encode() + b"\n")
     if args.out:
-        _write("out", args.out, picture.as_png(found, title))
+        write_output("recall: out", args.out, picture.as_png(found, title))
 
 
 def _check_recall(args: argparse.Namespace, threads: int) -> None:
-    if threads not in machine.THREADS:
-        first, last = machine.THREADS[0], machine.THREADS[-1]
-        raise ArgumentError(f"recall: threads: expected {first}..{last}, got {threads}")
+    machine.check_threads("recall", [threads])
     most = DIMS["topk"].maximum
     for topk in args.topk:
         if not 1 <= topk <= most:
@@ -173,18 +167,7 @@ def _check_recall(args: argparse.Namespace, threads: int) -> None:
     if args.bytes and args.tokenizer:
         raise ArgumentError("recall: expected --bytes or --tokenizer, got both")
     for name in ("json", "out"):
-        if (path := getattr(args, name)) is not None:
-            try:
-                expect_writable(path)
-            except OSError as error:
-                raise ArgumentError(f"recall: {name}: expected a file that can be written, got {error}") from error
-
-
-def _write(name: str, path: Path, data: bytes) -> None:
-    try:
-        write_atomically(path, data, in_place=True)
-    except OSError as error:
-        raise DsaError(f"recall: {name}: expected a file that can be written, got {error}") from error
+        expect_output(f"recall: {name}", getattr(args, name))
 
 
 def _number_of_layers(checkpoint: Path) -> int:

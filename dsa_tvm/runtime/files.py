@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from ..errors import ArgumentError, DsaError
+
 #: A directory gives these errors although an existing file in it can be written: a mount, or missing permissions.
 _NO_NEW_FILES = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
 _SCRATCH_PREFIX = "dsa-tvm.scratch."
@@ -93,6 +95,50 @@ def expect_writable(path: Path) -> None:
     except OSError as error:
         if kept is None or error.errno not in _NO_NEW_FILES:
             raise
+
+
+def expect_output(what: str, path: Path | None) -> None:
+    """Refuse a file that a command is to write at its end, now and not after minutes of work.
+
+    Parameters
+    ----------
+    what : str
+        The command and the option, for the message.
+    path : Path, optional
+        None: the option was not given.
+
+    Raises
+    ------
+    ArgumentError
+        It cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        expect_writable(path)
+    except OSError as error:
+        raise ArgumentError(f"{what}: expected a file that can be written, got {error}") from error
+
+
+def write_output(what: str, path: Path, data: bytes) -> None:
+    """Write what a command made to the file that its user named.
+
+    Parameters
+    ----------
+    what : str
+        The command and the option, for the message.
+    path : Path
+    data : bytes
+
+    Raises
+    ------
+    DsaError
+        It cannot be written.
+    """
+    try:
+        write_atomically(path, data, in_place=True)
+    except OSError as error:
+        raise DsaError(f"{what}: expected a file that can be written, got {error}") from error
 
 
 def expect_writable_directory(directory: Path) -> None:

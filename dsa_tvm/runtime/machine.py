@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..errors import ArgumentError
 
 #: Numbers of threads that a command accepts. The library starts no more.
 THREADS = range(1, 1025)
 
 #: Where the kernel describes processes and itself.
 _PROC = Path("/proc")
+
+
+def check_threads(command: str, threads: Sequence[int]) -> None:
+    """Refuse numbers of threads that the library would not start.
+
+    Raises
+    ------
+    ArgumentError
+        A number is out of range.
+    """
+    for number in threads:
+        if number not in THREADS:
+            raise ArgumentError(f"{command}: threads: expected {THREADS[0]}..{THREADS[-1]}, got {number}")
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import ArgumentError, DsaError
+from ...errors import ArgumentError
 from ...runtime import machine
-from ...runtime.files import expect_writable, write_atomically
+from ...runtime.files import expect_output, write_output
 from ...terminal.extras import expect_installed
 from ...terminal.progress import Progress
+from ...terminal.signals import exits_on_sigterm
 from .. import figures, workload
 from . import picture, report
 from .arguments import CHANGES
@@ -46,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         expect_installed("cost: out", "plot", "matplotlib")
     disturbed = workload.load_notes()
-    with _ended_by_signals(), Measurement(plan) as measurement:
+    # A command that is told to end writes its figures and ends its processes, as after Ctrl-C.
+    with exits_on_sigterm(), Measurement(plan) as measurement:
         try:
             with Progress(measurement.steps) as progress:
                 measurement.check(progress.step)
@@ -63,19 +62,9 @@ def run(args: argparse.Namespace) -> None:
         print(line)
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A command that is told to end writes its figures and ends its processes, as after Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _plan(args: argparse.Namespace) -> Plan:
     threads = args.threads or machine.usable_cpus()
-    figures.check_threads("cost", [threads])
+    machine.check_threads("cost", [threads])
     for name in ("chunk", *CHANGES):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ArgumentError(f"cost: {name.replace('_', '-')}: expected at least 1, got {value}")
@@ -91,11 +80,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     elif changes:
         raise ArgumentError(f"cost: expected a preset where {', '.join(changes)} are given, got {args.checkpoint}")
     for name in ("json", "out"):
-        if (path := getattr(args, name)) is not None:
-            try:
-                expect_writable(path)
-            except OSError as error:
-                raise ArgumentError(f"cost: {name}: expected a file that can be written, got {error}") from error
+        expect_output(f"cost: {name}", getattr(args, name))
     problem = Problem(args.checkpoint, args.preset, args.layer, changes, args.dtype, args.chunk, threads)
     phases = [phase for phase in PHASES if phase in args.phases]
     methods = [method for method in METHODS if method in args.methods]
@@ -130,10 +115,7 @@ def _write(args: argparse.Namespace, measurement: Measurement) -> None:
             f"attention of {measurement.plan.problem.title}: {layer['num_attention_heads']} heads, {args.dtype}, "
             f"{measurement.about['target']}, threads: {measurement.plan.problem.threads}; ${args.price:g} an hour"
         )
-        try:
-            write_atomically(args.out, picture.as_png(measurement.rows, args.price, title), in_place=True)
-        except OSError as error:
-            raise DsaError(f"cost: out: expected a file that can be written, got {error}") from error
+        write_output("cost: out", args.out, picture.as_png(measurement.rows, args.price, title))
 
 
 def _document(args: argparse.Namespace, measurement: Measurement) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ... import functions, presets
-from ...errors import ArgumentError, DsaError
+from ...errors import ArgumentError
 from ...runtime import library, machine
-from ...runtime.files import expect_writable, write_atomically
+from ...runtime.files import expect_output, write_output
 from ...spec import DIMS
 from ...terminal.extras import expect_installed
 from ...terminal.progress import Progress
@@ -49,13 +48,13 @@ def run(args: argparse.Namespace) -> None:
         raise ArgumentError(f"bench: growth: expected --suite cpu, got {args.suite}")
     args = figures.with_defaults(args, _DEFAULTS)
     preset = figures.check_arguments(args, ("s_q", "s_kv"))
-    figures.check_threads("bench", args.threads)
+    machine.check_threads("bench", args.threads)
     for value in args.topk:
         if not DIMS["topk"].serves(value):
             raise ArgumentError(f"bench: topk: expected {DIMS['topk'].range}, got {value}")
     if args.out:
         expect_installed("bench: out", "plot", "matplotlib")
-        _try(args.out)
+        expect_output("bench: out", args.out)
     figures.check_dtype(args.op, args.dtype)
     ops = [op for op in dict.fromkeys(args.op or _OPS) if workload.serves(op, args.dtype)]
     measured = Growth(sweeps(ops, {name: getattr(args, name) for name in VARIED}, preset), preset, args)
@@ -168,10 +167,7 @@ class Growth:
             figures.write(args.json, {**document, "seconds": args.seconds, "growth": list(rows)})
         if args.out:
             title = f"{args.preset}, {args.dtype}, {library.active_target()}"
-            try:
-                write_atomically(args.out, picture.as_png(rows, title), in_place=True)
-            except OSError as error:
-                raise DsaError(f"bench: out: expected a file that can be written, got {error}") from error
+            write_output("bench: out", args.out, picture.as_png(rows, title))
 
     def notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Lines below the tables."""
@@ -200,11 +196,3 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     shares = ("-" if row[name] is None else f"{100 * row[name]:.0f}%" for name in ("of_peak", "of_read"))
     line = ["-", "-"] if row["line_ms"] is None else [digits(row["line_ms"]), f"{row['of_line']:.2f}"]
     return [digits(row["ours_ms"]), *line, *shares, row["bound"] or "-"]
-
-
-def _try(path: Path) -> None:
-    """Now, not after minutes of measuring."""
-    try:
-        expect_writable(path)
-    except OSError as error:
-        raise ArgumentError(f"bench: out: expected a file that can be written, got {error}") from error
