@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from typing import Any
 
 import numpy as np
+import pytest
 
 import dsa_tvm
 from dsa_tvm.benchmark.workload import to_numpy
 from dsa_tvm.ops import OPS
 from dsa_tvm.ops.element_types import STORAGE
+
+needs_inductor = pytest.mark.skipif(
+    "'" in sys.prefix, reason="torch's inductor cannot compile from a folder with an apostrophe"
+)
 
 
 def dots_of_bf16(device: str) -> bool:

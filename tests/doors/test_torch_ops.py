@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from devices import needs_inductor  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
@@ -120,7 +120,7 @@ def test_compile(name, device):
         assert equal(compiled(*args), Wrapper(name)(*args))
 
 
-@pytest.mark.skipif("'" in sys.prefix, reason="torch's inductor cannot compile from a folder with an apostrophe")
+@needs_inductor
 def test_compile_with_inductor(device):
     def step(*args):
         return torch.relu(OPERATORS.lightning_indexer(*args)) + 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+from devices import needs_inductor
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -133,18 +133,7 @@ class TestTorch:
 
         torch.library.opcheck(torch.ops.dsa_tvm.write_rows_.default, tuple(self.tensors()))
 
-    @pytest.mark.parametrize(
-        "backend",
-        [
-            "aot_eager",
-            pytest.param(
-                "inductor",
-                marks=pytest.mark.skipif(
-                    "'" in sys.prefix, reason="torch's inductor cannot compile from a folder with an apostrophe"
-                ),
-            ),
-        ],
-    )
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_inductor)])
     def test_a_compiled_step_writes_where_the_cache_lies(self, backend):
         import torch
 
