@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import ArgumentError, RecordError
 from ..ops import OPS
 from ..presets import PRESETS
-from ..runtime.files import expect_writable, write_atomically
+from ..runtime.files import expect_output, write_output
 from ..terminal.extras import expect_installed
 from ..terminal.text import digits, size_of, table
 from . import curve, selection
@@ -143,7 +143,7 @@ def _show(args: argparse.Namespace) -> None:
         if not any(record.kind == "trial" for records in searches.values() for record in records):
             raise ArgumentError("records show: png: expected a search with trials, got only finals: there is no curve")
         expect_installed("records show: png", "plot", "matplotlib")
-        _try_png(args.png)
+        expect_output("records show: png", args.png, RecordError)
     for (target, op, types, shape, machine), records in searches.items():
         print(f"{_heading(target, op, types, dict(shape))}  on {machine}")
         trials = [record for record in records if record.kind == "trial"]
@@ -154,7 +154,7 @@ def _show(args: argparse.Namespace) -> None:
             speedups = [record.speedup for record in trials]
             print("best speedup over DEFAULT so far:", *curve.as_text(speedups), sep="\n")
             if args.png:
-                _write(args.png, curve.as_png(speedups))
+                write_output("records show: png", args.png, curve.as_png(speedups), RecordError)
         print()
     if not searches:
         print("no records")
@@ -217,18 +217,3 @@ def _shape(text: str) -> tuple[int, int]:
     if size is None:
         raise argparse.ArgumentTypeError(f"expected S_QxS_KV such as 1x32768, got {text!r}")
     return size
-
-
-def _try_png(path: Path) -> None:
-    """Fail before a long table is printed, not after it."""
-    try:
-        expect_writable(path)
-    except OSError as error:
-        raise RecordError(f"records show: png: expected a file that can be written, got {error}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomically(path, data, in_place=True)
-    except OSError as error:
-        raise RecordError(f"records show: png: expected a file that can be written, got {error}") from error

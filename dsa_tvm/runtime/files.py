@@ -97,7 +97,7 @@ def expect_writable(path: Path) -> None:
             raise
 
 
-def expect_output(what: str, path: Path | None) -> None:
+def expect_output(what: str, path: Path | None, kind: type[DsaError] = ArgumentError) -> None:
     """Refuse a file that a command is to write at its end, now and not after minutes of work.
 
     Parameters
@@ -106,10 +106,12 @@ def expect_output(what: str, path: Path | None) -> None:
         The command and the option, for the message.
     path : Path, optional
         None: the option was not given.
+    kind : type
+        Of the error.
 
     Raises
     ------
-    ArgumentError
+    DsaError
         It cannot be written.
     """
     if path is None:
@@ -117,10 +119,10 @@ def expect_output(what: str, path: Path | None) -> None:
     try:
         expect_writable(path)
     except OSError as error:
-        raise ArgumentError(f"{what}: expected a file that can be written, got {error}") from error
+        raise kind(f"{what}: expected a file that can be written, got {error}") from error
 
 
-def write_output(what: str, path: Path, data: bytes) -> None:
+def write_output(what: str, path: Path, data: bytes, kind: type[DsaError] = DsaError) -> None:
     """Write what a command made to the file that its user named.
 
     Parameters
@@ -129,6 +131,8 @@ def write_output(what: str, path: Path, data: bytes) -> None:
         The command and the option, for the message.
     path : Path
     data : bytes
+    kind : type
+        Of the error.
 
     Raises
     ------
@@ -138,7 +142,7 @@ def write_output(what: str, path: Path, data: bytes) -> None:
     try:
         write_atomically(path, data, in_place=True)
     except OSError as error:
-        raise DsaError(f"{what}: expected a file that can be written, got {error}") from error
+        raise kind(f"{what}: expected a file that can be written, got {error}") from error
 
 
 def expect_writable_directory(directory: Path) -> None:

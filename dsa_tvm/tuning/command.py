@@ -15,7 +15,7 @@ from ..ops import OPS
 from ..records.selection import cpu, gpu
 from ..runtime import library
 from ..runtime.files import expect_writable_directory, scratch
-from ..runtime.machine import THREADS, usable_cpus
+from ..runtime.machine import check_threads, usable_cpus
 from ..terminal.extras import expect_installed, keep_tvm_from_torch
 from ..terminal.progress import Progress
 from . import fleet
@@ -185,9 +185,7 @@ def _checked(args: argparse.Namespace) -> tuple[Remote | None, presets.Preset, l
         if dtype not in queries:
             expected = f"one of {', '.join(sorted(queries))}" if queries else f"none with {args.op}"
             raise ArgumentError(f"tune: types: expected {expected}, got {dtype!r}")
-    for threads in args.threads:
-        if threads not in THREADS:
-            raise ArgumentError(f"tune: threads: expected 1..{THREADS[-1]}, got {threads}")
+    check_threads("tune", args.threads)
     cuda_command.check(args)
     remote = fleet.parse(args.rpc, args.key) if args.rpc else None
     if args.key and not remote:
