@@ -74,25 +74,26 @@ def medians(clock: Clock, calls: Mapping[str, Callable[[], Any]], seconds: float
     return {name: statistics.median(itertools.chain.from_iterable(times[name] for times in taken)) for name in calls}
 
 
+def timed(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Times of calls that are done when they return: at least one, for about so many seconds."""
+    taken: list[float] = []
+    begin = now = time.perf_counter()
+    while not taken or now - begin < seconds:
+        start = now
+        call()
+        now = time.perf_counter()
+        taken.append(now - start)
+    # The first call of a turn finds the caches and the spinning threads of the contender before it.
+    return taken[1:] or taken
+
+
 class HostClock:
     """For calls that are done when they return."""
 
     def turns(self, call: Callable[[], Any], seconds: float) -> Callable[[int], list[float]]:
         """As `Clock`."""
         call()
-
-        def turn(_: int) -> list[float]:
-            taken: list[float] = []
-            begin = now = time.perf_counter()
-            while not taken or now - begin < seconds:
-                start = now
-                call()
-                now = time.perf_counter()
-                taken.append(now - start)
-            # The first call of a turn finds the caches and the spinning threads of the contender before it.
-            return taken[1:] or taken
-
-        return turn
+        return lambda _: timed(call, seconds)
 
 
 class Device(Protocol):

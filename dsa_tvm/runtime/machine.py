@@ -89,9 +89,13 @@ def memory(proc: Path = _PROC) -> Memory:
     for name, kind, field in (("-v", resource.RLIMIT_AS, "VmSize"), ("-d", resource.RLIMIT_DATA, "VmData")):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            used = _kib(proc / "self" / "status", field) or 0
-            found.append(Memory(max(soft - used, 0), f"ulimit {name}"))
+            found.append(Memory(max(soft - of_process(field, proc), 0), f"ulimit {name}"))
     return min(found, key=lambda memory: memory.bytes)
+
+
+def of_process(field: str, proc: Path = _PROC) -> int:
+    """A field of this process's status, such as VmHWM, in bytes; 0 where the kernel does not tell."""
+    return _kib(proc / "self" / "status", field) or 0
 
 
 def _of_machine(proc: Path) -> Memory:

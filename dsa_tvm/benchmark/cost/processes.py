@@ -6,7 +6,6 @@ import ctypes
 import multiprocessing
 import resource
 import signal
-import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 
 from ...errors import DsaError
 from ...runtime import machine
+from .. import clock
 from .problem import Problem
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 #: What an importing process needs at most, and what is left of memory for everything else.
 _START_SECONDS, _SPARE = 300.0, 0.05
 #: What allocators say.
@@ -148,7 +148,8 @@ class _Server:
         set_num_threads(self._problem.threads)
         self._limit()
         self._contender = Contender(self._problem, self._method)
-        return {"target": library.active_target(), "layer": self._contender.describe(), "bytes": _status("VmRSS")}
+        layer, taken = self._contender.describe(), machine.of_process("VmRSS")
+        return {"target": library.active_target(), "layer": layer, "bytes": taken}
 
     def checked(self) -> dict[str, Any]:
         """As `Contender.checked`."""
@@ -172,18 +173,11 @@ class _Server:
 
     def time(self, seconds: float) -> list[float]:
         """Times of calls, at least one, for about so long."""
-        taken: list[float] = []
-        begin = now = time.perf_counter()
-        while not taken or now - begin < seconds:
-            start = now
-            self._contender.call()
-            now = time.perf_counter()
-            taken.append(now - start)
-        return taken[1:] or taken  # the first meets the caches that others left
+        return clock.timed(self._contender.call, seconds)
 
     def peak(self) -> int:
         """Bytes that the process had at most since `prepare`."""
-        return _status("VmHWM")
+        return machine.of_process("VmHWM")
 
     def shares(self) -> dict[str, float]:
         """As `Contender.shares`."""
@@ -199,16 +193,9 @@ class _Server:
         soft, hard = self._limits
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         self.left = machine.memory()
-        most = _status("VmData") + int((1 - _SPARE) * self.left.bytes)
+        most = machine.of_process("VmData") + int((1 - _SPARE) * self.left.bytes)
         if hard == resource.RLIM_INFINITY or most < hard:
             resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-
-
-def _status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    return 0
 
 
 def _trim() -> None:
