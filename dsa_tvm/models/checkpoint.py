@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from ..errors import ArgumentError, ModelError
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, family_of
 
 #: Element types that a model is loaded in, by name.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -158,9 +158,9 @@ class Checkpoint:
     def __init__(self, directory: str | Path, *, dtype: torch.dtype = torch.float32):
         directory = Path(directory)
         settings = read_config(directory)
-        block = _block_size(settings.pop("quantization_config", None))
-        self.config, _ = _config(settings, None)
-        self.family = family_of(self.config)
+        block = _block_size(settings.get("quantization_config"))
+        self.config = config_of(settings)
+        self.family = family_of(self.config.model_type)
         self.dtype = dtype
         self._tensors = _Tensors(directory, block)
 
@@ -235,9 +235,14 @@ def _block_size(quantization: Any) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
+def config_of(settings: dict[str, Any]) -> Any:
+    """The configuration of a whole model by `read_config`, without that of its quantization; errors as `load_model`."""
+    return _config({name: x for name, x in settings.items() if name != "quantization_config"}, None)[0]
+
+
 def _config(settings: dict[str, Any], layers: tuple[int, int] | None) -> tuple[Any, int]:
     """The configuration of these layers, and which of the checkpoint's is the first."""
-    family = next(f for f in FAMILIES if f.model_type == settings["model_type"])
+    family = family_of(settings["model_type"])
     try:
         config = getattr(transformers, f"{family.prefix}Config").from_dict(settings)
     except Exception as error:  # Transformers validates in its own classes
@@ -286,14 +291,9 @@ def _published_layers(settings: dict[str, Any], config: Any) -> int:
     return settings.get("num_hidden_layers", type(config)().num_hidden_layers)
 
 
-def family_of(config: Any) -> Family:
-    """The family of a configuration."""
-    return next(f for f in FAMILIES if f.model_type == config.model_type)
-
-
 def _empty(config: Any, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The model without memory for its weights."""
-    family = family_of(config)
+    family = family_of(config.model_type)
     made = getattr(transformers, f"{family.prefix}ForCausalLM")
     try:
         model = _without_memory(lambda: made(config), dtype)

@@ -171,10 +171,9 @@ def _check_recall(args: argparse.Namespace, threads: int) -> None:
 
 
 def _number_of_layers(checkpoint: Path) -> int:
-    from .checkpoint import Checkpoint
+    from .checkpoint import config_of, read_config
 
-    with Checkpoint(checkpoint) as opened:
-        return opened.config.num_hidden_layers
+    return config_of(read_config(checkpoint)).num_hidden_layers
 
 
 def _text(args: argparse.Namespace) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,17 @@ FAMILIES = (
     Family("deepseek_v32", "DeepseekV32", "apply_rotary_pos_emb"),
     Family("glm_moe_dsa", "GlmMoeDsa", "apply_rotary_pos_emb_interleave"),
 )
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model type that is served."""
+    return next(family for family in FAMILIES if family.model_type == model_type)
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a forward of this version of Transformers calls its cache."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
 
 #: The attributes of the modules that `select` and `attend` read.
 _INDEXER_MEMBERS = (

@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from small_models import KINDS, make, weights_of  # noqa: E402
+from agreement import layer_of  # noqa: E402
+from small_models import make, weights_of  # noqa: E402
 
 from dsa_tvm.cli import main  # noqa: E402
 from dsa_tvm.errors import ArgumentError, ModelError  # noqa: E402
@@ -40,21 +41,6 @@ def saved(tmp_path_factory):
     return made
 
 
-def reference_layer(kind, config):
-    return reference.Layer(
-        heads=config.num_attention_heads,
-        qk_nope=config.qk_nope_head_dim,
-        qk_rope=config.qk_rope_head_dim,
-        v=config.v_head_dim,
-        kv_rank=config.kv_lora_rank,
-        index_heads=config.index_n_heads,
-        index_dim=config.index_head_dim,
-        topk=config.index_topk,
-        rope=config.rope_parameters,
-        index_interleaved=KINDS[kind][0] == "glm",
-    )
-
-
 def dense_probabilities(layer, w, x):
     """[heads, s, s] float64 of dense attention, nothing absorbed and nothing in blocks."""
     s = len(x)
@@ -75,7 +61,7 @@ def dense_probabilities(layer, w, x):
 
 def expected_masses(kind, model, hidden, topks):
     """[layers, topks, s] by kind of selection."""
-    layer = reference_layer(kind, model.config)
+    layer = layer_of(model.config)
     found = {name: [] for name in report.KINDS}
     scores = None
     for block, h in zip(model.model.layers, hidden, strict=False):

@@ -15,7 +15,7 @@ from small_models import KINDS, TOPK, make, prompt, weights_of  # noqa: E402
 
 from dsa_tvm.models import layer as ours  # noqa: E402
 from dsa_tvm.models import transformers as door  # noqa: E402
-from dsa_tvm.models.families import FAMILIES  # noqa: E402
+from dsa_tvm.models.families import FAMILIES, family_of  # noqa: E402
 from dsa_tvm.models.reference import attention, hadamard, index_scores  # noqa: E402
 
 LENGTH = 280
@@ -133,7 +133,7 @@ def rotated_by(change):
     """A mistake in the rotation of the indexer's queries and keys."""
 
     def plant(monkeypatch, model):
-        family = next(f for f in FAMILIES if f.model_type == model.config.model_type)
+        family = family_of(model.config.model_type)
         right = getattr(family.module, family.indexer_rotation)
         # Of that module alone, and there of the indexer's calls alone: those have the heads in dimension 2.
         wrong = lambda q, k, cos, sin, *a, unsqueeze_dim=1, **kw: (  # noqa: E731

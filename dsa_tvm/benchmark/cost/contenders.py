@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ import transformers
 from ...errors import ArgumentError, ModelError
 from ...models import layer as operators
 from ...models.checkpoint import DTYPES as TYPES
-from ...models.checkpoint import Checkpoint, family_of
-from ...models.families import FAMILIES
+from ...models.checkpoint import Checkpoint
+from ...models.families import cache_name, family_of
 from ...models.row_cache import RowCache
 from ...models.transformers import NAME, accelerate
 from .dense import DECODE, PREFILL, DenseAttention
@@ -55,7 +54,7 @@ class Layer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.full_config, attention = _attention(problem, self.dtype)
-        self.family = family_of(self.full_config)
+        self.family = family_of(self.full_config.model_type)
         config = _small(self.full_config)
         # Of the rest only the first norm and the rotary embedding are used, so nothing else gets memory.
         with torch.device("meta"):
@@ -82,7 +81,7 @@ class Layer:
             raise _Asked
 
         handle = self.attention.register_forward_pre_hook(keep, with_kwargs=True)
-        name = "cache" if "cache" in inspect.signature(type(self.model).forward).parameters else "past_key_values"
+        name = cache_name(type(self.model).forward)
         try:
             self.model(inputs_embeds=x, use_cache=True, **{name: cache})
         except _Asked:
@@ -121,7 +120,7 @@ def _attention(problem: Problem, dtype: torch.dtype) -> tuple[Any, Any]:
             made = checkpoint.family.attention
             return config, checkpoint.read(lambda: made(config, number), f"model.layers.{number}.self_attn.")
     kind, settings = LAYERS[problem.preset]
-    family = next(f for f in FAMILIES if f.model_type == kind)
+    family = family_of(kind)
     changes = {**settings, **problem.changes}
     if "num_attention_heads" in changes:
         changes["num_key_value_heads"] = changes["num_attention_heads"]

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+from ...models.layer import up_projections
+
 #: What the scores of a block of queries, or the keys and values of a group of heads, may take.
 _SCORES_BYTES, _EXPANDED_BYTES = 256 << 20, 512 << 20
 #: Heads that a form is tried on.
@@ -144,9 +146,7 @@ class DenseAttention:
 
     def __init__(self, module: Any, rotate: Callable[..., Any]) -> None:
         self._module, self._rotate = module, rotate
-        weight = module.kv_b_proj.weight.unflatten(0, (module.num_heads, -1))
-        w_k, w_v = weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
-        self._w_k, self._w_v = w_k, w_v
+        self._w_k, self._w_v = up_projections(module, module.num_heads, module.kv_b_proj.weight)
         #: The name of the form that is used, a key of `PREFILL` or `DECODE`.
         self.form: str | None = None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import inspect
 import logging
 import os
 import re
@@ -27,7 +26,7 @@ from ... import export
 from ...errors import ArgumentError, DsaError, ModelError
 from ...runtime.files import owned, sync_directory
 from ..checkpoint import DTYPES, UnreadModel
-from ..families import NAME
+from ..families import NAME, cache_name
 from ..transformers import accelerate, restore
 from .weight_file import WeightFile
 
@@ -261,8 +260,7 @@ class _Step(torch.nn.Module):
         config = model.config
         self.full = [kind == "full" for kind in getattr(config, "indexer_types", None) or []]
         self.full = self.full or [True] * config.num_hidden_layers
-        parameters = inspect.signature(type(model).forward).parameters
-        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_name = cache_name(type(model).forward)
 
     def cache_names(self) -> list[str]:
         """Of the caches, in the order in which they come and go."""

@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ArgumentError
 from ..checkpoint import Checkpoint
-from ..families import check_module
+from ..families import cache_name, check_module
 from ..ranges import key_ranges
 from ..row_cache import RowCache
 from ..transformers import NAME  # importing it registers the implementation
@@ -60,11 +60,7 @@ class Walk:
         config = self._checkpoint.config
         self.layers = range(*(layers or (0, config.num_hidden_layers)))
         self._tokens, self._positions, self._chunk = tokens, positions, chunk
-        try:
-            self._check(config)
-        except BaseException:
-            self._checkpoint.__exit__(None, None, None)
-            raise
+        self._check(config)
         config._attn_implementation = NAME
 
     def _check(self, config: Any) -> None:
@@ -129,7 +125,7 @@ class Walk:
         """Replace hidden states by those behind a layer; the selections of its chunks, for a layer that shares them."""
         s = hidden.shape[1]
         parameters = inspect.signature(layer.forward).parameters
-        name = "cache" if "cache" in parameters else "past_key_values"
+        name = cache_name(layer.forward)
         found = []
         for i, first in enumerate(range(0, s, self._chunk)):
             part = slice(first, min(first + self._chunk, s))
