@@ -10,7 +10,7 @@ import torch
 
 from ..layer import index_queries, lightning_indexer, served, topk_indices, up_projections, widened
 
-#: What the scores of a block of queries may take.
+#: What a block of queries may take.
 _BLOCK_BYTES = 128 << 20
 
 
@@ -97,11 +97,13 @@ def masses(seen: Seen, selected: Mapping[int, torch.Tensor]) -> dict[str, dict[i
         By topk: "selected", what the selected keys hold; "best", what as many keys hold at most; "recent", what as
         many last keys hold.
     """
-    s_kv, heads = len(seen.rows), seen.attention.num_heads
+    m, s_kv = seen.attention, len(seen.rows)
+    # Of a query: the mean, its running sum and one head's scores, and the absorbed query of every head.
+    taken = 40 * s_kv + 4 * m.num_heads * (m.kv_lora_rank + m.qk_rope_head_dim)
     found: dict[str, dict[int, list[torch.Tensor]]] = {
         name: {topk: [] for topk in selected} for name in ("selected", "best", "recent")
     }
-    for part in _blocks(len(seen.positions), 4 * heads * s_kv):
+    for part in _blocks(len(seen.positions), taken):
         p = _probabilities(seen, part)
         ends = seen.positions[part] + 1
         upto = torch.cat([p.new_zeros(len(p), 1), p.cumsum(-1)], -1)
