@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..schedules import CPU
+from ..schedules import CPU, CpuSpace
 from ..spec import DIMS, INT32_MAX, Dim
 from . import kernel_table, link, objects, spec_table
 from .kernel_table import Kernels
@@ -52,7 +52,7 @@ def compile_kernel(
         The kernel module; by default the operator's module in `schedules.CPU`.
     """
     name = objects.symbol(op, variant.values(), target, symbol_suffix)
-    kernel = (module or CPU[op]).tensor_ir(variant, decisions)
+    kernel = CpuSpace(module or CPU[op], variant, target).kernel(decisions)
     objects.write_object({name: kernel}, target, Path(path))
 
 

@@ -183,6 +183,21 @@ def test_other_element_types_are_an_error(attention):
         module["call"](0, 1, *arguments)
 
 
+def test_candidates_multiply_as_the_library_does(tmp_path):
+    """A target with dot products has candidates with them, too: another kernel's time says nothing."""
+    from dsa_tvm.schedules import CPU, DOTS, cpu_kernel, cpu_variants
+
+    from dsa_tvm.build import candidates, objects
+
+    for target in DOTS:
+        op = next(op for op in CPU if cpu_variants(op, target))
+        variant, decisions = cpu_variants(op, target)[0], CPU[op].DEFAULT[target]
+        candidates.compile_kernel(op, variant, target, decisions, "candidate", tmp_path / "candidate.o")
+        name = objects.symbol(op, variant.values(), target, "candidate")
+        objects.write_object({name: cpu_kernel(op, variant, target, decisions)}, target, tmp_path / "library.o")
+        assert (tmp_path / "candidate.o").read_bytes() == (tmp_path / "library.o").read_bytes(), target
+
+
 def test_linker_errors(tmp_path):
     from dsa_tvm.build.candidates import Linker
 
