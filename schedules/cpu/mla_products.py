@@ -38,6 +38,9 @@ class FloatProducts:
         d_qk and d_v.
     """
 
+    #: Heads that a tile of scores has a multiple of.
+    lanes = 8
+
     @staticmethod
     def check(c: Any) -> None:
         """Nothing: it takes all decisions."""
@@ -81,8 +84,8 @@ class FloatProducts:
     def add_scores(self, acc, hb, first, part):
         for d in T.serial(part * (CHAIN // self.c.unroll_d), T.min((part + 1) * CHAIN, self.d_qk) // self.c.unroll_d):
             for u in T.unroll(self.c.unroll_d):
-                for j in T.unroll(self.c.tile_keys):
-                    for h in T.vectorized(self.c.heads):
+                for j in T.unroll(acc.shape[0]):
+                    for h in T.vectorized(acc.shape[1]):
                         acc[j, h] = (
                             acc[j, h]
                             + self.keys[first + j, d * self.c.unroll_d + u]
@@ -115,6 +118,8 @@ class Bf16Products(FloatProducts):
     The processor takes subnormal bf16 for 0, makes subnormal sums 0, and rounds each addition to nearest even, whatever
     mode the caller has set.
     """
+
+    lanes = 16
 
     @staticmethod
     def check(c: Any) -> None:
@@ -178,8 +183,8 @@ class Bf16Products(FloatProducts):
             part * (CHAIN // 2 // self.c.unroll_d), T.min((part + 1) * CHAIN, self.d_qk) // 2 // self.c.unroll_d
         ):
             for u in T.unroll(self.c.unroll_d):
-                for j in T.unroll(self.c.tile_keys):
-                    for g in T.unroll(self.c.heads // 16):
+                for j in T.unroll(acc.shape[0]):
+                    for g in T.unroll(acc.shape[1] // 16):
                         acc[j, T.Ramp(16 * g, 1, 16)] = bf16_dot(
                             acc[j, T.Ramp(16 * g, 1, 16)],
                             self.pair(first + j, d * self.c.unroll_d + u),

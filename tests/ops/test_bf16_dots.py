@@ -44,7 +44,7 @@ def test_they_are_in_the_object_code_of_that_target_only(tmp_path):
     tiles = {
         # A tile of all its heads, and one of 16 for models with fewer.
         "lightning_indexer": [index.tile_keys * heads // 16 * index.unroll_d for heads in (index.heads, 16)],
-        # Of the scores, and of the output.
+        # Of the scores, of the output, and of the scores of half as many heads and twice as many keys.
         "sparse_mla": [mla.tile_keys * mla.heads // 16 * mla.unroll_d, mla.tile_heads * mla.values // 16],
     }
     for op, expected in tiles.items():
