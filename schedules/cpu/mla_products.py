@@ -77,8 +77,8 @@ class FloatProducts:
                 self.keys[at, d * STEP + l] = T.float32(0)
 
     @T.inline
-    def put_weights(self, weights, keys):
-        """Make the weights of the block's keys ready."""
+    def put_weights(self, weights, keys, heads):
+        """Make the weights of the block's keys ready, for the first `heads` heads."""
 
     @T.inline
     def add_scores(self, acc, hb, first, part):
@@ -170,9 +170,9 @@ class Bf16Products(FloatProducts):
                 self.keys[at, d * STEP + l] = T.uint16(0)
 
     @T.inline
-    def put_weights(self, weights, keys):
+    def put_weights(self, weights, keys, heads):
         for j in T.serial(keys):
-            for h in T.vectorized(self.c.heads):
+            for h in T.vectorized(heads):
                 self.weights[j, h] = (T.reinterpret("uint32", weights[j, h]) >> T.uint32(16)) | (
                     self.rest(weights[j, h]) & T.uint32(_UPPER)
                 )

@@ -132,6 +132,45 @@ class _Scores:
                         )
 
 
+@T.meta_class
+class _Softmax:
+    """The weights of a block of keys from their scores, and what earlier blocks count for beside them."""
+
+    def __init__(self, products, score, running, passing) -> None:
+        self.products, self.score = products, score
+        self.top, self.total = running
+        self.shift, self.fade, self.mass = passing
+
+    @T.inline
+    def run(self, hb, keys, heads):
+        """Those of the first `heads` heads of block hb."""
+        for h in T.vectorized(heads):
+            self.fade[h] = self.top[hb, h]
+        for j in T.serial(keys):
+            for h in T.vectorized(heads):
+                # Once the maximum is NaN it stays NaN.
+                self.top[hb, h] = T.Select(
+                    self.top[hb, h] >= self.score[j, h],
+                    self.top[hb, h],
+                    T.Select(is_nan(self.top[hb, h]), self.top[hb, h], self.score[j, h]),
+                )
+        # While every score is -inf, subtract 0: the weights are then 0, not NaN.
+        for h in T.vectorized(heads):
+            self.shift[h] = T.Select(self.top[hb, h] == -T.infinity("float32"), T.float32(0), self.top[hb, h])
+        for h in T.vectorized(heads):
+            self.fade[h] = exp_nonpositive(self.fade[h] - self.shift[h])
+        for h in T.vectorized(heads):
+            self.mass[h] = T.float32(0)
+        for j in T.serial(keys):
+            for h in T.vectorized(heads):
+                self.score[j, h] = exp_nonpositive(self.score[j, h] - self.shift[h])
+            for h in T.vectorized(heads):
+                self.mass[h] = self.mass[h] + self.score[j, h]
+        for h in T.vectorized(heads):
+            self.total[hb, h] = self.total[hb, h] * self.fade[h] + self.mass[h]
+        self.products.put_weights(self.score, keys, heads)
+
+
 def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None) -> tirx.PrimFunc:
     """The kernel for query m and the heads [h0, h1).
 
@@ -156,8 +195,8 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
     BK, TK, HV, PH, PV = c.block_keys, c.tile_keys, c.heads, c.tile_heads, c.values
     Products = products_of(dots)
     Products.check(c)
-    # The last heads of a model may take half a tile. The scores of the other half are whatever was there, and its
-    # results are not stored. A tile of few keys takes twice as many then: 12 sums hide the latency of an addition.
+    # The last heads of a model may take half a tile, and the other half of it is not computed. A tile of few keys takes
+    # twice as many then: 12 sums hide the latency of an addition.
     NARROW = HV // 2 if HV % (2 * Products.lanes) == 0 else HV
     LONG = 2 * TK if NARROW < HV and TK < 12 and BK % (2 * TK) == 0 else TK
     # Rows that are prefetched with a tile of scores. The others come with the output, which takes longer.
@@ -214,6 +253,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             rows = Rows(KV, dtype, d_qk, d_v, dots is not None)
             products = Products(c, dtype, (h0, h1), (d_qk, d_v))
             scores = _Scores(products, score, sm_scale)
+            softmax = _Softmax(products, score, (top, total), (shift, fade, mass))
             length[0] = topk
             if has_length == T.int64(1):
                 length[0] = T.min(T.max(T.Cast("int64", LENGTH[m]), T.int64(0)), topk)
@@ -252,31 +292,10 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                             scores.run(acc, hb, t)
                         elif t % (LONG // TK) == 0:
                             scores.run(few, hb, t // (LONG // TK))
-                    for h in T.vectorized(HV):
-                        fade[h] = top[hb, h]
-                    for j in T.serial(keys):
-                        for h in T.vectorized(HV):
-                            # Once the maximum is NaN it stays NaN.
-                            top[hb, h] = T.Select(
-                                top[hb, h] >= score[j, h],
-                                top[hb, h],
-                                T.Select(is_nan(top[hb, h]), top[hb, h], score[j, h]),
-                            )
-                    # While every score is -inf, subtract 0: the weights are then 0, not NaN.
-                    for h in T.vectorized(HV):
-                        shift[h] = T.Select(top[hb, h] == -T.infinity("float32"), T.float32(0), top[hb, h])
-                    for h in T.vectorized(HV):
-                        fade[h] = exp_nonpositive(fade[h] - shift[h])
-                    for h in T.vectorized(HV):
-                        mass[h] = T.float32(0)
-                    for j in T.serial(keys):
-                        for h in T.vectorized(HV):
-                            score[j, h] = exp_nonpositive(score[j, h] - shift[h])
-                        for h in T.vectorized(HV):
-                            mass[h] = mass[h] + score[j, h]
-                    for h in T.vectorized(HV):
-                        total[hb, h] = total[hb, h] * fade[h] + mass[h]
-                    products.put_weights(score, keys)
+                    if NARROW == HV or h0 + hb * HV + NARROW < h1:
+                        softmax.run(hb, keys, HV)
+                    else:
+                        softmax.run(hb, keys, NARROW)
                     for dv in T.serial(d_v // PV):
                         if hb == 0:
                             prefetch_rows(rows, INDEX, index_row, at[0] + BK // TK * EARLY + dv * late, late, length[0])

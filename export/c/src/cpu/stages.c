@@ -172,11 +172,12 @@ static void attend_task(void *arg, int64_t index) {
 void dsa_attend(struct attention *a, int64_t queries, const struct mla_kernel *cut,
                 const struct dsa_executor *executor) {
   int threads = dsa_stage_threads(executor, attention_time(a, queries));
-  int64_t tile = cut->heads;
   a->heads = cut->task_heads;
-  /* For few queries, a task takes fewer heads, down to one register tile, until every thread has work. */
-  while (a->heads > tile && queries * divide_up(a->h_q, a->heads) < threads)
-    a->heads = divide_up(a->heads / 2, tile) * tile;
+  /* For few queries, a task takes fewer heads until every thread has work: down to half a register tile, which kernels
+   * have a tile for. Fewer would take most of their time to read the keys. */
+  int64_t least = cut->heads > 8 ? cut->heads / 2 : cut->heads;
+  while (a->heads > least && queries * divide_up(a->h_q, a->heads) < threads)
+    a->heads = divide_up(a->heads / 2, least) * least;
   a->head_tasks = divide_up(a->h_q, a->heads);
   dsa_parallel_for(executor, threads, queries * a->head_tasks, attend_task, a);
 }
