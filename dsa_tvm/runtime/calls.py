@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, SupportsIndex
 
-from ..errors import ArgumentError, LibraryError
+from ..errors import ArgumentError, KernelError, LibraryError
 from ..spec import AttrSpec, OpSpec
 from . import library
-from .dlpack import CPU, CUDA, View
+from .dlpack import CPU, CUDA
 from .integers import as_integer
 from .tensors import Pack, as_tensor, cuda_stream, is_torch, note_written
 
@@ -79,30 +79,38 @@ def _empty(op: str, like: Any, dtype: str, shape: Sequence[int], device: int) ->
     )
 
 
-def _checked_shapes(spec: OpSpec, lib: ctypes.CDLL, arguments: tuple[Any, ...]) -> list[list[int]]:
-    """The shapes of the outputs. The library checks inputs and attributes first."""
-    shapes = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))()
-    status = lib.dsa_tvm_output_shapes(*arguments, shapes, len(spec.outputs))
-    if status:
-        library.raise_error(lib, status)
-    return [list(shape[: len(t.shape)]) for t, shape in zip(spec.outputs, shapes, strict=True)]
+class _Plan:
+    """``dsa_tvm_plan``: a call that the library has checked, and that it computes when the outputs are there."""
 
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self._lib, self._address = lib, None
+        if not hasattr(lib, "dsa_tvm_plan_create"):
+            raise LibraryError("library: expected one that this version has built, got an older one; build it again")
+        self._address = lib.dsa_tvm_plan_create()
+        if not self._address:
+            raise KernelError(lib.dsa_tvm_last_error().decode())
 
-def _shapes(spec: OpSpec, views: Sequence[View | None], attrs: Sequence[Attribute]) -> list[list[int]]:
-    """The shapes of the outputs that belong to checked arguments."""
-    lengths = {a.dim: value.i for a, value in zip(spec.attrs, attrs, strict=True) if a.dim}
-    for t, view in zip(spec.inputs, views, strict=True):
-        lengths |= {} if view is None else dict(zip(t.shape, view.shape, strict=True))
-    return [[lengths[dim] for dim in t.shape] for t in spec.outputs]
+    def __del__(self) -> None:
+        if self._address:
+            self._lib.dsa_tvm_plan_destroy(self._address)
 
+    def prepare(self, spec: OpSpec, inputs: Pack, attrs: Sequence[Attribute]) -> tuple[list[list[int]], int]:
+        """Check inputs and attributes. Returns the shapes of the outputs, and the bytes of workspace on a GPU."""
+        shapes, size = (ctypes.c_int64 * _MAX_NDIM * len(spec.outputs))(), ctypes.c_uint64()
+        attr_array = (Attribute * max(len(attrs), 1))(*attrs)
+        given = (inputs.pointers, len(spec.inputs), attr_array, len(attrs))
+        results = (shapes, len(spec.outputs), ctypes.byref(size))
+        status = self._lib.dsa_tvm_prepare(ctypes.c_void_p(self._address), spec.name.encode(), *given, *results)
+        if status:
+            library.raise_error(self._lib, status)
+        return [list(shape[: len(t.shape)]) for t, shape in zip(spec.outputs, shapes, strict=True)], size.value
 
-def _checked_workspace_size(lib: ctypes.CDLL, arguments: tuple[Any, ...]) -> int:
-    """The bytes of workspace of a call on a GPU. The library checks inputs and attributes first."""
-    size = ctypes.c_uint64()
-    status = lib.dsa_tvm_workspace_size(*arguments, ctypes.byref(size))
-    if status:
-        library.raise_error(lib, status)
-    return size.value
+    def run(self, outputs: Pack, count: int, options: Options) -> None:
+        """Check the outputs, and compute."""
+        plan = ctypes.c_void_p(self._address)
+        status = self._lib.dsa_tvm_run(plan, outputs.pointers, count, ctypes.byref(options))
+        if status:
+            library.raise_error(self._lib, status)
 
 
 def _workspace(op: str, size: int, device: int, stream: int) -> Any:
@@ -167,17 +175,11 @@ def call(
     given = Pack(views)
     device = views[0].device if views[0] else (CPU, 0)
     given_attrs = [_attribute(spec.name, a, attrs[a.name]) for a in spec.attrs]
-    attr_array = (Attribute * max(len(given_attrs), 1))(*given_attrs)
-    arguments = (spec.name.encode(), given.pointers, len(spec.inputs), attr_array, len(spec.attrs))
-    first = inputs[spec.inputs[0].name]
-    workspace_size = None
+    # The library checks the arguments first, so nothing is allocated for a call that it refuses.
+    plan = _Plan(lib)
+    shapes, workspace_size = plan.prepare(spec, given, given_attrs)
     if out is None:
-        # The library checks the arguments first, so nothing is allocated for a call that it refuses.
-        if device[0] == CUDA and is_torch(first):
-            workspace_size = _checked_workspace_size(lib, arguments)
-            shapes = _shapes(spec, views, given_attrs)
-        else:
-            shapes = _checked_shapes(spec, lib, arguments)
+        first = inputs[spec.inputs[0].name]
         outputs = tuple(
             _empty(spec.name, first, t.dtype, shape, device[0]) for t, shape in zip(spec.outputs, shapes, strict=True)
         )
@@ -191,18 +193,12 @@ def call(
             for t, x in zip(spec.outputs, outputs, strict=True)
         ]
     )
-    options = Options(ctypes.sizeof(Options), num_threads)
-    if device[0] == CUDA:
-        options.stream = stream
-        options.workspace_size = _checked_workspace_size(lib, arguments) if workspace_size is None else workspace_size
-        if options.workspace_size:
-            # torch's allocator has it back when this function returns. Whoever gets it next runs later on the same
-            # stream.
-            workspace = _workspace(spec.name, options.workspace_size, device[1], stream)
-            options.workspace = workspace.data_ptr()
-    status = lib.dsa_tvm_call(*arguments, taken.pointers, len(outputs), ctypes.byref(options))
-    if status:
-        library.raise_error(lib, status)
+    options = Options(ctypes.sizeof(Options), num_threads, stream)
+    if workspace_size:
+        # torch's allocator has it back when this function returns. Whoever gets it next runs later on the same stream.
+        workspace = _workspace(spec.name, workspace_size, device[1], stream)
+        options.workspace, options.workspace_size = workspace.data_ptr(), workspace_size
+    plan.run(taken, len(outputs), options)
     if out is not None:
         note_written(outputs)
     return outputs

@@ -27,7 +27,11 @@ _FUNCTIONS = (
     "last_error",
     "output_shapes",
     "peak",
+    "plan_create",
+    "plan_destroy",
+    "prepare",
     "read_rate",
+    "run",
     "set_num_threads",
     "target",
     "version",
@@ -148,8 +152,13 @@ def load(path: str | None = None) -> ctypes.CDLL:
     library.dsa_tvm_last_error.restype = ctypes.c_char_p
     library.dsa_tvm_target.restype = ctypes.c_char_p
     library.dsa_tvm_version.restype = ctypes.c_char_p
-    if hasattr(library, "dsa_tvm_cuda_archs"):  # libraries of earlier versions lack it
+    # Libraries of earlier versions lack these.
+    if hasattr(library, "dsa_tvm_cuda_archs"):
         library.dsa_tvm_cuda_archs.restype = ctypes.c_char_p
+    if hasattr(library, "dsa_tvm_plan_create"):
+        library.dsa_tvm_plan_create.restype = ctypes.c_void_p
+        library.dsa_tvm_plan_destroy.argtypes = (ctypes.c_void_p,)
+        library.dsa_tvm_plan_destroy.restype = None
     library.dsa_tvm_set_num_threads.restype = None
     if library.dsa_tvm_abi_version() != ABI_VERSION:
         raise LibraryError(f"library: expected ABI {ABI_VERSION}, got {library.dsa_tvm_abi_version()} at {found}")

@@ -135,19 +135,44 @@ static dsa_tvm_status run(struct call *c, int threads) {
   return dsa_tvm_call(c->op, c->inputs, c->num_inputs, c->attrs, c->num_attrs, c->outputs, c->num_outputs, &options);
 }
 
-/* Twice, and both have the same bits. */
+/* A plan that all callers use at a time. */
+static dsa_tvm_plan *shared;
+static struct call *shared_call;
+
+static void run_shared(void) {
+  struct call *own = make(shared_call->op, 33, 130, 8);
+  dsa_tvm_options options = {.size = sizeof options, .num_threads = 2};
+  CHECK(dsa_tvm_run(shared, own->outputs, own->num_outputs, &options) == DSA_TVM_OK);
+  for (int i = 0; i < own->num_outputs; i++)
+    CHECK(!memcmp(own->outputs[i]->data, shared_call->outputs[i]->data, bytes_of(own->outputs[i])));
+  destroy(own);
+}
+
+/* Three times, once in two steps, and all have the same bits. */
 static void compare(const char *op, int64_t s_q, int64_t s_kv, int64_t topk, int threads) {
   struct call *one = make(op, s_q, s_kv, topk), *many = make(op, s_q, s_kv, topk);
-  int64_t shapes[3][3];
+  struct call *planned = make(op, s_q, s_kv, topk);
+  int64_t shapes[3][3], told[3][3];
+  uint64_t workspace = 1;
+  dsa_tvm_plan *plan = dsa_tvm_plan_create();
+  dsa_tvm_options options = {.size = sizeof options, .num_threads = threads};
   CHECK(run(one, 1) == DSA_TVM_OK && run(many, threads) == DSA_TVM_OK);
   CHECK(dsa_tvm_output_shapes(op, one->inputs, one->num_inputs, one->attrs, one->num_attrs, shapes, one->num_outputs) ==
         DSA_TVM_OK);
+  CHECK(plan && dsa_tvm_prepare(plan, op, planned->inputs, planned->num_inputs, planned->attrs, planned->num_attrs, told,
+                                planned->num_outputs, &workspace) == DSA_TVM_OK && !workspace);
+  CHECK(dsa_tvm_run(plan, planned->outputs, planned->num_outputs, &options) == DSA_TVM_OK);
   for (int i = 0; i < one->num_outputs; i++) {
-    CHECK(!memcmp(shapes[i], one->outputs[i]->shape, sizeof(int64_t) * (size_t)one->outputs[i]->ndim));
-    CHECK(!memcmp(one->outputs[i]->data, many->outputs[i]->data, bytes_of(one->outputs[i])));
+    size_t rank = (size_t)one->outputs[i]->ndim, bytes = bytes_of(one->outputs[i]);
+    CHECK(!memcmp(shapes[i], one->outputs[i]->shape, sizeof(int64_t) * rank));
+    CHECK(!memcmp(shapes[i], told[i], sizeof(int64_t) * rank));
+    CHECK(!memcmp(one->outputs[i]->data, many->outputs[i]->data, bytes));
+    CHECK(!memcmp(one->outputs[i]->data, planned->outputs[i]->data, bytes));
   }
+  dsa_tvm_plan_destroy(plan);
   destroy(one);
   destroy(many);
+  destroy(planned);
 }
 
 static const char *const ops[] = {"lightning_indexer", "topk", "indexer_topk", "sparse_mla", "dsa_attention", "write_rows"};
@@ -225,6 +250,7 @@ static void *caller(void *arg) {
       for (int j = 0; j < NUM_LENGTHS - (round > 0); j++)
         compare(op, lengths[j][0], lengths[j][1], 1 + j * 7, 2 + (me + round + j) % 4);
       if (!round) refuse(op);
+      run_shared();
     }
     dsa_tvm_set_num_threads(round);
     CHECK(dsa_tvm_get_num_threads() >= 1);
@@ -246,6 +272,13 @@ int main(int argc, char **argv) {
   (void)argv;
   pthread_t threads[CALLERS];
   CHECK(dsa_tvm_target());
+  int64_t shapes[3][3];
+  uint64_t workspace;
+  shared = dsa_tvm_plan_create();
+  shared_call = make("indexer_topk", 33, 130, 8);
+  CHECK(run(shared_call, 1) == DSA_TVM_OK);
+  CHECK(dsa_tvm_prepare(shared, shared_call->op, shared_call->inputs, shared_call->num_inputs, shared_call->attrs,
+                        shared_call->num_attrs, shapes, shared_call->num_outputs, &workspace) == DSA_TVM_OK);
   for (int i = 0; i < CALLERS; i++) CHECK(!pthread_create(&threads[i], NULL, caller, (void *)(intptr_t)i));
   for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL);
   CHECK(count_threads() > 1);
@@ -259,6 +292,8 @@ int main(int argc, char **argv) {
     int status;
     CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
   }
+  dsa_tvm_plan_destroy(shared);
+  destroy(shared_call);
   puts("ok");
   return 0;
 }

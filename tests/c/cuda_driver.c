@@ -1,7 +1,8 @@
 /* A CUDA driver that computes nothing and writes down what it is asked for. The environment says what it finds:
  * FAKE_VERSION, FAKE_GPUS, FAKE_CAPABILITY, FAKE_MULTIPROCESSORS, FAKE_RESIDENT (blocks that registers allow on one),
- * FAKE_CONTEXT (the device whose context is current, if any) and FAKE_FAILURE: the function that fails, with FAKE_ERROR,
- * in its calls FAKE_FAILS, such as 2-3 (by default in all). Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
+ * FAKE_CONTEXT (the context that is current, if any: n is the primary one of device n, 8 + n another one of it) and
+ * FAKE_FAILURE: the function that fails, with FAKE_ERROR, in its calls FAKE_FAILS, such as 2-3 (by default in all).
+ * Built with -DTOO_OLD it lacks what CUDA 12.0 brought. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +24,8 @@ static int outcome(const char *function) {
 
 #define OUTCOME outcome(__func__)
 
-static int contexts[8], *current;
+enum { DEVICES = 8 };
+static int contexts[2 * DEVICES], *current;
 
 int cuInit(unsigned flags) {
   int own = number("FAKE_CONTEXT", -1);
@@ -77,7 +79,8 @@ int cuCtxGetCurrent(void **context) {
 }
 
 int cuCtxGetDevice(int *device) {
-  *device = (int)(current - contexts);
+  if (!current) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
+  *device = (int)(current - contexts) % DEVICES;
   return OUTCOME;
 }
 

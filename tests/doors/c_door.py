@@ -23,6 +23,11 @@ class CDoor(Door):
         self.typed, self.name = typed, "C functions" if typed else "dsa_tvm_call"
         self.library = ctypes.CDLL(library.get_library_path())
         self.library.dsa_tvm_last_error.restype = ctypes.c_char_p
+        self.library.dsa_tvm_plan_create.restype = ctypes.c_void_p
+        self.plan = ctypes.c_void_p(self.library.dsa_tvm_plan_create())
+
+    def __del__(self) -> None:
+        self.library.dsa_tvm_plan_destroy(self.plan)
 
     def run(self, call: Call) -> list[np.ndarray]:
         inputs = [structure(x) for x in call.inputs.values()]
@@ -49,16 +54,23 @@ class CDoor(Door):
             setattr(slot, "f" if attr.kind is float else "i", call.attrs[attr.name])
         first = (call.spec.name.encode(), pointers(inputs), len(inputs), attrs, len(call.spec.attrs))
         status = self.library.dsa_tvm_call(*first, pointers(outputs), len(outputs), options)
-        shapes = (ctypes.c_int64 * 3 * len(outputs))()
-        refused = self.library.dsa_tvm_output_shapes(*first, shapes, len(outputs))
-        # Two roads to one answer: what refuses the inputs refuses them here too, and a result has the shapes told here.
-        if status == 0:
-            assert not refused
-            for name, shape in zip(call.outputs, shapes, strict=True):
-                array = call.tensor(name).array
-                assert tuple(shape)[: array.ndim] == array.shape and not any(tuple(shape)[array.ndim :])
-        elif refused:
-            assert refused == status
+        words = self.library.dsa_tvm_last_error()
+        results = [] if status else [call.tensor(name).array for name in call.outputs]
+        bits = [x.tobytes() for x in results]
+        shapes, told = (ctypes.c_int64 * 3 * len(outputs))(), (ctypes.c_int64 * 3 * len(outputs))()
+        size = ctypes.c_uint64()
+        refused = self.library.dsa_tvm_output_shapes(*first, told, len(outputs))
+        prepared = self.library.dsa_tvm_prepare(self.plan, *first, shapes, len(outputs), ctypes.byref(size))
+        again = prepared or self.library.dsa_tvm_run(self.plan, pointers(outputs), len(outputs), options)
+        # Three roads to one answer: the same status, the same words, the same results and their shapes.
+        assert (again, prepared) == (status, refused)
+        if status:
+            assert self.library.dsa_tvm_last_error() == words
+        else:
+            assert bytes(shapes) == bytes(told)
+            for x, shape, before in zip(results, shapes, bits, strict=True):
+                assert tuple(shape)[: x.ndim] == x.shape and not any(tuple(shape)[x.ndim :])
+                assert x.tobytes() == before
         return status
 
 

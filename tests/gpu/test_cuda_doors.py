@@ -64,9 +64,13 @@ def drivers(cuda_sets, tmp_path_factory):
     return {arch: emulator(s, lengths, tmp_path_factory.mktemp(arch)) for arch, s in kernels.items()}
 
 
+#: The tests that run on the emulator.
+CASES = ("cuda_cases.py", "cuda_operator_cases.py", "cuda_ort_cases.py")
+
+
 @pytest.mark.parametrize(("arch", "order"), [("sm_86", 0), ("sm_86", 1), ("sm_90a", 2)])
 def test_the_operators_on_the_emulator(built, drivers, arch, order):
-    files = [str(HERE / name) for name in ("cuda_cases.py", "cuda_operator_cases.py", "cuda_ort_cases.py")]
+    files = [str(HERE / name) for name in CASES]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     variables = {"CUDA_EMULATOR_CAPABILITY": str(fatbins.number_of(arch)), "CUDA_EMULATOR_ORDER": str(order)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment(built, drivers[arch], **variables))
@@ -87,20 +91,31 @@ def test_a_call_is_enqueued_where_it_is_asked_for(built, recorder):
     assert lines.count("push 0") == lines.count("pop 0") == 3
 
 
-@pytest.mark.parametrize(("own", "pushed"), [("0", False), ("1", True)])
-def test_the_callers_context_is_used_if_it_is_one_of_the_device(built, recorder, own, pushed):
-    done = python(CALL, environment(built, recorder, FAKE_GPUS="2", FAKE_CONTEXT=own))
+@pytest.mark.parametrize(
+    ("own", "pushed", "used"),
+    [
+        (None, 3, 0),  # none: once to load the kernels, and once for each call
+        (0, 0, 0),  # the primary one of the device
+        (8, 0, 8),  # another one of the device
+        (1, 3, 0),  # one of another device, which is current again after each call
+        (9, 3, 0),
+    ],
+)
+def test_the_callers_context_is_used_if_it_is_one_of_the_device(built, recorder, own, pushed, used):
+    context = {} if own is None else {"FAKE_CONTEXT": str(own)}
+    again = "call.run(Options(ctypes.sizeof(Options), 0, 4096))\n"
+    done = python(CALL + again, environment(built, recorder, FAKE_GPUS="2", **context))
     assert done.returncode == 0, done.stderr
-    assert ("push 0" in done.stderr) is pushed and "context 0" in done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("launch")] == [str(used)] * 2
+    assert lines.count("push 0") == lines.count("pop 0") == pushed
 
 
-def test_a_context_is_entered_once_for_a_workspace(built, recorder):
-    """Its size is measured for two alignments of the tensors."""
+def test_a_workspace_is_measured_without_a_context(built, recorder):
     done = python(CALL + "assert call.workspace_size() == 0\n", environment(built, recorder))
     assert done.returncode == 0, done.stderr
-    # Once to load the kernels, once for the call, once for the size.
     lines = done.stderr.splitlines()
-    assert lines.count("push 0") == lines.count("pop 0") == 3
+    assert lines.count("push 0") == lines.count("pop 0") == 2  # to load the kernels, and for the call
 
 
 #: As in `CALL`, one of the indexer in fp8: 64 heads. The driver writes down the launches and computes nothing.

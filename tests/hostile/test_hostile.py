@@ -125,6 +125,48 @@ def test_generic_call_refuses_what_is_no_call() -> None:
     assert door.library.dsa_tvm_call(*valid[:7], None) == 0
 
 
+def test_plans_refuse_what_is_no_call() -> None:
+    """A plan that is empty, or that a failure has left empty, computes nothing."""
+    library, call = CDoor(typed=False).library, valid_call(OPS["topk"], {})
+    library.dsa_tvm_plan_create.restype = ctypes.c_void_p
+    plan, shapes, size = ctypes.c_void_p(library.dsa_tvm_plan_create()), (ctypes.c_int64 * 3)(), ctypes.c_uint64()
+    outputs = pointers([structure(x) for x in call.outputs.values()])
+    valid = [
+        *(plan, b"topk", pointers([structure(x) for x in call.inputs.values()]), 3),
+        *((Attribute * 1)(Attribute(i=5)), 1, shapes, 1, ctypes.byref(size)),
+    ]
+    hostile: list[tuple[int, Any, str]] = [
+        (0, None, "plan: expected one to fill"),
+        (1, b"top", "op: expected the name"),
+        *((i, None, "topk: expected arrays") for i in (2, 4, 6)),
+        *((i, n, "topk: expected 3 inputs") for i in (3, 5, 7) for n in (0, 2, 4, -1, 2**31 - 1)),
+        (8, None, "workspace_size: expected an address"),
+    ]
+
+    def run(*arguments: Any) -> tuple[int, str]:
+        return library.dsa_tvm_run(*arguments), library.dsa_tvm_last_error().decode()
+
+    assert run(plan, outputs, 1, None) == (1, "plan: expected one that dsa_tvm_prepare has filled, got an empty one")
+    for position, value, message in hostile:
+        assert library.dsa_tvm_prepare(*valid) == 0
+        arguments = [*valid]
+        arguments[position] = value
+        assert library.dsa_tvm_prepare(*arguments) == 1, (position, value)
+        assert library.dsa_tvm_last_error().decode().startswith(message), (position, value)
+        assert (run(plan, outputs, 1, None)[0] == 0) is (position == 0), "the call of before is still there"
+    assert library.dsa_tvm_prepare(*valid) == 0
+    for n in (0, 2, -1, 2**31 - 1):
+        assert run(plan, outputs, n, None) == (1, f"topk: expected 1 outputs, got {n}")
+    assert run(None, outputs, 1, None) == (1, "plan: expected one that dsa_tvm_prepare has filled, got a null pointer")
+    assert run(plan, None, 1, None) == (1, "topk: expected an array of outputs, got a null pointer")
+    assert run(plan, (ctypes.c_void_p * 1)(), 1, None) == (1, "topk: indices: expected a tensor, got a null pointer")
+    assert run(plan, outputs, 1, ctypes.byref(Options(7, 0)))[1].startswith("topk: options: expected size")
+    assert run(plan, outputs, 1, ctypes.byref(Options(8, -1)))[1].startswith("topk: num_threads: expected")
+    assert run(plan, outputs, 1, None)[0] == run(plan, outputs, 1, None)[0] == 0
+    library.dsa_tvm_plan_destroy(plan)
+    library.dsa_tvm_plan_destroy(None)
+
+
 def test_any_number_of_threads_may_be_asked_for() -> None:
     # More rows than the process could ever have threads; in a process of its own, because what is tested is a crash.
     program = (

@@ -86,7 +86,7 @@ typedef struct dsa_tvm_options {
   int32_t num_threads;     /* the most threads; 0: the process default, see dsa_tvm_set_num_threads */
   void *stream;            /* a CUstream or cudaStream_t; NULL: the default stream */
   void *workspace;         /* GPU memory at a multiple of 256 that nothing else uses until the call has run */
-  uint64_t workspace_size; /* its bytes: at least what dsa_tvm_workspace_size tells */
+  uint64_t workspace_size; /* its bytes: at least what dsa_tvm_workspace_size or dsa_tvm_prepare tells */
 } dsa_tvm_options;
 
 /* The DSA_TVM_ABI_VERSION that the library was built with. */
@@ -238,6 +238,24 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_output_shapes(const char *op, const dsa_tvm_t
 DSA_TVM_API dsa_tvm_status dsa_tvm_workspace_size(const char *op, const dsa_tvm_tensor *const *inputs,
                                                   int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs,
                                                   uint64_t *bytes);
+
+/* A call in two steps, for callers that allocate its outputs and its workspace. dsa_tvm_prepare checks inputs and
+ * attributes, and writes the shapes of the outputs, as dsa_tvm_output_shapes does, and the bytes of workspace: 0 on the
+ * CPU, and on a GPU those for tensors at these very addresses. dsa_tvm_run checks the outputs and computes. The inputs
+ * are not checked again.
+ *
+ * A plan holds one call: preparing it again replaces the call, and a failure leaves it empty. It refers to the data and
+ * the shapes of the inputs, which must stay where they are until it has run for the last time. It may run any number of
+ * times, also in several threads at a time, but not while it is being prepared. dsa_tvm_plan_create returns NULL, with an
+ * error set, if there is no memory. */
+typedef struct dsa_tvm_plan dsa_tvm_plan;
+DSA_TVM_API dsa_tvm_plan *dsa_tvm_plan_create(void);
+DSA_TVM_API void dsa_tvm_plan_destroy(dsa_tvm_plan *plan);
+DSA_TVM_API dsa_tvm_status dsa_tvm_prepare(dsa_tvm_plan *plan, const char *op, const dsa_tvm_tensor *const *inputs,
+                                           int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs,
+                                           int64_t (*shapes)[3], int32_t num_outputs, uint64_t *workspace_size);
+DSA_TVM_API dsa_tvm_status dsa_tvm_run(const dsa_tvm_plan *plan, dsa_tvm_tensor *const *outputs, int32_t num_outputs,
+                                       const dsa_tvm_options *options);
 
 /* What this machine can do at most, to compare the time of a call with: operations per second of multiply-adds of
  * "float32", of dot products of "bfloat16" or of "int8" (a product and its addition are two), in registers, with the

@@ -1,4 +1,5 @@
 /* The public functions. Each lists its arguments, and execute() does the rest. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/internal.h"
@@ -15,23 +16,34 @@ const char *dsa_tvm_target(void) {
 /* The size that the options had in the first version. Programs that were compiled then still pass it. */
 enum { FIRST_OPTIONS = 8 };
 
+static dsa_tvm_status read_options(const char *op, const dsa_tvm_options *options, dsa_tvm_options *how) {
+  memset(how, 0, sizeof *how);
+  if (options && options->size < FIRST_OPTIONS)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected size of at least %d, got %u", op, FIRST_OPTIONS,
+                    (unsigned)options->size);
+  if (options) memcpy(how, options, options->size < sizeof *how ? options->size : sizeof *how);
+  if (how->num_threads >= 0) return DSA_TVM_OK;
+  return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: num_threads: expected 0 or more, got %d", op, (int)how->num_threads);
+}
+
+/* Computes a call whose inputs have been checked. `workspace`: what dsa_cuda_workspace told for it, or NULL. */
+static dsa_tvm_status compute(struct dsa_call *call, const uint64_t *workspace, dsa_tvm_tensor *const *outputs,
+                              const dsa_tvm_options *how) {
+  dsa_tvm_status status = dsa_check_outputs(call, outputs);
+  if (status != DSA_TVM_OK) return status;
+  if (call->device_type == CUDA_DEVICE) return dsa_cuda_run(call, workspace, how);
+  struct dsa_executor executor = dsa_pool_executor(how->num_threads);
+  return dsa_run(call, &executor);
+}
+
 static dsa_tvm_status execute(int op, const dsa_tvm_tensor *const *inputs, const dsa_tvm_attr *attrs,
                               dsa_tvm_tensor *const *outputs, const dsa_tvm_options *options) {
-  dsa_tvm_options how = {0};
-  if (options && options->size < FIRST_OPTIONS)
-    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: options: expected size of at least %d, got %u", dsa_ops[op].name,
-                    FIRST_OPTIONS, (unsigned)options->size);
-  if (options) memcpy(&how, options, options->size < sizeof how ? options->size : sizeof how);
-  if (how.num_threads < 0)
-    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: num_threads: expected 0 or more, got %d", dsa_ops[op].name,
-                    (int)how.num_threads);
-  struct dsa_call call = {.op = &dsa_ops[op], .takes_cuda = dsa_has_cuda};
-  dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
-  if (status == DSA_TVM_OK) status = dsa_check_outputs(&call, outputs);
+  dsa_tvm_options how;
+  dsa_tvm_status status = read_options(dsa_ops[op].name, options, &how);
   if (status != DSA_TVM_OK) return status;
-  if (call.device_type == CUDA_DEVICE) return dsa_cuda_run(&call, &how);
-  struct dsa_executor executor = dsa_pool_executor(how.num_threads);
-  return dsa_run(&call, &executor);
+  struct dsa_call call = {.op = &dsa_ops[op], .takes_cuda = dsa_has_cuda};
+  status = dsa_check_inputs(&call, inputs, attrs);
+  return status == DSA_TVM_OK ? compute(&call, NULL, outputs, &how) : status;
 }
 
 /* Finds the operator with this name and checks the counts; -1, with an error set, if they are wrong. num_outputs is
@@ -81,7 +93,53 @@ dsa_tvm_status dsa_tvm_workspace_size(const char *op, const dsa_tvm_tensor *cons
   dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
   if (status != DSA_TVM_OK) return status;
   *bytes = 0;
-  return call.device_type == CUDA_DEVICE ? dsa_cuda_workspace(&call, bytes) : DSA_TVM_OK;
+  return call.device_type == CUDA_DEVICE ? dsa_cuda_workspace(&call, 1, bytes) : DSA_TVM_OK;
+}
+
+dsa_tvm_plan *dsa_tvm_plan_create(void) {
+  dsa_tvm_plan *plan = calloc(1, sizeof *plan);
+  if (!plan) dsa_fail(DSA_TVM_OUT_OF_MEMORY, "plan: no memory for a plan");
+  return plan;
+}
+
+void dsa_tvm_plan_destroy(dsa_tvm_plan *plan) { free(plan); }
+
+dsa_tvm_status dsa_tvm_prepare(dsa_tvm_plan *plan, const char *op, const dsa_tvm_tensor *const *inputs,
+                               int32_t num_inputs, const dsa_tvm_attr *attrs, int32_t num_attrs, int64_t (*shapes)[3],
+                               int32_t num_outputs, uint64_t *workspace_size) {
+  if (!plan) return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "plan: expected one to fill, got a null pointer");
+  plan->call.op = NULL;
+  if (!workspace_size)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "workspace_size: expected an address, got a null pointer");
+  int i = find(op, inputs, num_inputs, attrs, num_attrs, shapes, &num_outputs);
+  if (i < 0) return DSA_TVM_INVALID_ARGUMENT;
+  struct dsa_call call = {.op = &dsa_ops[i], .takes_cuda = dsa_has_cuda};
+  dsa_tvm_status status = dsa_check_inputs(&call, inputs, attrs);
+  uint64_t bytes = 0;
+  if (status == DSA_TVM_OK && call.device_type == CUDA_DEVICE) status = dsa_cuda_workspace(&call, 0, &bytes);
+  if (status != DSA_TVM_OK) return status;
+  for (int j = 0; j < num_outputs; j++) dsa_output_shape(&call, j, shapes[j]);
+  *workspace_size = plan->workspace = bytes;
+  plan->call = call;
+  return DSA_TVM_OK;
+}
+
+dsa_tvm_status dsa_tvm_run(const dsa_tvm_plan *plan, dsa_tvm_tensor *const *outputs, int32_t num_outputs,
+                           const dsa_tvm_options *options) {
+  if (!plan || !plan->call.op)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "plan: expected one that dsa_tvm_prepare has filled, got %s",
+                    plan ? "an empty one" : "a null pointer");
+  const struct op_spec *op = plan->call.op;
+  if (num_outputs != op->num_outputs)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: expected %d outputs, got %d", op->name, op->num_outputs,
+                    (int)num_outputs);
+  if (!outputs)
+    return dsa_fail(DSA_TVM_INVALID_ARGUMENT, "%s: expected an array of outputs, got a null pointer", op->name);
+  dsa_tvm_options how;
+  dsa_tvm_status status = read_options(op->name, options, &how);
+  if (status != DSA_TVM_OK) return status;
+  struct dsa_call call = plan->call; /* several threads may run a plan, each with its own outputs */
+  return compute(&call, &plan->workspace, outputs, &how);
 }
 
 #define INPUTS(...) ((const dsa_tvm_tensor *const[]){__VA_ARGS__})

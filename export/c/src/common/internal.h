@@ -87,6 +87,12 @@ struct dsa_call {
   int32_t device_type, device_id;
 };
 
+/* What dsa_tvm_prepare found. */
+struct dsa_tvm_plan {
+  struct dsa_call call; /* without outputs; call.op is NULL if nothing is prepared */
+  uint64_t workspace;   /* bytes on a GPU */
+};
+
 /* error.c: sets the text of dsa_tvm_last_error(), and returns `status`. */
 dsa_tvm_status dsa_fail(dsa_tvm_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -105,12 +111,14 @@ dsa_tvm_status dsa_check_device(const struct dsa_call *call, const struct tensor
 /* cpu/operators.c: computes a checked call whose tensors are on the CPU. */
 dsa_tvm_status dsa_run(const struct dsa_call *call, const struct dsa_executor *executor);
 
-/* cuda/operators.c, or cuda/none.c in a library without CUDA kernels: enqueues a checked call whose tensors are on a
- * GPU, with the options' workspace (they are whole) or with one from the driver, and tells the bytes that it takes. */
+/* cuda/operators.c, or cuda/none.c in a library without CUDA kernels, for checked calls whose tensors are on a GPU.
+ * dsa_cuda_workspace tells the bytes of workspace: those of this very call, or those that suffice for tensors of its
+ * shapes at any address. dsa_cuda_run enqueues a call with the options' workspace (they are whole); `known` are the bytes
+ * of this very call, or NULL. dsa_cuda_run_pooled takes the workspace from the driver. */
 extern const int dsa_has_cuda;
-dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options);
+dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, int any_address, uint64_t *bytes);
+dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const uint64_t *known, const dsa_tvm_options *options);
 dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream);
-dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes);
 
 /* cpu/rows.c: new rows of a cache, a checked call too. */
 dsa_tvm_status dsa_write_rows(const struct dsa_call *call, const struct dsa_executor *executor);

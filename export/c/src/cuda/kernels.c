@@ -216,7 +216,7 @@ static dsa_tvm_status prepare(struct device *d, int ordinal, const char *op) {
   return dsa_fail(DSA_TVM_UNSUPPORTED, "%s: %s", op, words);
 }
 
-dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
+dsa_tvm_status dsa_cuda_find_device(struct cuda_call *call) {
   const char *op = call->call->op->name;
   int ordinal = call->call->device_id;
   int num_devices = 0;
@@ -229,11 +229,18 @@ dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
   pthread_mutex_lock(&devices_lock);
   dsa_tvm_status status = d->kernels ? DSA_TVM_OK : prepare(d, ordinal, op);
   pthread_mutex_unlock(&devices_lock);
+  if (status == DSA_TVM_OK) call->device = &d->properties;
+  return status;
+}
+
+dsa_tvm_status dsa_cuda_begin(struct cuda_call *call) {
+  dsa_tvm_status status = dsa_cuda_find_device(call);
   if (status != DSA_TVM_OK) return status;
-  call->device = &d->properties;
-  cu_result error = enter(d, &call->pushed);
-  if (error) return dsa_fail(DSA_TVM_INTERNAL, "%s: no context of CUDA device %d: %s", op, ordinal, dsa_cuda_error(error));
-  return DSA_TVM_OK;
+  int ordinal = call->call->device_id;
+  cu_result error = enter(&devices[ordinal], &call->pushed);
+  if (!error) return DSA_TVM_OK;
+  return dsa_fail(DSA_TVM_INTERNAL, "%s: no context of CUDA device %d: %s", call->call->op->name, ordinal,
+                  dsa_cuda_error(error));
 }
 
 void dsa_cuda_end(struct cuda_call *call) {

@@ -103,9 +103,10 @@ struct cuda_call {
   struct cuda_encoded queries, keys; /* the latest tensor maps, which groups of queries share */
 };
 
-/* kernels.c: makes a context of the call's device current: the caller's, where it has one on that device, else the
- * primary one. The first call for a device loads the kernels, the only time that anything is allocated. Every success is
- * followed by dsa_cuda_end. */
+/* kernels.c: dsa_cuda_find_device sets call->device, which is all that measuring needs. The first call for a device loads
+ * the kernels, the only time that anything is allocated. dsa_cuda_begin does the same and makes a context of the device
+ * current: the caller's, if it has one on that device, otherwise the primary one. dsa_cuda_end follows every success. */
+dsa_tvm_status dsa_cuda_find_device(struct cuda_call *call);
 dsa_tvm_status dsa_cuda_begin(struct cuda_call *call);
 void dsa_cuda_end(struct cuda_call *call);
 

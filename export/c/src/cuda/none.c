@@ -13,8 +13,8 @@ const char *dsa_tvm_cuda_archs(void) {
   return NULL;
 }
 
-dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) {
-  (void)call, (void)bytes;
+dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, int any_address, uint64_t *bytes) {
+  (void)call, (void)any_address, (void)bytes;
   return refuse();
 }
 
@@ -23,7 +23,7 @@ dsa_tvm_status dsa_cuda_run_pooled(const struct dsa_call *call, void *stream) {
   return refuse();
 }
 
-dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options) {
-  (void)call, (void)options;
+dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const uint64_t *known, const dsa_tvm_options *options) {
+  (void)call, (void)known, (void)options;
   return refuse();
 }

@@ -145,7 +145,7 @@ static dsa_tvm_status run_dsa_attention(struct cuda_call *c) {
   return status;
 }
 
-/* Each function runs twice: first it finds how much workspace it needs, then it launches. */
+/* Each function goes twice through a call: once to find how much workspace it needs, and once to launch. */
 static dsa_tvm_status (*const run[NUM_OPS])(struct cuda_call *) = {
     [OP_LIGHTNING_INDEXER] = run_lightning_indexer, [OP_TOPK] = run_topk, [OP_INDEXER_TOPK] = run_indexer_topk,
     [OP_SPARSE_MLA] = run_sparse_mla,               [OP_SPARSE_MLA_FP8] = run_sparse_mla_fp8,
@@ -166,16 +166,15 @@ static dsa_tvm_status measure(struct cuda_call *c) {
   return run[c->call->op - dsa_ops](c);
 }
 
-dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, uint64_t *bytes) {
-  struct cuda_call c = {.call = call};
-  dsa_tvm_status status = dsa_cuda_begin(&c);
-  /* The size must suffice for tensors of these shapes at any address. */
-  for (int aligned = 0; aligned < 2 && status == DSA_TVM_OK; aligned++) {
-    c.aligned = aligned;
+dsa_tvm_status dsa_cuda_workspace(const struct dsa_call *call, int any_address, uint64_t *bytes) {
+  struct cuda_call c = {.call = call, .aligned = is_aligned(call)};
+  dsa_tvm_status status = dsa_cuda_find_device(&c);
+  if (status == DSA_TVM_OK) status = measure(&c);
+  if (status == DSA_TVM_OK && any_address) {
+    c.aligned = !c.aligned;
     status = measure(&c);
   }
   *bytes = status == DSA_TVM_OK ? c.peak : 0;
-  dsa_cuda_end(&c);
   return status;
 }
 
@@ -185,11 +184,14 @@ static dsa_tvm_status enqueue(struct cuda_call *c) {
   return run[c->call->op - dsa_ops](c);
 }
 
-dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const dsa_tvm_options *options) {
-  struct cuda_call c = {
-      .call = call, .stream = options->stream, .workspace = options->workspace, .aligned = is_aligned(call)};
+dsa_tvm_status dsa_cuda_run(const struct dsa_call *call, const uint64_t *known, const dsa_tvm_options *options) {
+  struct cuda_call c = {.call = call,
+                        .stream = options->stream,
+                        .workspace = options->workspace,
+                        .peak = known ? *known : 0,
+                        .aligned = is_aligned(call)};
   dsa_tvm_status status = dsa_cuda_begin(&c);
-  if (status == DSA_TVM_OK) status = measure(&c);
+  if (status == DSA_TVM_OK && !known) status = measure(&c);
   if (status == DSA_TVM_OK) status = dsa_cuda_check_workspace(&c, options);
   if (status == DSA_TVM_OK) status = enqueue(&c);
   dsa_cuda_end(&c);
