@@ -17,9 +17,8 @@ from torch.autograd import forward_ad
 
 from .errors import ArgumentError
 from .ops import OPS
-from .runtime import frames
+from .runtime import exchange, frames
 from .runtime.calls import call
-from .runtime.plain_arrays import dispatched
 from .spec import OpSpec, TensorSpec, completed
 
 # Keep it when the module is reloaded: torch forgets the operators of a library that is deleted.
@@ -32,11 +31,9 @@ _INPUTS = {name: tuple(t.name for t in spec.inputs) for name, spec in OPS.items(
 
 # Where a call goes below autograd if nothing else is to see it: no mode, no transform, no trace, no lazy conjugate.
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_PLAIN = {torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr(): name for name in ("CPU", "CUDA")}
-#: For the keys of the calls so far: the device if the call is plain, otherwise None.
-_plain_devices: dict[int, str | None] = {}
-
-_TENSORS = dispatched(torch)
+_PLAIN = {torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in ("CPU", "CUDA")}
+#: For the keys of the calls so far: whether the call is plain.
+_known_keys: dict[int, bool] = {}
 
 
 def _schema(spec: OpSpec) -> str:
@@ -147,22 +144,22 @@ def _refuse_tangents(spec: OpSpec, tensors: list[torch.Tensor]) -> None:
         raise NotImplementedError(f"dsa_tvm.{spec.name} has no forward-mode derivative: it serves inference only")
 
 
-def _device_of_plain(keys: Any) -> str | None:
-    """The device of a call that is to be computed here and now, which saves torch the way through its dispatcher again.
-    None if something else is to see the call.
+def _is_plain(keys: Any) -> bool:
+    """Whether a call is to be computed here and now, which saves torch the way through its dispatcher again. Otherwise
+    something else is to see the call.
     """
     if forward_ad._current_level >= 0:
-        return None
+        return False
     every = keys.raw_repr()
     try:
-        return _plain_devices[every]
+        return _known_keys[every]
     except KeyError:
-        return _plain_devices.setdefault(every, _PLAIN.get((keys & _AFTER_AUTOGRAD).raw_repr()))
+        return _known_keys.setdefault(every, (keys & _AFTER_AUTOGRAD).raw_repr() in _PLAIN)
 
 
 def _autograd(spec: OpSpec, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in args if x is not None]
-    if _device_of_plain(keys) and not any(x.requires_grad for x in tensors):
+    if _is_plain(keys) and not any(x.requires_grad for x in tensors):
         return _single(call(spec, _inputs(spec, args), kwargs))
     _refuse_tangents(spec, tensors)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -189,11 +186,15 @@ def _register(spec: OpSpec) -> None:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return _fake(spec, args, kwargs)
 
-    fast, count, single = frames.Caller(spec, _TENSORS).call, len(spec.inputs), len(spec.outputs) == 1
+    fast, count, single = (
+        exchange.Caller(spec, torch, exchange.dispatched).call,
+        len(spec.inputs),
+        len(spec.outputs) == 1,
+    )
     attributes = _attributes[spec.name]
 
     def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if _device_of_plain(keys) == "CPU":
+        if _is_plain(keys):
             given = args if len(args) == count else _whole(spec, args)
             results = fast(given, attributes(kwargs), None, 0)
             if results is not None:
@@ -242,11 +243,10 @@ def _register_in_place(spec: OpSpec) -> None:
     def fake(*args: Any, **kwargs: Any) -> None:
         _checked_lengths(spec, _inputs(spec, args), kwargs)
 
-    fast, attributes = frames.Caller(spec, _TENSORS).call, _attributes[spec.name]
+    fast, attributes = exchange.Caller(spec, torch, exchange.dispatched).call, _attributes[spec.name]
 
     def autograd(keys: Any, *args: Any, **kwargs: Any) -> None:
-        plain = _device_of_plain(keys) == "CPU"
-        if not plain or fast(args, attributes(kwargs), _changed(spec, args), 0) is None:
+        if not _is_plain(keys) or fast(args, attributes(kwargs), _changed(spec, args), 0) is None:
             _autograd_in_place(spec, keys, args, kwargs)
 
     changed = {t.may_be for t in spec.outputs}

@@ -21,7 +21,7 @@ CORE = (
     *("cpu/ceilings.c", "cpu/cpus.c", "cpu/kernels.c", "cpu/operators.c", "cpu/rows.c", "cpu/stages.c"),
     "cpu/threads.c",
 )
-DOOR = ("common/api.c", "common/choose.c")
+DOOR = ("common/api.c", "common/choose.c", "python/objects.c")
 _ORT = ("ort/kernel.c", "ort/register.c", "ort/schema.c")
 CUDA = tuple(f"cuda/{name}.c" for name in ("driver", "kernels", "operators", "pool", "stages", "workspace"))
 #: specs.c and table.c are generated into the working directory, and cuda_table.c if there are CUDA kernels.

@@ -1,23 +1,25 @@
-"""Fast calls with plain arrays. Their C structures are kept and reused: that takes a tenth of the time of making them.
+"""Fast calls. Their C structures are kept and reused: that takes a tenth of the time of making them.
 
-Whatever is not plain is left to `calls.call`. The library checks every argument in either case.
+This file has those with NumPy arrays; `exchange` has those with torch tensors. Whatever is not plain is left to
+`calls.call`. The library checks every argument in either case.
 """
 
 from __future__ import annotations
 
 import ctypes
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..spec import OpSpec
-from . import library
+from . import exchange, library
 from .dlpack import CPU, Tensor
-from .plain_arrays import Kind, Place, kind_of
+from .exchange import LARGEST_ATTRIBUTE
+from .plain_arrays import NumpyArrays, Place
 
 _TENSOR_WORDS = ctypes.sizeof(Tensor) // 8
-_LARGEST_ATTRIBUTE = 4096
 
 
 class _Options(ctypes.Structure):
@@ -100,15 +102,15 @@ class _Frame:
 
 
 class Caller:
-    """Calls one operator with arrays of one kind.
+    """Calls one operator with NumPy arrays.
 
     Parameters
     ----------
     spec : OpSpec
-    kind : Kind
+    kind : NumpyArrays
     """
 
-    def __init__(self, spec: OpSpec, kind: Kind) -> None:
+    def __init__(self, spec: OpSpec, kind: NumpyArrays) -> None:
         self._spec, self._kind = spec, kind
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         self._latest: _Plan | None = None  # the next call is likely to have the same element types
@@ -135,8 +137,6 @@ class Caller:
         plan.unused.append(frame)
         if status:
             library.raise_error(loaded, status)
-        if out is not None and outputs is not None:
-            self._kind.note_written(outputs)
         return outputs
 
     def _with_inputs(self, plan: _Plan, inputs: Sequence[Any]) -> _Frame | None:
@@ -161,7 +161,7 @@ class Caller:
                 return None
             if expected is float:
                 frame.floats[at] = value
-            elif 0 < value <= _LARGEST_ATTRIBUTE:
+            elif 0 < value <= LARGEST_ATTRIBUTE:
                 words[at] = value
             else:
                 return None
@@ -172,7 +172,7 @@ class Caller:
                 return tuple([kind.make(words, places[i], shape(words)) for i, shape in enumerate(plan.shapes)])
             outputs = out if isinstance(out, tuple) else (out,)
             return outputs if len(outputs) == len(places) and kind.write_outputs(words, places, outputs) else None
-        except (MemoryError, RuntimeError, ValueError):  # another rank, or lengths that contradict each other
+        except (MemoryError, ValueError):  # another rank, or lengths that contradict each other
             return None
 
     def _plan_for(self, inputs: Sequence[Any]) -> _Plan | None:
@@ -188,7 +188,7 @@ class Caller:
         return plan
 
 
-def _make_plan(spec: OpSpec, kind: Kind, dtypes: Sequence[Any]) -> _Plan | None:
+def _make_plan(spec: OpSpec, kind: NumpyArrays, dtypes: Sequence[Any]) -> _Plan | None:
     """The plan for such element types; None if the library does not serve them, or an input is missing."""
     sources: dict[str, int] = {}  # the word that has a length
     tensors: list[tuple[tuple[int, int], int, int] | None] = []
@@ -223,18 +223,29 @@ def _make_plan(spec: OpSpec, kind: Kind, dtypes: Sequence[Any]) -> _Plan | None:
     )
 
 
-_callers: dict[tuple[str, type], Caller] = {}
+_callers: dict[tuple[str, type], Caller | exchange.Caller] = {}
+
+
+def _caller_for(spec: OpSpec, kind: type) -> Caller | exchange.Caller | None:
+    """A caller for a type of arrays; None unless it is NumPy's or torch's own."""
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None and kind is numpy.ndarray:
+        return Caller(spec, NumpyArrays(numpy))
+    if torch is not None and kind is getattr(torch, "Tensor", None):
+        return exchange.Caller(spec, torch, exchange.given(torch))
+    return None
 
 
 def call(
-    spec: OpSpec, inputs: Sequence[Any], attrs: Sequence[Any], out: Any, num_threads: Any
+    spec: OpSpec, inputs: tuple[Any, ...], attrs: Sequence[Any], out: Any, num_threads: Any
 ) -> tuple[Any, ...] | None:
     """Run one operator if all of its arguments are plain.
 
     Parameters
     ----------
     spec : OpSpec
-    inputs, attrs : sequence
+    inputs : tuple
+    attrs : sequence
         In the operator's order. An optional input may be None.
     out : tensor or tuple of tensors, optional
     num_threads : int
@@ -251,8 +262,8 @@ def call(
     """
     caller = _callers.get((spec.name, type(inputs[0])))
     if caller is None:
-        kind = kind_of(inputs[0])
-        if kind is None:
+        caller = _caller_for(spec, type(inputs[0]))
+        if caller is None:
             return None
-        caller = _callers[spec.name, type(inputs[0])] = Caller(spec, kind)
+        _callers[spec.name, type(inputs[0])] = caller
     return caller.call(inputs, attrs, out, num_threads)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +14,7 @@ from samples import attention_inputs, indexer_inputs
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
-from dsa_tvm.runtime import calls, frames
+from dsa_tvm.runtime import calls, exchange, frames
 
 VARIANTS = OPS["lightning_indexer"].variants
 
@@ -81,6 +84,104 @@ def test_torch(ways):
     for other in (*others, torch.nn.Parameter(weights, requires_grad=False), weights.to_sparse(), weights.to("meta")):
         short, long, taken = ways(dsa_tvm.lightning_indexer, **tensors | {"weights": other})
         assert short == long and not taken, type(other)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def test_torch_in_each_type_and_size(ways, torch):
+    """Empty ones too: their strides are those that torch gives them."""
+    for variant in VARIANTS:
+        for s_q, s_kv in ((1, 64), (5, 300), (0, 7), (3, 0)):
+            index = indexer_inputs(np.random.default_rng(s_q), variant, s_q=s_q, s_kv=s_kv)
+            as_integers = {
+                name: torch.from_numpy(x.view(f"i{x.itemsize}")) for name, x in index.items() if x is not None
+            }
+            given = {name: x.view(getattr(torch, index[name].dtype.name)) for name, x in as_integers.items()}
+            short, long, taken = ways(dsa_tvm.lightning_indexer, **given)
+            assert short == long and taken
+            found = dsa_tvm.lightning_indexer(**given)
+            assert found.stride() == torch.empty(s_q, s_kv).stride()
+
+
+def test_torch_outputs(ways, torch):
+    """`out` is written, and torch is told; what does not fit is refused in the same words."""
+    logits, n = torch.from_numpy(LOGITS), torch.from_numpy(N)
+    fitting = torch.full((5, 9), -7, dtype=torch.int32)
+    version = fitting._version
+    assert dsa_tvm.topk(logits, n * 0, n, 9, out=fitting) is fitting and fitting._version == version + 1
+    assert np.array_equal(fitting, topk())
+    odd = (
+        *(fitting.long(), fitting[:, :8], fitting.T, fitting[0], (fitting, fitting), (), None, LOGITS, [1]),
+        *(logits.view(torch.int32)[:, :9], logits.view(torch.int32).flatten()[:45].view(5, 9), fitting.to("meta")),
+    )
+    for out in odd:
+        short, long, taken = ways(dsa_tvm.topk, logits, n * 0, n, 9, out=out)
+        assert short == long and taken is (out is None), out
+
+
+def test_torch_without_the_exchange_interface(ways, torch, monkeypatch):
+    """As in versions before 2.10."""
+    monkeypatch.setattr(exchange, "_python", lambda kind: None)
+    monkeypatch.setattr(frames, "_callers", {})
+    logits, n = torch.from_numpy(LOGITS), torch.from_numpy(N)
+    short, long, taken = ways(dsa_tvm.topk, logits, n * 0, n, 9)
+    assert short == long and not taken
+
+
+@pytest.mark.parametrize("head", [(2, 0), (0, 9), None])
+def test_other_versions_of_the_interface(head, torch):
+    """A table of another major version may point to one of ours. A capsule of another kind is none."""
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    address = exchange._python(torch.Tensor).exchange
+    table = exchange._Exchange(*(head or (2, 0)), address if head else None)
+
+    class Tensor:
+        __dlpack_c_exchange_api__ = make(ctypes.addressof(table), exchange._CAPSULE, None)
+
+    class Other:
+        __dlpack_c_exchange_api__ = make(ctypes.addressof(table), b"something", None)
+
+    found = exchange._python(Tensor)
+    assert found.exchange == address if head else found is None
+    assert exchange._python(Other) is exchange._python(int) is None
+
+
+def test_torch_leaks_nothing(torch, monkeypatch):
+    """No reference and no frame, whether calls succeed or are refused."""
+    monkeypatch.setattr(frames, "_callers", {})
+    logits, n = torch.from_numpy(LOGITS), torch.from_numpy(N)
+    out = (torch.empty(5, 9, dtype=torch.int32),)
+    before = [sys.getrefcount(x) for x in (logits, n, out, out[0])]
+    for _ in range(50):
+        dsa_tvm.topk(logits, n, n, 9)
+        dsa_tvm.topk(logits, n, n, 9, out=out)
+        for wrong in (logits[:3], logits.to_sparse(), logits.double(), logits.to("meta"), None):
+            with pytest.raises(dsa_tvm.ArgumentError):
+                dsa_tvm.topk(wrong, n, n, 9, out=out)
+        with pytest.raises(dsa_tvm.ArgumentError):
+            dsa_tvm.topk(logits, n, n, 5000)
+    gc.collect()
+    assert before == [sys.getrefcount(x) for x in (logits, n, out, out[0])]
+    (caller,) = frames._callers.values()
+    assert len(caller._unused) == 1
+
+
+def test_torch_in_many_threads(torch):
+    def work(i):
+        rng = np.random.default_rng(i)
+        for _ in range(200):
+            s_kv = int(rng.integers(20, 400))
+            logits, n = torch.from_numpy(rng.random((3, s_kv), np.float32)), torch.full((3,), s_kv, dtype=torch.int32)
+            expected = logits.topk(5).indices.sort().values
+            assert torch.equal(dsa_tvm.topk(logits, n * 0, n, 5).long(), expected)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
 
 
 class Subclass(np.ndarray):
@@ -179,6 +280,22 @@ def test_the_library_is_entered_once(monkeypatch):
         monkeypatch.setattr(lib, name, refuse)
     topk()
     assert counts == [1]
+
+
+def test_a_torch_call_enters_the_library_twice(monkeypatch, torch):
+    """To check the inputs and to learn the shapes, and to compute."""
+    logits, n = torch.from_numpy(LOGITS), torch.from_numpy(N)
+    monkeypatch.setattr(frames, "_callers", {})
+    dsa_tvm.topk(logits, n * 0, n, 9)
+    (caller,) = frames._callers.values()
+    entered, prepare, lib = [], caller._prepare, calls.library.load()
+    run = lib.dsa_tvm_run_objects
+    monkeypatch.setattr(caller, "_prepare", lambda *given: entered.append("prepare") or prepare(*given))
+    monkeypatch.setattr(lib, "dsa_tvm_run_objects", lambda *given: entered.append("run") or run(*given))
+    for name in ("dsa_tvm_call", "dsa_tvm_output_shapes", "dsa_tvm_workspace_size", "dsa_tvm_prepare", "dsa_tvm_run"):
+        monkeypatch.setattr(lib, name, None)
+    dsa_tvm.topk(logits, n * 0, n, 9)
+    assert entered == ["prepare", "run"]
 
 
 def test_element_types_in_turn(ways):

@@ -64,8 +64,9 @@ def drivers(cuda_sets, tmp_path_factory):
     return {arch: emulator(s, lengths, tmp_path_factory.mktemp(arch)) for arch, s in kernels.items()}
 
 
-#: The tests that run on the emulator.
+#: The tests that run on the emulator. The last need a process of their own, in which all torch tensors are on the GPU.
 CASES = ("cuda_cases.py", "cuda_operator_cases.py", "cuda_ort_cases.py")
+TORCH_CASES = ("cuda_torch_cases.py",)
 
 
 @pytest.mark.parametrize(("arch", "order"), [("sm_86", 0), ("sm_86", 1), ("sm_90a", 2)])
@@ -75,6 +76,36 @@ def test_the_operators_on_the_emulator(built, drivers, arch, order):
     variables = {"CUDA_EMULATOR_CAPABILITY": str(fatbins.number_of(arch)), "CUDA_EMULATOR_ORDER": str(order)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment(built, drivers[arch], **variables))
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90a"])
+def test_torch_on_the_emulator(built, drivers, arch):
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(str(HERE / name) for name in TORCH_CASES)]
+    variables = {"CUDA_EMULATOR_CAPABILITY": str(fatbins.number_of(arch))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(built, drivers[arch], **variables))
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
+
+
+@pytest.mark.parametrize("door", ["dsa_tvm", "torch.ops.dsa_tvm"])
+def test_a_torch_call_is_enqueued_on_its_stream(built, recorder, door):
+    """It enters a context once, and the second call loads nothing."""
+    pytest.importorskip("torch")
+    code = f"""
+import torch, torch_on_gpu
+torch_on_gpu.install()
+import dsa_tvm.torch_ops
+n = torch.zeros(3, dtype=torch.int32)
+for _ in range(2):
+    {door}.topk(torch.zeros(3, 900), n, n, topk=64)
+assert torch_on_gpu.allocated == [(3 * 64 * 4, torch.int32)] * 2
+"""
+    done = python(code, environment(built, recorder))
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    launches = [line for line in lines if line.startswith("launch")]
+    assert len(launches) == 2 and all("stream 4096 context 0" in line for line in launches)
+    assert lines.count("push 0") == lines.count("pop 0") == 3 and lines.count("image") == IMAGES
 
 
 def test_a_call_is_enqueued_where_it_is_asked_for(built, recorder):
