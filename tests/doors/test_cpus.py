@@ -77,6 +77,29 @@ def test_quota(quota, tmp_path, monkeypatch, mounts, groups, files, expected):
     assert machine.usable_cpus(tmp_path / "proc") == min(expected, 99)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_cpus_are_counted_again():
+    """The pool starts at most four threads for each CPU, however many a call asks for."""
+    code = """
+import os, numpy as np, dsa_tvm
+cpus = os.sched_getaffinity(0)
+x, n = np.zeros((1000, 4000), np.float32), np.full(1000, 4000, np.int32)
+before = len(os.listdir("/proc/self/task"))
+def started():
+    dsa_tvm.topk(x, n * 0, n, 9, num_threads=1000)
+    return len(os.listdir("/proc/self/task")) - before
+os.sched_setaffinity(0, {min(cpus)})
+dsa_tvm.set_num_threads(0)
+first = started()
+os.sched_setaffinity(0, sorted(cpus)[:2])
+assert first == started() == 4, first
+dsa_tvm.set_num_threads(0)
+print(started())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "8\n", done.stdout + done.stderr
+
+
 def threads(environment=(), before=""):
     code = f"import os\n{before}\nimport dsa_tvm\nprint(dsa_tvm.get_num_threads())"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}

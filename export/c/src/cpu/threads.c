@@ -47,7 +47,7 @@ struct pool {
   int spinning, idle;
   int threads;
   int stopping;
-  int cpus; /* of the process; 0: not known yet */
+  int cpus; /* of the process, when the latest job was posted */
   pid_t process;
   time_t next_attempt; /* when to try to start a thread again, after a failure */
 };
@@ -226,7 +226,7 @@ static void post(struct job *job) {
   while (*at) at = &(*at)->next;
   *at = job;
   pool.places += job->places;
-  if (!pool.cpus) pool.cpus = dsa_process_cpus();
+  pool.cpus = dsa_process_cpus(); /* dsa_tvm_set_num_threads(0) has them counted again */
   int before = pool.threads;
   grow(job->places);
   int wake = job->places - pool.spinning - (pool.threads - before);
