@@ -186,17 +186,14 @@ def _register(spec: OpSpec) -> None:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return _fake(spec, args, kwargs)
 
-    fast, count, single = (
-        exchange.Caller(spec, torch, exchange.dispatched).call,
-        len(spec.inputs),
-        len(spec.outputs) == 1,
-    )
-    attributes = _attributes[spec.name]
+    fast = exchange.Caller(spec, torch, exchange.dispatched).call
+    count, single = len(spec.inputs), len(spec.outputs) == 1
 
     def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_plain(keys):
             given = args if len(args) == count else _whole(spec, args)
-            results = fast(given, attributes(kwargs), None, 0)
+            # torch passes the attributes in the order of the schema, which is the operator's.
+            results = fast(given, kwargs.values(), None, 0)
             if results is not None:
                 return results[0] if single else results
         return _autograd(spec, keys, args, kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..spec import OpSpec
@@ -148,7 +148,7 @@ class Caller:
         self._python = _python(torch.Tensor)
         self._unused: list[_Frame] = []
         self._floats = [i for i, t in enumerate(spec.inputs) if t.dtype not in ("int32", "uint8")]
-        self._attrs = [(i, a.kind) for i, a in enumerate(spec.attrs)]
+        self._attrs: list[tuple[int, Any]] = [(i, a.kind) for i, a in enumerate(spec.attrs)]
         #: Of each output: a function that takes its lengths or strides out of the words that have them, the word of its
         #: address, and its element type, which is None for that of the first input.
         self._outputs = [
@@ -161,8 +161,9 @@ class Caller:
         ]
         self._empty, self._gpus = _empty_on_cpu(torch), dict[int, Any]()
         self._prepare: Any = None
+        self._run: Any = None
 
-    def call(self, inputs: tuple[Any, ...], attrs: Sequence[Any], out: Any, num_threads: Any) -> Any:
+    def call(self, inputs: tuple[Any, ...], attrs: Iterable[Any], out: Any, num_threads: Any) -> Any:
         """Run the operator if all arguments are plain, see `frames.call`."""
         if not self._is_plain(inputs, self._floats) or type(num_threads) is not int or not 0 <= num_threads < 2**31:
             return None
@@ -177,26 +178,41 @@ class Caller:
             frame = self._make_frame()
             if frame is None:
                 return None
+        # In line, as a function would be called in a tenth of a microsecond.
         found = _REFUSED
-        if _write(frame, self._attrs, attrs):
+        for value, (i, kind) in zip(attrs, self._attrs):  # noqa: B905 (they are equally long)
+            if type(value) is not kind:
+                break
+            if kind is float:
+                frame.floats[i] = value
+            elif 0 < value <= LARGEST_ATTRIBUTE:
+                frame.integers[i] = value
+            else:
+                break
+        else:
             # Addresses as integers are faster to pass than ctypes.py_object.
             found = self._prepare(frame.pointer, id(inputs), id(out))
         if found == _REFUSED:  # `calls.call` says why
             self._unused.append(frame)
             return None
-        call = frame.call
-        empty = self._on_gpu(call.device_id) if found == _ON_GPU else self._empty
-        results = self._make(frame, inputs, empty) if out is None else out
-        if found == _ON_GPU and call.workspace_size:
+        empty = self._on_gpu(frame.call.device_id) if found == _ON_GPU else self._empty
+        results = out
+        if out is None:
+            made = []
+            for part, address, dtype in self._outputs:
+                x = empty(part(frame.shapes), part(frame.strides), dtype or inputs[0].dtype)
+                frame.tensors[address] = x.data_ptr()
+                made.append(x)
+            results = tuple(made)
+        if found == _ON_GPU and frame.call.workspace_size:
             # The allocator has it back when this function returns. Whoever gets it next runs later on the same stream.
-            workspace = empty((call.workspace_size,), None, self._torch.uint8)
-            call.workspace = workspace.data_ptr()
-        call.num_threads = num_threads
-        lib = library.load()
-        status = lib.dsa_tvm_run_objects(frame.pointer)
+            workspace = empty((frame.call.workspace_size,), None, self._torch.uint8)
+            frame.call.workspace = workspace.data_ptr()
+        frame.call.num_threads = num_threads
+        status = self._run(frame.pointer)
         self._unused.append(frame)
         if status:
-            library.raise_error(lib, status)
+            library.raise_error(library.load(), status)
         if out is not None:
             note_written(out)
         return results
@@ -206,6 +222,7 @@ class Caller:
         if self._python is None or not hasattr(lib, "dsa_tvm_prepare_objects"):  # a library of an earlier version
             return None
         prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        self._run = lib.dsa_tvm_run_objects
         self._prepare = prototype(("dsa_tvm_prepare_objects", lib))
         return _Frame(self._spec, lib, self._python)
 
@@ -216,15 +233,6 @@ class Caller:
             device, empty = self._torch.device("cuda", number), self._torch.empty
             known = self._gpus[number] = lambda shape, _, dtype: empty(*shape, dtype=dtype, device=device)
         return known
-
-    def _make(self, frame: _Frame, inputs: Sequence[Any], empty: _Empty) -> tuple[Any, ...]:
-        """Outputs, whose addresses are written into the frame."""
-        made = []
-        for part, address, dtype in self._outputs:
-            x = empty(part(frame.shapes), part(frame.strides), dtype or inputs[0].dtype)
-            frame.tensors[address] = x.data_ptr()
-            made.append(x)
-        return tuple(made)
 
 
 def _empty_on_cpu(torch: Any) -> _Empty:
@@ -240,20 +248,6 @@ def _empty_on_cpu(torch: Any) -> _Empty:
     except (AttributeError, TypeError, RuntimeError):
         pass
     return lambda shape, _, dtype: empty(*shape, dtype=dtype, device=cpu)
-
-
-def _write(frame: _Frame, places: Sequence[tuple[int, Any]], attrs: Sequence[Any]) -> bool:
-    """Write the attributes into a frame, if they are plain numbers and not out of any range."""
-    for value, (i, kind) in zip(attrs, places):  # noqa: B905 (they are equally long)
-        if type(value) is not kind:
-            return False
-        if kind is float:
-            frame.floats[i] = value
-        elif 0 < value <= LARGEST_ATTRIBUTE:
-            frame.integers[i] = value
-        else:
-            return False
-    return True
 
 
 def given(torch: Any) -> _IsPlain:

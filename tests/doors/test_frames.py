@@ -288,10 +288,9 @@ def test_a_torch_call_enters_the_library_twice(monkeypatch, torch):
     monkeypatch.setattr(frames, "_callers", {})
     dsa_tvm.topk(logits, n * 0, n, 9)
     (caller,) = frames._callers.values()
-    entered, prepare, lib = [], caller._prepare, calls.library.load()
-    run = lib.dsa_tvm_run_objects
+    entered, prepare, run, lib = [], caller._prepare, caller._run, calls.library.load()
     monkeypatch.setattr(caller, "_prepare", lambda *given: entered.append("prepare") or prepare(*given))
-    monkeypatch.setattr(lib, "dsa_tvm_run_objects", lambda *given: entered.append("run") or run(*given))
+    monkeypatch.setattr(caller, "_run", lambda *given: entered.append("run") or run(*given))
     for name in ("dsa_tvm_call", "dsa_tvm_output_shapes", "dsa_tvm_workspace_size", "dsa_tvm_prepare", "dsa_tvm_run"):
         monkeypatch.setattr(lib, name, None)
     dsa_tvm.topk(logits, n * 0, n, 9)

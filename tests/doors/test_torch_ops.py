@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 
@@ -289,6 +290,15 @@ def test_a_plain_call_takes_the_short_way(name, grad, monkeypatch):
     monkeypatch.setattr(frames, "call", lambda *_: None)
     expected, same_kinds = run()
     assert equal(found, expected) and kinds == same_kinds
+
+
+def test_attributes_in_any_order():
+    """By keyword, where one that is taken for another would be refused, or give another result."""
+    args = arguments("dsa_attention", "cpu")
+    kwargs = {"topk": 16, "sm_scale": 0.1, "d_v": 512}
+    expected = OPERATORS.dsa_attention(*args, **kwargs)
+    for order in itertools.permutations(kwargs):
+        assert equal(OPERATORS.dsa_attention(*args, **{name: kwargs[name] for name in order}), expected)
 
 
 def test_what_is_not_plain_takes_the_long_way(monkeypatch):
