@@ -49,10 +49,12 @@ def is_known(state: os.stat_result, digest: str) -> bool:
 
 
 def remember(state: os.stat_result, digest: str) -> None:
-    """Record that a file has this digest. `state` is from before it was read."""
+    """Record that a file has this digest, unless it has just been changed. `state` is from before it was read."""
+    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) <= _SETTLED_NS:
+        return
     key = _key(state, digest)
     _here.add(key)
     # There may be no memory left, or no folder.
     with contextlib.suppress(OSError):
-        if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED_NS and (folder := _folder()):
+        if folder := _folder():
             (folder / key).touch(mode=0o600)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dsa_tvm.runtime import library, verified
+from dsa_tvm.runtime import library, loading, verified
 
 COUNT = """
 import sys
@@ -127,3 +127,19 @@ def test_this_process_remembers_without_a_folder(copy, monkeypatch):
     time.sleep(0.02)
     os.utime(copy)
     assert not verified.is_known(copy.stat(), "a")
+
+
+def test_a_file_that_was_just_written_is_not_remembered(copy, monkeypatch):
+    """Not in this process either: within a tick of the file system's clock it may change and keep its times."""
+    monkeypatch.setattr(verified, "_SETTLED_NS", 10**18)
+    monkeypatch.setattr(verified, "_here", set())
+    hashed = []
+    real = loading.sha256
+    monkeypatch.setattr(loading, "sha256", lambda descriptor: hashed.append(1) or real(descriptor))
+    for n in (1, 2):
+        library.verify(copy)
+        assert len(hashed) == n
+    monkeypatch.setattr(verified, "_SETTLED_NS", -1)
+    library.verify(copy)
+    library.verify(copy)
+    assert len(hashed) == 3
