@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from dsa_tvm.schedules import CPU, space
+from dsa_tvm.schedules import CPU, CpuSpace, cpu_variants, space
 
 from dsa_tvm import presets, records
+from dsa_tvm.build import objects, plan
 from dsa_tvm.build.candidates import Linker, compile_kernel
 from dsa_tvm.ops import OPS
-from dsa_tvm.records.selection import cpu
 from dsa_tvm.runtime import library
 from dsa_tvm.tuning import measure
 from dsa_tvm.tuning.problem import Problem
@@ -34,9 +34,14 @@ def runs(target):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
 
 
+def rows_of(target, op):
+    """What a library is built with, by element types."""
+    return plan.make([target], READ, presets.get(presets.DEFAULT), print)[target][op]
+
+
 @pytest.fixture(
     scope="module",
-    params=[(target, op, variant) for target, op in PLACES for variant in OPS[op].variants],
+    params=[(target, op, v) for target, op in PLACES for v in cpu_variants(op, target) if v in OPS[op].variants],
     ids=lambda x: "-".join((*x[:2], *x[2].values())),
 )
 def place(request, tmp_path_factory):
@@ -61,14 +66,13 @@ def test_replay(place):
     target, op, variant, default, linker, directory = place
     types = tuple(variant.values())
     mine = [r for r in READ if (r.target, r.op) == (target, op)]
-    rows = cpu.choose(op, mine, vars(CPU[op].DEFAULT[target]), vars(presets.get("deepseek-v3.2")))
-    held = [row.decisions for row in rows]
+    held = [row.decisions for row in rows_of(target, op)[types]]
     task = Task(op, target, presets.get("deepseek-v3.2"), 5, 3001, types)
     work = irregular(task)
     problem = Problem.of(work, variant, range(work.lengths["s_q"]))
     replayed = [r.decisions for r in mine if r.types == types or r.decisions in held]
     for i, decisions in enumerate({tuple(sorted(d.items())): d for d in replayed}.values()):
-        chosen = space.kernel_decisions(CPU[op], decisions)
+        chosen = space.kernel_decisions(CpuSpace(CPU[op], variant, target), decisions)
         candidate = directory / f"{i}.o"
         compile_kernel(op, variant, target, chosen, "candidate", candidate)
         path = directory / f"{i}.so"
@@ -84,11 +88,9 @@ def test_installed_library_uses_them(target, op):
     manifest = library.verify(library.default_path())
     if target not in manifest["kernels"]:
         pytest.skip(f"the library has no kernels for {target}")
-    finals = [r for r in READ if r.target == target]
-    default = vars(CPU[op].DEFAULT[target])
-    lengths = vars(presets.get("deepseek-v3.2"))
     expected = [
         {"s_q": row.s_q_max, "s_kv": row.s_kv_max, "decisions": dict(row.decisions)}
-        for row in cpu.choose(op, finals, default, lengths)
+        for rows, _ in objects.shared(rows_of(target, op))
+        for row in rows
     ]
     assert manifest["kernels"][target][op] == expected
