@@ -75,10 +75,10 @@ def lightning_indexer(
 
     Notes
     -----
-    Products are summed in float32. A CPU with AVX512-BF16 (`active_target` is then ``x86-64-v4-bf16``) multiplies
-    bfloat16, fp8 and int8 with its bf16 dot products. These products are exact and their sums are as precise as those
-    of float32, but subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in float32,
-    except that a sum that overflows on the way may overflow at another of its terms.
+    Products are summed in float32. A CPU with AVX512-BF16 or AMX (`active_target` is then ``x86-64-v4-bf16`` or
+    ``x86-64-v4-amx``) multiplies bfloat16 and fp8 with its bf16 products. These products are exact and their sums are
+    as precise as those of float32, but subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN
+    are as in float32, except that a sum that overflows on the way may overflow at another of its terms.
 
     Raises
     ------
@@ -235,11 +235,11 @@ def sparse_mla(
 
     Notes
     -----
-    Products are summed in float32. A CPU with AVX512-BF16 (`active_target` is then ``x86-64-v4-bf16``) multiplies
-    bfloat16 by its bf16 dot products. The products of q and kv are exact, and `sm_scale` multiplies their sum, which
-    has to be in the range of float32. A weight is the sum of two bfloat16, so that out is as precise as in float32.
-    Subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in float32, but where a sum
-    overflows on the way, its parts may overflow in another order.
+    Products are summed in float32. A CPU with AVX512-BF16 or AMX (`active_target` is then ``x86-64-v4-bf16`` or
+    ``x86-64-v4-amx``) multiplies bfloat16 by its bf16 products. The products of q and kv are exact, and `sm_scale`
+    multiplies their sum, which has to be in the range of float32. A weight is the sum of two bfloat16, so that out is
+    as precise as in float32. Subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in
+    float32, but where a sum overflows on the way, its parts may overflow in another order.
 
     Raises
     ------

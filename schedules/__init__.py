@@ -45,6 +45,12 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
         "mcpu": "x86-64-v4",
         "mattr": ["+avx512vnni", "+avx512bf16"],
     },
+    "x86-64-v4-amx": {
+        "kind": "llvm",
+        "mtriple": "x86_64-linux-gnu",
+        "mcpu": "x86-64-v4",
+        "mattr": ["+avx512vnni", "+avx512bf16", "+amx-tile", "+amx-bf16", "+amx-int8"],
+    },
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
     "aarch64-dotprod": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+dotprod"]},
 }
@@ -58,6 +64,7 @@ BASES: Mapping[str, str] = {
     "x86-64-v3-vnni": "x86-64-v3",
     "x86-64-v4-vnni": "x86-64-v4",
     "x86-64-v4-bf16": "x86-64-v4-vnni",
+    "x86-64-v4-amx": "x86-64-v4-bf16",
     "aarch64-dotprod": "aarch64",
 }
 
@@ -66,6 +73,7 @@ DOTS: Mapping[str, str] = {
     "x86-64-v3-vnni": products.INT8X8,
     "x86-64-v4-vnni": products.INT8X16,
     "x86-64-v4-bf16": products.BF16X16,
+    "x86-64-v4-amx": products.AMX,
     "aarch64-dotprod": products.INT8X4,
 }
 

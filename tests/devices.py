@@ -22,12 +22,12 @@ needs_inductor = pytest.mark.skipif(
 
 def dots_of_bf16(device: str) -> bool:
     """Whether the CPU's bf16 dot products are used, which treat subnormal numbers as 0."""
-    return device == "cpu" and dsa_tvm.active_target().endswith("-bf16")
+    return device == "cpu" and dsa_tvm.active_target().endswith(("-bf16", "-amx"))
 
 
 def dots_of_8_bits(name: str) -> bool:
     """Whether a CPU multiplies this type of 8 bits by dot products, whose sums over the heads have another order."""
-    targets = ("-bf16", "-vnni") if name == "int8" else "-bf16"
+    targets = ("-amx", "-bf16", "-vnni") if name == "int8" else ("-amx", "-bf16")
     return dsa_tvm.active_target().endswith(targets)
 
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 #: The default targets of a library, by machine.
 DEFAULT_TARGETS = {
-    "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v3-vnni", "x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-bf16"),
+    "x86_64": (
+        *("x86-64-v2", "x86-64-v3", "x86-64-v3-vnni"),
+        *("x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-bf16", "x86-64-v4-amx"),
+    ),
     "aarch64": ("aarch64", "aarch64-dotprod"),
 }
 #: The dimensions for which a library serves a list of values.

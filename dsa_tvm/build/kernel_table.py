@@ -57,7 +57,11 @@ def _needs(target: str) -> str:
     x86 = machine["mtriple"].startswith("x86_64")
     level = machine["mcpu"].removeprefix("x86-64-v") if x86 else "0"
     # Every aarch64 CPU has NEON.
-    named = [feature.removeprefix("+").upper() for feature in machine.get("mattr", ()) if feature != "+neon"]
+    named = [
+        feature.removeprefix("+").upper().replace("-", "_")
+        for feature in machine.get("mattr", ())
+        if feature != "+neon"
+    ]
     features = [f"{'X86' if x86 else 'ARM'}_{name}" for name in named]
     return f"{level}, {' | '.join(features) or '0'}"
 

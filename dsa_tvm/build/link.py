@@ -18,7 +18,7 @@ from ..runtime.library import LIBRARY_NAME
 #: The files that check and run a call.
 CORE = (
     *("common/check.c", "common/device.c", "common/error.c"),
-    *("cpu/ceilings.c", "cpu/cpus.c", "cpu/kernels.c", "cpu/operators.c", "cpu/rows.c", "cpu/stages.c"),
+    *("cpu/ceilings.c", "cpu/cpus.c", "cpu/kernels.c", "cpu/operators.c", "cpu/rows.c", "cpu/runs.c", "cpu/stages.c"),
     "cpu/threads.c",
 )
 DOOR = ("common/api.c", "common/choose.c", "python/objects.c")

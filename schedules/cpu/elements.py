@@ -28,6 +28,7 @@ VECTOR = {
     "x86-64-v4": 16,
     "x86-64-v4-vnni": 16,
     "x86-64-v4-bf16": 16,
+    "x86-64-v4-amx": 16,
     "aarch64": 4,
     "aarch64-dotprod": 4,
 }

@@ -76,6 +76,8 @@ DEFAULT = {
     # than those of 12 x 32. bf16 keys are read in place.
     "x86-64-v4-vnni": Decisions(tile_keys=8, heads=32, block_keys=48, in_place=0, unroll_d=8, **_COMMON),
     "x86-64-v4-bf16": Decisions(tile_keys=8, heads=32, block_keys=48, in_place=1, unroll_d=4, **_COMMON),
+    # Not measured: two tiles by two, which need as many loads as products, and blocks that are read in place.
+    "x86-64-v4-amx": Decisions(tile_keys=32, heads=32, block_keys=32, in_place=1, unroll_d=1, **_COMMON),
     "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
     "aarch64-dotprod": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
 }
@@ -89,8 +91,12 @@ def takes(variant: Mapping[str, str], dots: str) -> bool:
 def check_dots(c: Decisions, dots: str | None) -> None:
     """Raise ValueError for decisions that a kernel with these dot products cannot have; None stands for float32."""
     Products = products_of(dots)
-    if c.heads % Products.lanes or STEP // Products.entries % c.unroll_d:
+    if c.heads % Products.lanes or STEP // Products.entries % c.unroll_d or not Products.check(c):
         raise ValueError(f"lightning_indexer: decisions that do not divide for {dots} dot products: {c}")
+
+
+#: What AMX takes instead of register tiles.
+_TILES = {"tile_keys": (16, 32, 48, 64, 96), "heads": (16, 32, 48), "block_keys": (32, 64, 96, 192, 384)}
 
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
@@ -107,7 +113,7 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
         "task_keys": (1536, 3072, 6144, 12288, 49152),
         "min_keys": (64, 256, 1024, 4096),
         "tasks_per_thread": (1, 2, 4, 8),
-    }
+    } | (_TILES if target == "x86-64-v4-amx" else {})
 
 
 @T.meta_class
@@ -129,9 +135,7 @@ class _Tiles:
                 for j in T.unroll(acc.shape[0]):
                     for h in T.vectorized(acc.shape[1]):
                         self.long[j, h] = T.if_then_else(part == 1, acc[j, h], self.long[j, h] + acc[j, h])
-            for j in T.unroll(acc.shape[0]):
-                for h in T.vectorized(acc.shape[1]):
-                    acc[j, h] = self.products.start(i, hb, h0 + h)
+            self.products.start(acc, i, hb, h0)
             if t < in_place:
                 self.products.add(acc, self.in_place, start + t * acc.shape[0], self.queries, i, hb, h0, part)
             else:
@@ -178,7 +182,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
         tirx.Var(n, "int64") for n in ("s_q", "s_kv", "h_idx", "d_idx", "s_out", "s_scale")
     )
     blocks = (h_idx + HV - 1) // HV
-    Products = products_of(dots)
+    Products = products_of(dots, q_type)
     LANES = Products.lanes
     # A model may have fewer heads than a tile. They take a tile of half the width, and smaller ones of a vector.
     NARROW = 16 if HV > 16 and HV % 16 == 0 else LANES
@@ -238,6 +242,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                 if KS[m0 + i] < KE[m0 + i]:
                     span[0] = T.min(span[0], T.Cast("int64", KS[m0 + i]))
                     span[1] = T.max(span[1], T.Cast("int64", KE[m0 + i]))
+            products.begin()
             for b in T.serial((n1 - n0 + BK - 1) // BK):
                 start: T.let = n0 + b * BK
                 stop: T.let = T.min(start + BK, n1)
@@ -296,5 +301,6 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                     else:
                         for j in T.serial(stop - start):
                             OUT[row0 + i, start + j] = -T.infinity("float32")
+            products.end()
 
     return Products.completed(lightning_indexer)

@@ -1,7 +1,7 @@
-"""How the CPU sparse attention multiplies: in f32, or with the bf16 dot products of AVX512-BF16.
+"""How the CPU sparse attention multiplies: in f32, or in bf16 with the products of AVX512-BF16 or AMX.
 
-`products_of` picks the class. Both own the packed queries, keys and values of a task. They add the products of a
-register tile to its accumulators, which are f32 in either case.
+`products_of` picks the class. Each owns the packed queries, keys and values of a task. They add the products of a
+register tile to its accumulators, which are f32 in any case.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
+from . import amx
 from .elements import CHAIN, STEP, f32_bits, narrow, widen
-from .products import BF16X16, bf16_dot, bf16_twice, with_bf16_dot
+from .products import AMX, BF16X16, bf16_dot, bf16_twice, with_bf16_dot, with_ir
 
 #: The half of an f32 that is a bf16.
 _UPPER = 0xFFFF0000
@@ -20,7 +21,7 @@ _UPPER = 0xFFFF0000
 
 def products_of(dots: str | None):
     """The class that multiplies with the dot products of this name, or in f32."""
-    return {None: FloatProducts, BF16X16: Bf16Products}[dots]
+    return {None: FloatProducts, BF16X16: Bf16Products, AMX: AmxProducts}[dots]
 
 
 @T.meta_class
@@ -75,6 +76,25 @@ class FloatProducts:
         for d in T.serial(self.d_qk // STEP):
             for l in T.vectorized(STEP):
                 self.keys[at, d * STEP + l] = T.float32(0)
+
+    @T.inline
+    def begin(self):
+        """Before the first product of a task."""
+
+    @T.inline
+    def end(self):
+        """After its last product."""
+
+    @T.inline
+    def start(self, sums):
+        """What the sums of a tile begin with."""
+        for r in T.unroll(sums.shape[0]):
+            for l in T.vectorized(sums.shape[1]):
+                sums[r, l] = T.float32(0)
+
+    @T.inline
+    def put_values(self, keys):
+        """Make the values of the block's keys ready, for all heads."""
 
     @T.inline
     def put_weights(self, weights, keys, heads):
@@ -201,3 +221,116 @@ class Bf16Products(FloatProducts):
                         self.weights[j, head + r],
                         bf16_twice(self.keys[j, T.Ramp(value + 16 * g, 1, 16)]),
                     )
+
+
+@T.meta_class
+class AmxProducts(Bf16Products):
+    """Tiles of bf16.
+
+    Scores are those of 16 keys by 16 heads, and take 32 elements at a time. Queries are packed as for `Bf16Products`.
+    Outputs are those of 16 heads by 16 values. They take pairs of keys, whose weights are two bf16 here too: first the
+    products of the upper ones of 32 keys, then those of what is left.
+    """
+
+    @staticmethod
+    def check(c: Any) -> None:
+        """Raise ValueError for decisions that tiles cannot have."""
+        # A step of the output takes the keys of two tiles.
+        whole = amx.takes(c.tile_keys, c.heads) and amx.takes(c.tile_heads, c.values)
+        if not whole or c.tile_keys % (2 * amx.ROWS):
+            raise ValueError(f"sparse_mla: decisions that do not divide for tiles: {c}")
+
+    @staticmethod
+    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return with_ir(kernel, amx.ir_of(kernel))
+
+    def __init__(self, c, dtype: str, heads, widths) -> None:
+        self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
+        self.h0, self.h1 = heads
+        self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
+        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 2, c.heads), "uint32")
+        self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
+        # Of pairs of keys.
+        self.values = T.sblock_alloc_buffer((c.block_keys // 2, self.d_v), "uint32")
+        self.pairs = T.sblock_alloc_buffer((2, 16, 16), "uint32")
+        self.weights = T.sblock_alloc_buffer((2, c.heads, c.block_keys // 2), "uint32")
+
+    @T.inline
+    def begin(self):
+        # TVM makes a buffer as small as what is indexed of it, and addresses that are passed on tell only a beginning.
+        for i, h, j in T.grid(2, self.c.heads, self.c.block_keys // 32):
+            for l in T.vectorized(16):
+                self.weights[i, h, j * 16 + l] = T.uint32(0)
+        T.evaluate(amx.begin())
+
+    @T.inline
+    def end(self):
+        T.evaluate(amx.end())
+
+    @T.inline
+    def start(self, sums):
+        """Nothing: products set the sums."""
+
+    @T.inline
+    def put_values(self, keys):
+        # Rows up to a multiple of a tile's keys are zeros already.
+        for j in T.serial((keys + 31) // 32 * 16):
+            for d in T.serial(self.d_v // 16):
+                for l in T.vectorized(16):
+                    self.values[j, d * 16 + l] = T.Cast("uint32", self.keys[2 * j, d * 16 + l]) | (
+                        T.Cast("uint32", self.keys[2 * j + 1, d * 16 + l]) << T.uint32(16)
+                    )
+
+    @T.inline
+    def put_weights(self, weights, keys, heads):
+        for j in T.serial((keys + 31) // 32 * 32 - keys):
+            for h in T.vectorized(heads):
+                weights[keys + j, h] = T.float32(0)
+        for b, g in T.grid((keys + 31) // 32, heads // 16):
+            for j in T.serial(16):
+                for h in T.vectorized(16):
+                    self.pairs[0, j, h] = (
+                        T.reinterpret("uint32", weights[b * 32 + 2 * j, g * 16 + h]) >> T.uint32(16)
+                    ) | (T.reinterpret("uint32", weights[b * 32 + 2 * j + 1, g * 16 + h]) & T.uint32(_UPPER))
+                for h in T.vectorized(16):
+                    self.pairs[1, j, h] = (self.rest(weights[b * 32 + 2 * j, g * 16 + h]) >> T.uint32(16)) | (
+                        self.rest(weights[b * 32 + 2 * j + 1, g * 16 + h]) & T.uint32(_UPPER)
+                    )
+            for i in T.serial(2):
+                T.evaluate(
+                    amx.transpose(
+                        T.address_of(self.weights[i, g * 16, b * 16]),
+                        2 * self.c.block_keys,
+                        T.address_of(self.pairs[i, 0, 0]),
+                    )
+                )
+
+    @T.inline
+    def add_scores(self, acc, hb, first, part):
+        T.evaluate(
+            amx.product(
+                "bfloat16",
+                acc,
+                T.address_of(self.keys[first, part * CHAIN]),
+                2 * self.d_qk,
+                T.address_of(self.queries[hb, part * (CHAIN // 2), 0]),
+                4 * self.c.heads,
+                amx.steps(part * CHAIN, T.min((part + 1) * CHAIN, self.d_qk), 2),
+            )
+        )
+
+    @T.inline
+    def add_values(self, tile, weights, keys, head, value):
+        T.evaluate(
+            amx.product(
+                "bfloat16",
+                tile,
+                T.address_of(self.weights[0, head, 0]),
+                2 * self.c.block_keys,
+                T.address_of(self.values[0, value]),
+                4 * self.d_v,
+                (keys + 31) // 32,
+                lefts=2,
+                part=2 * self.c.block_keys * self.c.heads,
+            )
+        )

@@ -6,18 +6,24 @@ its accumulators.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm import tirx
 from tvm.ir import StringImm
 from tvm.script import tirx as T
 
+from . import amx
 from .elements import CHAIN, STEP, widen
 
 #: The dot products that a target may have (AVX512-BF16, AVX512-VNNI, AVX-VNNI, and those of Armv8.2), by what they
 #: multiply and how many sums a vector holds.
 BF16X16, INT8X16, INT8X8, INT8X4 = "bf16x16", "int8x16", "int8x8", "int8x4"
+#: The tile products of AMX, of bf16 and of int8.
+AMX = "amx"
 
 #: The element types that they multiply exactly. All numbers of fp8 are normal numbers of bf16.
 EXACT = {BF16X16: ("bfloat16", "float8_e4m3fn")} | dict.fromkeys((INT8X16, INT8X8, INT8X4), ("int8",))
+EXACT[AMX] = (*EXACT[BF16X16], "int8")
 
 #: Products of two bf16 vectors, two for each of 16 sums. TVM's legalization of bf16 changes the types of
 #: such arguments, so LLVM's intrinsic is called from a function of its own, which is always inlined.
@@ -77,15 +83,22 @@ def bf16_twice(numbers):
 
 def with_bf16_dot(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     """The kernel with the functions that `bf16_dot` and `bf16_twice` call."""
-    return _with_ir(kernel, _BF16_DOT_IR)
+    return with_ir(kernel, _BF16_DOT_IR)
 
 
-def _with_ir(kernel: tirx.PrimFunc, ir: str) -> tirx.PrimFunc:
+def with_ir(kernel: tirx.PrimFunc, ir: str) -> tirx.PrimFunc:
+    """The kernel with functions in LLVM's IR."""
     return kernel.with_body(tirx.AttrStmt(0, "pragma_import_llvm", StringImm(ir), kernel.body))
 
 
-def products_of(dots: str | None):
-    """The class that multiplies with the dot products of this name, or in f32."""
+def products_of(dots: str | None, dtype: str = "bfloat16"):
+    """The class that multiplies with the dot products of this name, or in f32.
+
+    Queries are of element type `dtype`. It matters only where one name stands for the products of several types, whose
+    classes take the same decisions.
+    """
+    if dots == AMX:
+        return AmxInt8Products if dtype == "int8" else AmxBf16Products
     return {
         None: FloatProducts,
         BF16X16: Bf16Products,
@@ -128,6 +141,11 @@ class FloatProducts:
     entries = 1
 
     @staticmethod
+    def check(c: Any) -> bool:
+        """Whether it takes these decisions."""
+        return True
+
+    @staticmethod
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
         """The kernel with what its products need."""
         return kernel
@@ -155,9 +173,20 @@ class FloatProducts:
     def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.types, self.tile, self.d_idx = queries, keys, types, tile, d_idx
 
-    def start(self, i, hb, h):
-        """What the sum of a query's head begins with."""
-        return T.float32(0)
+    @T.inline
+    def begin(self):
+        """Before the first product of a task."""
+
+    @T.inline
+    def end(self):
+        """After its last product."""
+
+    @T.inline
+    def start(self, acc, i, hb, h0):
+        """Set the sums of heads from h0 on to what they begin with."""
+        for j in T.unroll(acc.shape[0]):
+            for h in T.vectorized(acc.shape[1]):
+                acc[j, h] = T.float32(0)
 
     def score(self, total):
         """max(sum, 0) as f32, but NaN stays NaN."""
@@ -272,9 +301,13 @@ class _Int8Products:
     lanes: int
     flip: int
 
+    @staticmethod
+    def check(c: Any) -> bool:
+        return True
+
     @classmethod
     def completed(cls, kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-        return _with_ir(kernel, _int8_dot_ir(cls.lanes))
+        return with_ir(kernel, _int8_dot_ir(cls.lanes))
 
     @staticmethod
     def reads_in_place(key_type: str) -> bool:
@@ -296,8 +329,19 @@ class _Int8Products:
         self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
         self.offsets = T.sblock_alloc_buffer((*tasks, tile[1]), "int32")
 
-    def start(self, i, hb, h):
-        return self.offsets[i, hb, h]
+    @T.inline
+    def begin(self):
+        pass
+
+    @T.inline
+    def end(self):
+        pass
+
+    @T.inline
+    def start(self, acc, i, hb, h0):
+        for j in T.unroll(acc.shape[0]):
+            for h in T.vectorized(acc.shape[1]):
+                acc[j, h] = self.offsets[i, hb, h0 + h]
 
     def score(self, total):
         return T.Cast("float32", T.max(total, T.int32(0)))
@@ -368,3 +412,124 @@ class Int8Products4(_Int8Products):
     """With the dot products of Armv8.2, whose bytes are all signed: the sum of 0 times the queries is 0."""
 
     lanes, flip = 4, 0
+
+
+@T.meta_class
+class AmxBf16Products(Bf16Products):
+    """Tiles of 16 keys by 16 heads and 32 entries. Packed queries are pairs of 16 heads' bf16 already, as tiles are.
+
+    A step's 16 products of even entries are summed from zero, and so are those of odd ones. What `Bf16Products` says of
+    subnormal numbers and of rounding holds.
+    """
+
+    @staticmethod
+    def check(c: Any) -> bool:
+        return amx.takes(c.tile_keys, c.heads)
+
+    @staticmethod
+    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return with_ir(kernel, amx.ir_of(kernel))
+
+    @T.inline
+    def begin(self):
+        T.evaluate(amx.begin())
+
+    @T.inline
+    def end(self):
+        T.evaluate(amx.end())
+
+    @T.inline
+    def start(self, acc, i, hb, h0):
+        """Nothing: `add` sets the sums."""
+
+    @T.inline
+    def add(self, acc, keys, first, queries, i, hb, h0, part):
+        T.evaluate(
+            amx.product(
+                "bfloat16",
+                acc,
+                T.address_of(keys[first, part * CHAIN]),
+                2 * self.d_idx,
+                T.address_of(queries[i, hb, part * (CHAIN // 2), 2 * h0]),
+                4 * self.tile[1],
+                amx.steps(part * CHAIN, T.min((part + 1) * CHAIN, self.d_idx), 2),
+            )
+        )
+
+
+@T.meta_class
+class AmxInt8Products(_Int8Products):
+    """Tiles of 16 keys by 16 heads and 64 entries, all signed. Keys and queries end with zeros where d_idx ends within
+    64 entries.
+    """
+
+    lanes, flip = 16, 0
+
+    @staticmethod
+    def check(c: Any) -> bool:
+        return amx.takes(c.tile_keys, c.heads)
+
+    @staticmethod
+    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return with_ir(kernel, amx.ir_of(kernel))
+
+    @staticmethod
+    def query_shape(rows, blocks, d_idx, heads):
+        return rows, blocks, (d_idx + 63) // 64 * 16, heads
+
+    @staticmethod
+    def key_width(d_idx):
+        return (d_idx + 63) // 64 * 16
+
+    def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
+        self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
+
+    @T.inline
+    def begin(self):
+        T.evaluate(amx.begin())
+
+    @T.inline
+    def end(self):
+        T.evaluate(amx.end())
+
+    @T.inline
+    def start(self, acc, i, hb, h0):
+        """Nothing: `add` sets the sums."""
+
+    @T.inline
+    def put_queries(self, packed, m0, rows, blocks, h_idx):
+        for i, hb, d, h in T.grid(rows, blocks, (self.d_idx + 63) // 64 * 16, self.tile[1]):
+            if hb * self.tile[1] + h < h_idx and d < self.d_idx // 4:
+                packed[i, hb, d, h] = T.reinterpret(
+                    "uint32", self.queries[m0 + i, hb * self.tile[1] + h, T.Ramp(4 * d, 1, 4)]
+                )
+            else:
+                packed[i, hb, d, h] = T.uint32(0)
+
+    @T.inline
+    def put_key(self, row, packed, at):
+        for d in T.serial(self.d_idx // STEP):
+            packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.reinterpret(
+                f"uint32x{STEP // 4}", self.keys[row, T.Ramp(d * STEP, 1, STEP)]
+            )
+        if self.d_idx % 64 > 0:
+            packed[at, T.Ramp(self.d_idx // 4, 1, STEP // 4)] = T.Broadcast(T.uint32(0), STEP // 4)
+
+    @T.inline
+    def put_nothing(self, packed, at):
+        for d in T.serial((self.d_idx + 63) // 64 * 2):
+            packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.Broadcast(T.uint32(0), STEP // 4)
+
+    @T.inline
+    def add(self, acc, keys, first, queries, i, hb, h0, part):
+        T.evaluate(
+            amx.product(
+                "int8",
+                acc,
+                T.address_of(keys[first, 0]),
+                (self.d_idx + 63) // 64 * 64,
+                T.address_of(queries[i, hb, 0, h0]),
+                4 * self.tile[1],
+                amx.steps(0, self.d_idx, 1),
+            )
+        )

@@ -24,7 +24,7 @@ from .elements import CHAIN, STEP, VECTOR, is_nan
 from .exponential import exp_nonpositive
 from .mla_products import products_of
 from .mla_rows import prefetch_rows, rows_of
-from .products import BF16X16
+from .products import AMX, BF16X16
 
 #: The sums of 4096 keys are chains of 4096 / block_keys additions of sums of block_keys: both have to be short.
 _LEAST_KEYS = 32
@@ -77,18 +77,32 @@ DEFAULT = {
     "x86-64-v4-bf16": Decisions(
         block_keys=96, tile_keys=8, heads=32, tile_heads=8, values=32, unroll_d=8, task_heads=128
     ),
+    # Not measured: two tiles by two, which need as many loads as products.
+    "x86-64-v4-amx": Decisions(
+        block_keys=96, tile_keys=32, heads=32, tile_heads=32, values=32, unroll_d=1, task_heads=128
+    ),
     "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
 }
 
 
 def takes(variant: Mapping[str, str], dots: str) -> bool:
     """Whether these element types have a kernel with the dot products of this name. Packed rows stand for bf16."""
-    return dots == BF16X16 and variant["T"] == "bfloat16"
+    return dots in (AMX, BF16X16) and variant["T"] == "bfloat16"
 
 
 def check_dots(c: Decisions, dots: str | None) -> None:
     """Raise ValueError for decisions that a kernel with these dot products cannot have; None stands for float32."""
     products_of(dots).check(c)
+
+
+#: What AMX takes instead of register tiles.
+_TILES = {
+    "block_keys": (64, 96, 128, 192),
+    "tile_keys": (32, 64, 96),
+    "heads": (16, 32),
+    "tile_heads": (16, 32),
+    "values": (16, 32),
+}
 
 
 def choices(target: str) -> dict[str, tuple[int, ...]]:
@@ -102,7 +116,7 @@ def choices(target: str) -> dict[str, tuple[int, ...]]:
         "values": tuple(n for n in (8, 16, 32, 64) if floats <= n <= 4 * floats),
         "unroll_d": (1, 2, 4, 8, 16),
         "task_heads": (16, 32, 64, 128),
-    }
+    } | (_TILES if target == "x86-64-v4-amx" else {})
 
 
 @T.meta_class
@@ -116,9 +130,7 @@ class _Scores:
     def run(self, acc, hb, t):
         """Those of tile t, for as many heads as `acc` has, from the first one of block hb on."""
         for part in T.serial((self.products.d_qk + CHAIN - 1) // CHAIN):
-            for j in T.unroll(acc.shape[0]):
-                for h in T.vectorized(acc.shape[1]):
-                    acc[j, h] = T.float32(0)
+            self.products.start(acc)
             self.products.add_scores(acc, hb, t * acc.shape[0], part)
             if part == 0:
                 for j in T.unroll(acc.shape[0]):
@@ -267,6 +279,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             for h, d in T.grid((h1 - h0 + HV - 1) // HV * HV, d_v // STEP):
                 for l in T.vectorized(STEP):
                     sums[h, d * STEP + l] = T.float32(0)
+            products.begin()
             at[0] = T.int64(0)
             seen[0] = T.int64(0)
             while at[0] < length[0]:
@@ -284,6 +297,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                 late: T.let = (BK - BK // TK * EARLY + d_v // PV - 1) // (d_v // PV)
                 for j in T.serial((keys + LONG - 1) // LONG * LONG - keys):
                     products.put_nothing(keys + j)
+                products.put_values(keys)
                 for hb in T.serial((h1 - h0 + HV - 1) // HV):
                     for t in T.serial((keys + TK - 1) // TK):
                         if hb == 0:
@@ -301,15 +315,14 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                             prefetch_rows(rows, INDEX, index_row, at[0] + BK // TK * EARLY + dv * late, late, length[0])
                         for g in T.serial(HV // PH):
                             if h0 + hb * HV + g * PH < h1:
-                                for r in T.unroll(PH):
-                                    for l in T.vectorized(PV):
-                                        tile[r, l] = T.float32(0)
+                                products.start(tile)
                                 products.add_values(tile, score, keys, g * PH, dv * PV)
                                 for r in T.unroll(PH):
                                     for l in T.vectorized(PV):
                                         sums[hb * HV + g * PH + r, dv * PV + l] = (
                                             sums[hb * HV + g * PH + r, dv * PV + l] * fade[g * PH + r] + tile[r, l]
                                         )
+            products.end()
             for h in T.serial(h1 - h0):
                 best: T.let = top[h // HV, h % HV]
                 weight: T.let = total[h // HV, h % HV]

@@ -11,19 +11,23 @@ import pytest
 
 from dsa_tvm.build import kernel_table, link, spec_table
 from dsa_tvm.build.command import DEFAULT_TARGETS
-from dsa_tvm.spec import DIMS
+from dsa_tvm.build.kernel_table import Kernels
+from dsa_tvm.spec import DIMS, INT32_MAX
 
 pytest.importorskip("tvm", reason="the table of targets needs apache-tvm")
+from dsa_tvm.schedules.cpu import lightning_indexer
+
 pytestmark = [
     pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="this machine has no CPUID"),
 ]
 
 #: Words of CPUID and XGETBV in the order of struct x86_features, and the bits of features as Intel's manual has them.
-EBX_7, EAX_7_1, ECX_7 = 1, 4, 5
+EBX_7, XCR0, EAX_7_1, ECX_7, EDX_7 = 1, 3, 4, 5, 6
 AVX_VNNI, AVX512_BF16 = (EAX_7_1, 4), (EAX_7_1, 5)
 AVX512_VNNI = (ECX_7, 11)
 AVX2, AVX512F = (EBX_7, 5), (EBX_7, 16)
+AMX = AMX_BF16, AMX_TILE, AMX_INT8, *AMX_STATE = (EDX_7, 22), (EDX_7, 24), (EDX_7, 25), (XCR0, 17), (XCR0, 18)
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +35,25 @@ def choose(tmp_path_factory):
     """Targets for sets of features that are masked, from all targets of a library by default."""
     work = tmp_path_factory.mktemp("choose")
     spec_table.write(work, DIMS, "0")
-    targets = [(target, {}) for target in reversed(DEFAULT_TARGETS["x86_64"])]
+    # The set of AMX has kernels to try.
+    decisions = lightning_indexer.DEFAULT["x86-64-v4-amx"]
+    tried = {types: "scores" for types in (("bfloat16", "bfloat16"), ("int8", "int8"))}
+    rows = {"x86-64-v4-amx": {"lightning_indexer": [Kernels(INT32_MAX, INT32_MAX, decisions, tried)]}}
+    targets = [(target, rows.get(target, {})) for target in reversed(DEFAULT_TARGETS["x86_64"])]
     (work / "table.c").write_text(kernel_table.source(targets))
-    sources = [Path(__file__).parent.parent / "c" / "choose.c", link.export_directory() / "src" / "common" / "error.c"]
-    link.run(["cc", *link.flags(work), *map(str, sources), f"{work}/table.c", "-lpthread", "-o", f"{work}/choose"])
+    source = link.export_directory() / "src"
+    sources = [Path(__file__).parent.parent / "c" / "choose.c", source / "common" / "error.c", source / "cpu/kernels.c"]
+    sources += [work / "table.c", work / "specs.c"]
+    link.run(["cc", *link.flags(work), *map(str, sources), "-lpthread", "-o", f"{work}/choose"])
 
-    def run(masks, wanted=""):
+    def run(masks, wanted="", tiles=""):
         words = []
         for mask in masks:
-            found = [2**32 - 1] * 6
+            found = [2**32 - 1] * 7
             for word, bit in mask:
                 found[word] &= ~(1 << bit)
             words += map(str, found)
-        environment = os.environ | {"DSA_TVM_TARGET": wanted}
+        environment = os.environ | {"DSA_TVM_TARGET": wanted, "TILES": tiles}
         done = subprocess.run([f"{work}/choose", *words], capture_output=True, check=True, text=True, env=environment)
         return done.stdout.splitlines()
 
@@ -52,7 +62,9 @@ def choose(tmp_path_factory):
 
 def test_the_best_target_that_runs_is_taken(choose):
     expected = {
-        (): "x86-64-v4-bf16",
+        (): "x86-64-v4-amx",
+        **{(bit,): "x86-64-v4-bf16" for bit in AMX},  # Granite Rapids under a hypervisor or a kernel without tiles
+        AMX: "x86-64-v4-bf16",
         (AVX512_BF16,): "x86-64-v4-vnni",  # Cascade Lake, Ice Lake
         (AVX512_VNNI,): "x86-64-v4",  # whatever else it has: bf16 needs both, 512 bits are better than AVX-VNNI
         (AVX512_VNNI, AVX_VNNI, AVX512_BF16): "x86-64-v4",  # Skylake
@@ -60,9 +72,9 @@ def test_the_best_target_that_runs_is_taken(choose):
         (AVX512F, AVX_VNNI): "x86-64-v3",  # Haswell
         (AVX512F, AVX_VNNI, AVX512_VNNI, AVX512_BF16): "x86-64-v3",
         (AVX2,): "x86-64-v2",
-        tuple((word, bit) for word in range(6) for bit in range(32)): (
-            "this CPU runs none of the library's targets (x86-64-v4-bf16, x86-64-v4-vnni, x86-64-v4, x86-64-v3-vnni, "
-            "x86-64-v3, x86-64-v2)"
+        tuple((word, bit) for word in range(7) for bit in range(32)): (
+            "this CPU runs none of the library's targets (x86-64-v4-amx, x86-64-v4-bf16, x86-64-v4-vnni, "
+            "x86-64-v4, x86-64-v3-vnni, x86-64-v3, x86-64-v2)"
         ),
     }
     assert choose(list(expected)) == list(expected.values())
@@ -86,8 +98,19 @@ def test_what_linux_says_of_arm_cpus(tmp_path):
         ("x86-64-v3-vnni", [AVX2, AVX_VNNI]),
         ("x86-64-v4-vnni", [AVX512F, AVX512_VNNI]),
         ("x86-64-v4-bf16", [AVX512F, AVX512_VNNI, AVX512_BF16]),
+        ("x86-64-v4-amx", [AVX512F, AVX512_VNNI, AVX512_BF16, *AMX]),
     ],
 )
 def test_a_target_that_is_asked_for_runs_or_is_refused(target, needed, choose):
     refused = f"DSA_TVM_TARGET: expected a target this CPU runs, got {target}"
     assert choose([(), *((feature,) for feature in needed)], target) == [target, *[refused] * len(needed)]
+
+
+@pytest.mark.parametrize("tiles", ["refused", "wrong", "failing"])
+def test_tiles_are_used_only_where_linux_allows_them_and_they_are_right(tiles, choose):
+    """The program ends itself if a kernel runs before both CPUID and Linux have said yes."""
+    assert choose([()], tiles=tiles) == ["x86-64-v4-bf16"]
+    refused = "DSA_TVM_TARGET: expected a target this CPU runs, got x86-64-v4-amx"
+    assert choose([()], "x86-64-v4-amx", tiles) == [refused]
+    # Nobody asks for them for another target's sake.
+    assert choose([(), AMX], "x86-64-v4-bf16", tiles) == ["x86-64-v4-bf16"] * 2

@@ -30,6 +30,7 @@ DOTS = {
     "x86-64-v4": (),
     "x86-64-v4-vnni": ("int8",),
     "x86-64-v4-bf16": ("bfloat16", "int8"),
+    "x86-64-v4-amx": ("bfloat16", "int8"),
     "aarch64": (),
 }
 

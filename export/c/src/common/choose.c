@@ -4,25 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/arm_features.h"
 #include "common/internal.h"
-#include "common/x86_level.h"
-
-#if defined(__aarch64__)
-#include <sys/auxv.h>
-#endif
-
-static int cpu_runs(const struct kernel_set *set) {
-#if defined(__x86_64__)
-  const struct x86_features features = x86_features_here();
-  return set->level && set->level <= x86_level(&features) && x86_has(x86_dots(&features), set->dots);
-#elif defined(__aarch64__)
-  return !set->level && !(set->dots & ~arm_dots(getauxval(AT_HWCAP)));
-#else
-  (void)set;
-  return 0;
-#endif
-}
 
 static const struct kernel_set *chosen;
 static char refusal[256];
@@ -35,7 +17,7 @@ static void choose(void) {
     size_t used = strlen(built);
     snprintf(built + used, sizeof built - used, used ? ", %s" : "%s", set->target);
     if (chosen || (wanted && *wanted && strcmp(wanted, set->target))) continue;
-    if (cpu_runs(set))
+    if (dsa_cpu_runs(set))
       chosen = set;
     else if (wanted && *wanted)
       snprintf(refusal, sizeof refusal, "DSA_TVM_TARGET: expected a target this CPU runs, got %s", wanted);

@@ -188,6 +188,9 @@ struct kernel_set {
 extern const struct kernel_set dsa_kernel_sets[];
 extern const int dsa_num_kernel_sets;
 
+/* cpu/runs.c: whether this CPU runs a set. If that takes AMX, the process may use tiles from then on. */
+int dsa_cpu_runs(const struct kernel_set *set);
+
 /* choose.c: the kernels for this CPU. NULL, with an error set, if there are none. */
 const struct kernel_set *dsa_kernels(void);
 

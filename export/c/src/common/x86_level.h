@@ -9,7 +9,7 @@ struct x86_features {
   uint32_t ecx_1, ebx_7, ecx_80000001; /* of CPUID's leaves; 0 where there is no such leaf */
   uint32_t xcr0;                       /* the registers that the system saves; 0 without XGETBV */
   uint32_t eax_7_1;                    /* of leaf 7, subleaf 1 */
-  uint32_t ecx_7;
+  uint32_t ecx_7, edx_7;
 };
 
 static inline int x86_has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
@@ -34,11 +34,16 @@ static inline int x86_level(const struct x86_features *f) {
 }
 
 /* The features beside the levels that targets need, as the build names them. */
-enum { X86_AVXVNNI = 1, X86_AVX512VNNI = 2, X86_AVX512BF16 = 4 };
+enum { X86_AVXVNNI = 1, X86_AVX512VNNI = 2, X86_AVX512BF16 = 4, X86_AMX_TILE = 8, X86_AMX_BF16 = 16, X86_AMX_INT8 = 32 };
 
-/* Those of the CPU. They are useful with the registers of levels 3, 4 and 4. */
+/* Those of the CPU. They are useful with the registers of levels 3, 4 and 4, and those of AMX with tiles that the system
+ * saves. */
 static inline unsigned x86_dots(const struct x86_features *f) {
-  return (x86_has(f->eax_7_1, 1 << 4) ? X86_AVXVNNI : 0) | (x86_has(f->ecx_7, 1 << 11) ? X86_AVX512VNNI : 0) |
+  enum { TILES = 1 << 17 | 1 << 18 };
+  const unsigned amx = (x86_has(f->edx_7, 1 << 24) ? X86_AMX_TILE : 0) |
+                       (x86_has(f->edx_7, 1 << 22) ? X86_AMX_BF16 : 0) |
+                       (x86_has(f->edx_7, 1 << 25) ? X86_AMX_INT8 : 0);
+  return (x86_has(f->xcr0, TILES) ? amx : 0) | (x86_has(f->eax_7_1, 1 << 4) ? X86_AVXVNNI : 0) | (x86_has(f->ecx_7, 1 << 11) ? X86_AVX512VNNI : 0) |
          (x86_has(f->eax_7_1, 1 << 5) ? X86_AVX512BF16 : 0);
 }
 
@@ -52,6 +57,7 @@ static inline struct x86_features x86_features_here(void) {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     f.ebx_7 = b;
     f.ecx_7 = c;
+    f.edx_7 = d;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.eax_7_1 = a;
   }
   if (__get_cpuid(0x80000001, &a, &b, &c, &d)) f.ecx_80000001 = c;

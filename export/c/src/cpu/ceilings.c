@@ -68,6 +68,42 @@ FOR("avx2,avxvnni") MULTIPLY_ADDS(int8_avx, i32x8, 12, DOT_INT8_256)
 #else
 #define int8_avx NULL
 #endif
+#if defined(__clang__) || __GNUC__ >= 11
+/* Products of six tiles of sums, which hide the latency of one, by the same two tiles. Only where dsa_cpu_runs has said
+ * that the process may use tiles. */
+static const struct {
+  uint8_t palette, start, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+} all_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+#define TILE_PRODUCTS(name, instruction)                    \
+  static uint64_t name(int64_t steps) {                     \
+    _tile_loadconfig(&all_tiles);                           \
+    _tile_zero(0);                                          \
+    _tile_zero(1);                                          \
+    _tile_zero(2);                                          \
+    _tile_zero(3);                                          \
+    _tile_zero(4);                                          \
+    _tile_zero(5);                                          \
+    _tile_zero(6);                                          \
+    _tile_zero(7);                                          \
+    for (int64_t step = 0; step < steps; step++) {          \
+      instruction(0, 6, 7);                                 \
+      instruction(1, 6, 7);                                 \
+      instruction(2, 6, 7);                                 \
+      instruction(3, 6, 7);                                 \
+      instruction(4, 6, 7);                                 \
+      instruction(5, 6, 7);                                 \
+    }                                                       \
+    _tile_release();                                        \
+    return 0;                                               \
+  }
+FOR("amx-tile,amx-bf16") TILE_PRODUCTS(bf16_amx, _tile_dpbf16ps)
+FOR("amx-tile,amx-int8") TILE_PRODUCTS(int8_amx, _tile_dpbssd)
+#else
+#define bf16_amx NULL
+#define int8_amx NULL
+#endif
 MULTIPLY_ADDS(f32_any, f32x4, 12, F32(f32x4))
 #else
 MULTIPLY_ADDS(f32_any, f32x4, 24, F32(f32x4))
@@ -86,6 +122,7 @@ struct limits {
 
 static const struct limits limits[] = {
 #if defined(__x86_64__)
+    {"x86-64-v4-amx", {{f32_avx512, 24 * 32}, {bf16_amx, 6 * 16384}, {int8_amx, 6 * 32768}}, read_avx512},
     {"x86-64-v4-bf16", {{f32_avx512, 24 * 32}, {bf16_avx512, 24 * 64}, {int8_avx512, 24 * 128}}, read_avx512},
     {"x86-64-v4-vnni", {{f32_avx512, 24 * 32}, {NULL, 0}, {int8_avx512, 24 * 128}}, read_avx512},
     {"x86-64-v4", {{f32_avx512, 24 * 32}}, read_avx512},

@@ -1,5 +1,6 @@
 /* The entry points of a library that is made for measuring. It has one operator, with the default kernels and those of
  * a candidate. TVM's runtime calls it, on this machine or through RPC on another. */
+#include <pthread.h>
 #include <time.h>
 
 #include "common/internal.h"
@@ -22,6 +23,17 @@ const struct kernel_set *dsa_kernels(void) { return &dsa_kernel_sets[chosen]; }
 /* TVM unloads a library with the last reference to it, and then idle threads would have no code to run. This runs at
  * the end of a process too, so it must not wait for ever for a kernel that hangs. */
 __attribute__((destructor)) static void stop_threads(void) { dsa_stop_threads(1); }
+
+/* Kernels whose instructions the CPU lacks would end the process, which may be somebody else's RPC server. All sets are
+ * of one target. */
+static int cpu_runs;
+static void look_at_cpu(void) { cpu_runs = dsa_cpu_runs(&dsa_kernel_sets[0]); }
+static dsa_tvm_status check_cpu(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, look_at_cpu);
+  return cpu_runs ? DSA_TVM_OK
+                  : dsa_fail(DSA_TVM_UNSUPPORTED, "target: expected one this CPU runs, got %s", dsa_kernel_sets[0].target);
+}
 
 static double seconds_now(void) {
   struct timespec now;
@@ -92,7 +104,8 @@ static dsa_tvm_status read_head(const struct tvm_any *args, int32_t given, int32
   if (given != expected)
     return INVALID("%s: expected %d arguments, got %d", op->name, (int)expected, (int)given);
   dsa_tvm_status status = read_int(&args[0], "which", 0, dsa_num_kernel_sets - 1, &chosen);
-  return status != DSA_TVM_OK ? status : read_int(&args[1], "threads", 1, MOST_MEASURED_THREADS, threads);
+  if (status == DSA_TVM_OK) status = read_int(&args[1], "threads", 1, MOST_MEASURED_THREADS, threads);
+  return status != DSA_TVM_OK ? status : check_cpu();
 }
 
 /* call(which, threads, inputs..., attributes..., outputs...) */
@@ -127,6 +140,7 @@ DSA_TVM_API int __tvm_ffi_peak(void *self, const struct tvm_any *args, int32_t n
   if (status == DSA_TVM_OK) status = read_int(&args[0], "product", 0, DSA_NUM_PRODUCTS - 1, &product);
   if (status == DSA_TVM_OK) status = read_int(&args[1], "threads", 1, MOST_MEASURED_THREADS, &threads);
   if (status == DSA_TVM_OK) status = read_int(&args[2], "milliseconds", 1, MOST_MILLISECONDS, &milliseconds);
+  if (status == DSA_TVM_OK) status = check_cpu();
   if (status != DSA_TVM_OK) return returned(status);
   double seconds = (double)milliseconds / 1e3;
   result->type_index = TVM_FLOAT;
