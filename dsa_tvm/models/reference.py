@@ -131,11 +131,24 @@ def attention(
 
 def index_scores(layer: Layer, weights: Mapping[str, Array], x: Array, positions: Array, *, first: int = 0) -> Array:
     """Scores [s, s] of the indexer, -inf for keys that a query may not see. Arguments are those of `attention`."""
+    q, k, head_weights = index_inputs(layer, weights, x, positions)
+    s = len(q)
+    scores = np.full((s, s), -np.inf)
+    for t in range(first, s):
+        scores[t, first : t + 1] = head_weights[t] @ np.maximum(q[t] @ k[first : t + 1].T, 0)
+    return scores
+
+
+def index_inputs(layer: Layer, weights: Mapping[str, Array], x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    """Queries [s, index_heads, index_dim], keys [s, index_dim] and head weights [s, index_heads] of the indexer.
+
+    Arguments are those of `attention`.
+    """
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     x, angles = np.asarray(x, np.float64), _angles(layer, positions)
     q_latent = _rms_norm(_linear(w, "q_a_proj", x), w["q_a_layernorm.weight"])
-    s, rope = x.shape[0], layer.qk_rope
-    q = _linear(w, "indexer.wq_b", q_latent).reshape(s, layer.index_heads, layer.index_dim)
+    rope = layer.qk_rope
+    q = _linear(w, "indexer.wq_b", q_latent).reshape(len(x), layer.index_heads, layer.index_dim)
     k = _layer_norm(_linear(w, "indexer.wk", x), w["indexer.k_norm.weight"], w["indexer.k_norm.bias"])[:, None]
     q, k = (
         np.concatenate([_rotate(a[..., :rope], angles, layer.index_interleaved), a[..., rope:]], -1) for a in (q, k)
@@ -143,10 +156,7 @@ def index_scores(layer: Layer, weights: Mapping[str, Array], x: Array, positions
     if layer.hadamard:
         q, k = q @ hadamard(layer.index_dim), k @ hadamard(layer.index_dim)
     head_weights = _linear(w, "indexer.weights_proj", x) * (layer.index_heads**-0.5 * layer.index_dim**-0.5)
-    scores = np.full((s, s), -np.inf)
-    for t in range(first, s):
-        scores[t, first : t + 1] = head_weights[t] @ np.maximum(q[t] @ k[first : t + 1, 0].T, 0)
-    return scores
+    return q, k[:, 0], head_weights
 
 
 def _select(scores: Array, topk: int) -> Array:

@@ -18,10 +18,10 @@ import torch
 from small_models import KINDS, make, prompt, weights_of
 
 from dsa_tvm.models import transformers as door  # noqa: F401  # registers attn_implementation="dsa_tvm"
-from dsa_tvm.models.reference import Layer, attention, index_scores
+from dsa_tvm.models.reference import Layer, attention, index_inputs
 
-#: What rounding to float32 may turn around, of the largest score.
-ROUNDING = 2e-5
+#: Unit roundoff of float32.
+UNIT = 2.0**-24
 
 
 def layer_of(config, **changes) -> Layer:
@@ -41,6 +41,22 @@ def layer_of(config, **changes) -> Layer:
         }
         | changes
     )
+
+
+def scores_and_bounds(layer: Layer, weights: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [s, s] of an indexer in float64, -inf for later keys, and what sums in float32 may be off.
+
+    The error of ``sum_h weights * relu(q . k)`` is bounded by ``sqrt(n) u`` times the sum of the products' magnitudes,
+    where n is the number of roundings that a product meets (Higham and Mary, A new approach to probabilistic rounding
+    error analysis, 2019). The rounding of q, k and weights before the sums is not counted.
+    """
+    q, k, head_weights = index_inputs(layer, weights, x, np.arange(len(x)))
+    relative = UNIT * (layer.index_dim + layer.index_heads) ** 0.5
+    scores, bounds = np.full((len(x), len(x)), -np.inf), np.zeros((len(x), len(x)))
+    for t in range(len(x)):
+        scores[t, : t + 1] = head_weights[t] @ np.maximum(q[t] @ k[: t + 1].T, 0)
+        bounds[t, : t + 1] = relative * (np.abs(head_weights[t]) @ (np.abs(q[t]) @ np.abs(k[: t + 1]).T))
+    return scores, bounds
 
 
 @dataclass
@@ -81,17 +97,14 @@ def reference_logits(model, run: Run, ids: torch.Tensor) -> tuple[np.ndarray, in
         positions, weights = np.arange(len(x)), weights_of(module)
         if module.indexer is not None:
             chosen = run.selected[module.layer_idx][0].tril().numpy()
-            scores = index_scores(layer, weights, x, positions)
+            scores, bounds = scores_and_bounds(layer, weights, x)
             last = np.full((len(x), layer.topk), -1)
             for t, (row, keys) in enumerate(zip(scores, chosen, strict=True)):
                 best = np.argsort(-row, kind="stable")[: min(layer.topk, t + 1)]
-                swapped = row[np.setxor1d(best, np.flatnonzero(keys))]
-                rounding = ROUNDING * np.abs(row[: t + 1]).max()
-                assert keys.sum() == len(best) and np.ptp([*swapped] or [0]) <= rounding, (
-                    t,
-                    swapped,
-                )
-                near += bool(len(swapped))
+                own = np.isin(np.arange(len(row)), best)
+                swap = Swap.between(row, bounds[t], own, keys)
+                assert keys.sum() == len(best) and (swap is None or swap.within), (t, swap)
+                near += swap is not None
                 last[t, : len(best)] = np.flatnonzero(keys)
         made = attention(layer, weights, x, positions, indices=last)
         return torch.from_numpy(made.out)[None], *output[1:]
@@ -149,6 +162,53 @@ def generate(model, implementation: str, ids: torch.Tensor, mask: torch.Tensor, 
 
 
 @dataclass
+class Swap:
+    """Two keys of a query, each selected by one of two runs only: those whose scores are the farthest apart.
+
+    Parameters
+    ----------
+    keys : tuple of two int
+    scores : tuple of two float
+        In float64.
+    bound : float
+        What float32 may be off in both scores together.
+    where : str
+    """
+
+    keys: tuple[int, int]
+    scores: tuple[float, float]
+    bound: float
+    where: str = ""
+
+    @property
+    def apart(self) -> float:
+        """Between the scores; 0 is an exact tie."""
+        return abs(self.scores[0] - self.scores[1])
+
+    @property
+    def within(self) -> bool:
+        """Whether rounding the sums to float32 can turn the two around."""
+        return self.apart <= self.bound
+
+    @classmethod
+    def between(cls, scores: np.ndarray, bounds: np.ndarray, one: np.ndarray, other: np.ndarray) -> Swap | None:
+        """Of two selections, bool [s], of equal size. None if they are equal."""
+        left, right = np.flatnonzero(one & ~other), np.flatnonzero(other & ~one)
+        if not (len(left) and len(right)):
+            return None
+        excess = np.abs(scores[left, None] - scores[right]) - bounds[left, None] - bounds[right]
+        i, j = np.unravel_index(excess.argmax(), excess.shape)
+        a, b = int(left[i]), int(right[j])
+        return cls((a, b), (float(scores[a]), float(scores[b])), float(bounds[a] + bounds[b]))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where}: keys {self.keys[0]} and {self.keys[1]} have scores {self.scores[0]:.10f} and "
+            f"{self.scores[1]:.10f}, {self.apart:.1e} apart; sums in float32 may be off by {self.bound:.1e}"
+        )
+
+
+@dataclass
 class Agreement:
     """How two generations differ.
 
@@ -162,8 +222,8 @@ class Agreement:
         Queries whose selection was compared, in all layers with an indexer, and `dropping`, those that drop keys.
     ties : int
         Of them, those that differ in keys of exactly equal score.
-    rounding : int
-        Those that differ in keys whose scores in float64 are within rounding of each other.
+    rounding : list of Swap
+        Those that differ in keys whose scores in float64 are no farther apart than what float32 may be off.
     followed : int
         Those whose inputs differ because a layer below selected another key by rounding. Each is right for its input.
     wrong : list of str
@@ -176,7 +236,7 @@ class Agreement:
     rows: int = 0
     dropping: int = 0
     ties: int = 0
-    rounding: int = 0
+    rounding: list[Swap] = field(default_factory=list)
     followed: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -201,32 +261,33 @@ def compare(model, mask: torch.Tensor, expected: Run, got: Run) -> Agreement:
             if not differing:
                 continue
             weights = weights_of(model.model.layers[i].self_attn)
-            scores, own = (
-                index_scores(layer, weights, run.hidden[i][b, first:].numpy(), np.arange(s - first))
-                for run in (expected, got)
+            (scores, bounds), (own, own_bounds) = (
+                scores_and_bounds(layer, weights, run.hidden[i][b, first:].numpy()) for run in (expected, got)
             )
             for t in differing:
-                swapped = scores[t][(theirs[t] != ours[t]).numpy()]
-                spread = swapped.max() - swapped.min()
-                if theirs[t].sum() != ours[t].sum() or spread > ROUNDING * np.abs(scores[t][: t + 1]).max():
-                    if _is_best(scores[t], theirs[t].numpy()) and _is_best(own[t], ours[t].numpy()):
-                        result.followed += 1
+                swap = Swap.between(scores[t], bounds[t], theirs[t].numpy(), ours[t].numpy())
+                where = f"layer {i}, sequence {b}, query {t}"
+                if swap is not None and theirs[t].sum() == ours[t].sum() and swap.within:
+                    swap.where = where
+                    if swap.apart:
+                        result.rounding.append(swap)
                     else:
-                        result.wrong.append(f"layer {i}, sequence {b}, query {t}: scores {swapped}")
-                elif spread:
-                    result.rounding += 1
+                        result.ties += 1
+                elif _is_best(scores[t], bounds[t], theirs[t].numpy()) and _is_best(
+                    own[t], own_bounds[t], ours[t].numpy()
+                ):
+                    result.followed += 1
                 else:
-                    result.ties += 1
+                    result.wrong.append(f"{where}: {swap}")
     return result
 
 
-def _is_best(scores: np.ndarray, chosen: np.ndarray) -> bool:
+def _is_best(scores: np.ndarray, bounds: np.ndarray, chosen: np.ndarray) -> bool:
     """Whether no key that was left out has a score above one that was chosen, but for rounding."""
     left_out = np.isfinite(scores) & ~chosen
     if not chosen.any() or not left_out.any():
         return True
-    rounding = ROUNDING * np.abs(scores[np.isfinite(scores)]).max()
-    return bool(scores[left_out].max() <= scores[chosen].min() + rounding)
+    return bool((scores - bounds)[left_out].max() <= (scores + bounds)[chosen].min())
 
 
 def check(kind: str, batch: int, length: int, new: int) -> Agreement:
@@ -238,7 +299,7 @@ def check(kind: str, batch: int, length: int, new: int) -> Agreement:
 
 
 def main() -> None:
-    """Print a table, a line for each comparison."""
+    """Print a table, a line for each comparison and for each selection that rounding has changed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1000, 3000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 3])
@@ -257,10 +318,12 @@ def main() -> None:
                 differ = f"{a.logits:.1e} of {a.size:.1f}"
                 print(
                     f"{kind:<14} {batch:5} {length:6}  {'equal' if a.tokens else 'OTHER'}  {differ:>16}  "
-                    f"{a.dropping:6} of {a.rows:<6} {a.ties:5}  {a.rounding:8}  {a.followed:8}  {len(a.wrong):5}  "
+                    f"{a.dropping:6} of {a.rows:<6} {a.ties:5}  {len(a.rounding):8}  {a.followed:8}  {len(a.wrong):5}  "
                     f"({time.perf_counter() - started:.0f} s)",
                     flush=True,
                 )
+                for line in (*a.rounding, *a.wrong):
+                    print(f"    {line}", flush=True)
 
 
 if __name__ == "__main__":
