@@ -28,6 +28,7 @@ from ...runtime.files import owned, sync_directory
 from ..checkpoint import DTYPES, UnreadModel
 from ..families import NAME, cache_name
 from ..transformers import accelerate, restore
+from . import experts
 from .weight_file import WeightFile
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
@@ -206,6 +207,7 @@ def _write(model: Any, directory: Path, file: WeightFile, cache_dtype: torch.dty
             WEIGHTS, offset, length, tensors[name].dtype, shape=tensors[name].shape, name=name, base_dir=str(directory)
         )
     graph = onnx_ir.to_proto(program.model)
+    experts.as_scans(graph)
     _name_lengths(graph)
     _forget_sources(graph)
     _expect_one_capacity(graph)
@@ -311,7 +313,7 @@ def _program(model: Any, cache_dtype: torch.dtype) -> Any:
             f"transformers {transformers.__version__}: no exporter to ONNX as we know it: {error}"
         ) from error
     config = model.config
-    accelerated, experts = config._attn_implementation == NAME, model.get_experts_implementation()
+    accelerated, implementation = config._attn_implementation == NAME, model.get_experts_implementation()
     accelerate(model)
     try:
         # With any other implementation the graph reads the weights of all experts, not only of the chosen ones.
@@ -330,7 +332,7 @@ def _program(model: Any, cache_dtype: torch.dtype) -> Any:
         dim = torch.export.Dim
         tokens = {0: dim("batch"), 1: dim("s_q")}
         shapes = (tokens, tokens, {0: dim("n")}, [{0: dim("batch"), 1: dim("capacity")}] * len(names))
-        with torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"), _quietly():
+        with torch.no_grad(), experts.traced(), apply_patches("dynamo"), apply_patches("onnx"), _quietly():
             exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
             apply_fx_node_fixes("onnx", exported.graph_module)
             program: Any = torch.onnx.export(
@@ -348,7 +350,7 @@ def _program(model: Any, cache_dtype: torch.dtype) -> Any:
         what = f"{type(error).__name__}: {error}"
         raise ModelError(f"export: expected a model that torch {torch.__version__} can export, got: {what}") from error
     finally:
-        model.set_experts_implementation(experts)
+        model.set_experts_implementation(implementation)
         if not accelerated:
             restore(model)
     program.model.opset_imports.setdefault(export.DOMAIN, export.VERSION)
