@@ -172,6 +172,22 @@ def test_equal_rows_share_the_mass():
         np.testing.assert_allclose(found[name][10], [10 / 20, 10 / 50], atol=1e-9)
 
 
+def test_random_keys():
+    """The mean over every choice of k of n keys; all of them where there are no more than k."""
+    from itertools import combinations
+
+    p = np.random.default_rng(0).dirichlet(np.ones(6))
+    n = np.zeros((2, 3, 3))
+    found = report.Recall([1, 2, 6], [0, 1], np.array([0, 3, 5]), dict.fromkeys(report.KINDS, n))
+    for i, k in enumerate(found.topks[:2]):
+        mean = np.mean([p[list(chosen)].sum() for chosen in combinations(range(6), k)])
+        np.testing.assert_allclose(found._mass("random")[1, i, 2], mean)
+    np.testing.assert_allclose(found.by_layer("random")[0], [(1 / 4 + 1 / 6) / 2, (2 / 4 + 2 / 6) / 2, np.nan])
+    assert any(
+        line == "as many random keys hold, on average, 0.208 (1), 0.417 (2), all (6)" for line in report.lines(found)
+    )
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text"

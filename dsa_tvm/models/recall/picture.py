@@ -8,7 +8,8 @@ from .report import Recall
 
 
 def as_png(found: Recall, title: str) -> bytes:
-    """A PNG by matplotlib: the extra ``plot``. A dashed line is what as many keys could hold at best.
+    """A PNG by matplotlib: the extra ``plot``. A dashed line is what as many keys could hold at best, a dotted one
+    what random keys hold.
 
     Parameters
     ----------
@@ -27,6 +28,7 @@ def as_png(found: Recall, title: str) -> bytes:
         for i, topk in enumerate(found.topks):
             axes.plot(x, means("selected")[:, i], marker="o", markersize=3, color=f"C{i}", label=f"topk {topk}")
             axes.plot(x, means("best")[:, i], linestyle="--", linewidth=1, color=f"C{i}")
+            axes.plot(x, means("random")[:, i], linestyle=":", linewidth=1, color=f"C{i}")
         axes.grid(color="0.88")
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -34,7 +36,9 @@ def as_png(found: Recall, title: str) -> bytes:
     by_position.set_ylabel("share of dense attention's mass")
     by_position.set_ylim(top=1.02)
     by_layer.set_xlabel("layer")
-    by_layer.legend(frameon=False)
+    for name, style in (("best possible", "--"), ("random keys", ":")):
+        by_layer.plot([], linestyle=style, linewidth=1, color="0.3", label=name)
+    by_layer.legend(frameon=False, fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...terminal.text import table
 
+#: What is measured; means of "random" keys need no measurement.
 KINDS = ("selected", "best", "recent")
 #: Parts of the text that positions are put together in.
 PARTS = 8
@@ -39,7 +40,8 @@ class Recall:
 
     def by_layer(self, kind: str) -> np.ndarray:
         """Means over the queries that drop keys, [layers, topks]; NaN where none does."""
-        return np.stack([_mean(self.mass[kind][:, i][:, self.drops(k)]) for i, k in enumerate(self.topks)], 1)
+        mass = self._mass(kind)
+        return np.stack([_mean(mass[:, i][:, self.drops(k)]) for i, k in enumerate(self.topks)], 1)
 
     def parts(self) -> list[tuple[int, int]]:
         """First position and one past the last of each part of the text that has queries."""
@@ -51,7 +53,15 @@ class Recall:
     def by_part(self, kind: str) -> np.ndarray:
         """Means over layers and the queries in each part of the text, [parts, topks]."""
         inside = [self._within(a, b) for a, b in self.parts()]
-        return np.stack([self.mass[kind][:, :, where].mean((0, 2)) for where in inside])
+        mass = self._mass(kind)
+        return np.stack([mass[:, :, where].mean((0, 2)) for where in inside])
+
+    def _mass(self, kind: str) -> np.ndarray:
+        """Of a kind of selection, [layers, topks, n]. Of n keys, k random ones hold k / n on average."""
+        if kind != "random":
+            return self.mass[kind]
+        shares = np.minimum(1.0, np.array(self.topks)[:, None] / (self.positions + 1))
+        return np.broadcast_to(shares, (len(self.layers), *shares.shape))
 
     def _within(self, first: int, end: int) -> np.ndarray:
         return (self.positions >= first) & (self.positions < end)
@@ -75,14 +85,18 @@ def lines(found: Recall) -> list[str]:
     said += ["", "by position, the mean over layers:"]
     names = [f"{a}..{b - 1}" for a, b in found.parts()]
     said += _cells("", header, names, found.by_part("selected"), found.by_part("best"))
-    recent = found.by_layer("recent")
     said += [
         "",
         "share of dense attention's mass on the selected keys; in brackets, on the best that as many keys could hold",
-        "the last keys before each query, as many, hold "
-        + ", ".join(f"{_share(x)} ({k})" for k, x in zip(found.topks, _column_means(recent), strict=True)),
+        _instead("the last keys before each query, as many, hold", found, "recent"),
+        _instead("as many random keys hold, on average,", found, "random"),
     ]
     return said
+
+
+def _instead(words: str, found: Recall, kind: str) -> str:
+    means = zip(found.topks, _column_means(found.by_layer(kind)), strict=True)
+    return f"{words} " + ", ".join(f"{_share(x)} ({k})" for k, x in means)
 
 
 def _cells(title: str, header: Sequence[str], names: Sequence[str], kept: np.ndarray, best: np.ndarray) -> list[str]:
