@@ -26,12 +26,10 @@ static struct tile *tile(uint8_t number) {
   return &tiles[number];
 }
 
-/* Whether the calling thread has left tiles configured. */
-int model_is_configured(void) { return configured; }
-
 void model_ldtilecfg(const void *configuration) {
   uint8_t bytes[64];
   memcpy(bytes, configuration, sizeof bytes);
+  expect(!configured, "configured again before they are released");
   expect(bytes[0] == 1 && bytes[1] == 0, "another palette");
   memset(tiles, 0, sizeof tiles);
   for (int i = 0; i < TILES; i++) {
