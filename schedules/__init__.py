@@ -53,6 +53,12 @@ CPU_TARGETS: Mapping[str, dict[str, Any]] = {
     },
     "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
     "aarch64-dotprod": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+dotprod"]},
+    "aarch64-i8mm": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+dotprod", "+i8mm"]},
+    "aarch64-bf16": {
+        "kind": "llvm",
+        "mtriple": "aarch64-linux-gnu",
+        "mattr": ["+neon", "+dotprod", "+i8mm", "+bf16"],
+    },
 }
 
 #: GPU architectures that a library has machine code for by default. sm_90a rather than sm_90, because some kernels use
@@ -66,6 +72,8 @@ BASES: Mapping[str, str] = {
     "x86-64-v4-bf16": "x86-64-v4-vnni",
     "x86-64-v4-amx": "x86-64-v4-bf16",
     "aarch64-dotprod": "aarch64",
+    "aarch64-i8mm": "aarch64-dotprod",
+    "aarch64-bf16": "aarch64-i8mm",
 }
 
 #: The dot products that the kernels of these targets multiply with.
@@ -75,6 +83,8 @@ DOTS: Mapping[str, str] = {
     "x86-64-v4-bf16": products.BF16X16,
     "x86-64-v4-amx": products.AMX,
     "aarch64-dotprod": products.INT8X4,
+    "aarch64-i8mm": products.INT8X2X2,
+    "aarch64-bf16": products.BF16X2X2,
 }
 
 

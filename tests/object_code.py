@@ -13,7 +13,7 @@ def disassembled(kernel, target: str, directory: Path) -> str:
     from dsa_tvm.build import objects
 
     objects.write_object({"kernel": kernel}, target, directory / "kernel.o")
-    program = ["llvm-objdump", "--mattr=+dotprod"] if target.startswith("aarch64") else ["objdump"]
+    program = ["llvm-objdump", "--mattr=+dotprod,+i8mm,+bf16"] if target.startswith("aarch64") else ["objdump"]
     command = [*program, "-d", "--no-show-raw-insn", directory / "kernel.o"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

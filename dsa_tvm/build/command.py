@@ -36,7 +36,7 @@ DEFAULT_TARGETS = {
         *("x86-64-v2", "x86-64-v3", "x86-64-v3-vnni"),
         *("x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-bf16", "x86-64-v4-amx"),
     ),
-    "aarch64": ("aarch64", "aarch64-dotprod"),
+    "aarch64": ("aarch64", "aarch64-dotprod", "aarch64-i8mm", "aarch64-bf16"),
 }
 #: The dimensions for which a library serves a list of values.
 WIDTHS = tuple(name for name, dim in DIMS.items() if dim.values)

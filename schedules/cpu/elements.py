@@ -31,6 +31,8 @@ VECTOR = {
     "x86-64-v4-amx": 16,
     "aarch64": 4,
     "aarch64-dotprod": 4,
+    "aarch64-i8mm": 4,
+    "aarch64-bf16": 4,
 }
 
 

@@ -80,6 +80,9 @@ DEFAULT = {
     "x86-64-v4-amx": Decisions(tile_keys=32, heads=32, block_keys=32, in_place=1, unroll_d=1, **_COMMON),
     "aarch64": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
     "aarch64-dotprod": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=4, **_COMMON),
+    # 24 of the 32 registers hold sums, 3 keys, and the queries come one at a time. With more steps, some are spilled.
+    "aarch64-i8mm": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=1, **_COMMON),
+    "aarch64-bf16": Decisions(tile_keys=6, heads=16, block_keys=48, in_place=0, unroll_d=1, **_COMMON),
 }
 
 
@@ -219,7 +222,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
             T.writes()
             qp = T.sblock_alloc_buffer(Products.query_shape(m1 - m0, blocks, d_idx, HV), Products.packed)
             wp = T.sblock_alloc_buffer((m1 - m0, blocks, HV), "float32")
-            kp = T.sblock_alloc_buffer((BK, Products.key_width(d_idx)), Products.packed)
+            kp = T.sblock_alloc_buffer(Products.key_shape(BK, d_idx), Products.packed)
             lanes = T.sblock_alloc_buffer((BK, LANES), "float32")
             acc = T.sblock_alloc_buffer((TK, HV), Products.sums, scope="local")
             fewer = T.sblock_alloc_buffer((TK, HALF), Products.sums, scope="local")

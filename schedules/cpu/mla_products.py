@@ -1,4 +1,4 @@
-"""How the CPU sparse attention multiplies: in f32, or in bf16 with the products of AVX512-BF16 or AMX.
+"""How the CPU sparse attention multiplies: in f32, or in bf16 with the products of AVX512-BF16, AMX or Arm.
 
 `products_of` picks the class. Each owns the packed queries, keys and values of a task. They add the products of a
 register tile to its accumulators, which are f32 in any case.
@@ -13,15 +13,64 @@ from tvm.script import tirx as T
 
 from . import amx
 from .elements import CHAIN, STEP, f32_bits, narrow, widen
-from .products import AMX, BF16X16, bf16_dot, bf16_twice, with_bf16_dot, with_ir
+from .products import (
+    AMX,
+    BF16X2X2,
+    BF16X16,
+    bf16_dot,
+    bf16_twice,
+    matrix,
+    place,
+    settle,
+    with_bf16_dot,
+    with_ir,
+    with_matrix,
+)
 
 #: The half of an f32 that is a bf16.
 _UPPER = 0xFFFF0000
 
+#: Rows of a product of matrices, two of them in <2 x i64>, from eight bf16 each of two keys. For scores, four of each
+#: key, the lower or the upper ones. For the output, the numbers of both keys at one of the values, twice, and the same
+#: at the next one: of values 0 and 1, 2 and 3, 4 and 5, or 6 and 7.
+_KEYS, _VALUES = "dsa_matrix_keys", "dsa_matrix_values"
+
+
+def _both(first: int) -> str:
+    """The mask of four elements of two vectors of eight, in turns."""
+    return ", ".join(f"i32 {first + i + of}" for i in range(4) for of in (0, 8))
+
+
+#: The part is a constant once the loops around are unrolled. The CPU has each shuffle as a ``zip``.
+_ROWS_IR = f"""
+define linkonce_odr hidden <2 x i64> @{_KEYS}(i32 %part, <8 x i16> %a, <8 x i16> %b) #0 {{
+  %x = bitcast <8 x i16> %a to <2 x i64>
+  %y = bitcast <8 x i16> %b to <2 x i64>
+  %lower = shufflevector <2 x i64> %x, <2 x i64> %y, <2 x i32> <i32 0, i32 2>
+  %upper = shufflevector <2 x i64> %x, <2 x i64> %y, <2 x i32> <i32 1, i32 3>
+  %first = icmp eq i32 %part, 0
+  %r = select i1 %first, <2 x i64> %lower, <2 x i64> %upper
+  ret <2 x i64> %r
+}}
+define linkonce_odr hidden <2 x i64> @{_VALUES}(i32 %part, <8 x i16> %a, <8 x i16> %b) #0 {{
+  %lower = shufflevector <8 x i16> %a, <8 x i16> %b, <8 x i32> <{_both(0)}>
+  %upper = shufflevector <8 x i16> %a, <8 x i16> %b, <8 x i32> <{_both(4)}>
+  %half = icmp ult i32 %part, 2
+  %x = select i1 %half, <8 x i16> %lower, <8 x i16> %upper
+  %y = bitcast <8 x i16> %x to <4 x i32>
+  %begin = shufflevector <4 x i32> %y, <4 x i32> poison, <4 x i32> <i32 0, i32 0, i32 1, i32 1>
+  %end = shufflevector <4 x i32> %y, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 3, i32 3>
+  %odd = trunc i32 %part to i1
+  %z = select i1 %odd, <4 x i32> %end, <4 x i32> %begin
+  %r = bitcast <4 x i32> %z to <2 x i64>
+  ret <2 x i64> %r
+}}
+"""
+
 
 def products_of(dots: str | None):
     """The class that multiplies with the dot products of this name, or in f32."""
-    return {None: FloatProducts, BF16X16: Bf16Products, AMX: AmxProducts}[dots]
+    return {None: FloatProducts, BF16X16: Bf16Products, AMX: AmxProducts, BF16X2X2: Bf16MatrixProducts}[dots]
 
 
 @T.meta_class
@@ -334,3 +383,99 @@ class AmxProducts(Bf16Products):
                 part=2 * self.c.block_keys * self.c.heads,
             )
         )
+
+
+@T.meta_class
+class Bf16MatrixProducts(Bf16Products):
+    """Arm's products of bf16 matrices: two keys by two heads, and two heads by two values.
+
+    As `Bf16Products`. A score's row is four entries of a key. An output's row is a head's weights of two keys, first
+    what both begin with and then the rests, and the other row is the values of both keys, twice.
+
+    The processor takes subnormal bf16 for 0, makes subnormal sums 0, and rounds each sum to odd, whatever mode the
+    caller has set.
+    """
+
+    lanes = 8
+
+    @staticmethod
+    def check(c: Any) -> None:
+        """Raise ValueError for decisions that products of matrices cannot have."""
+        if c.tile_keys % 2 or c.heads % 8 or c.tile_heads % 2 or c.values % 8 or STEP // 4 % c.unroll_d:
+            raise ValueError(f"sparse_mla: decisions that do not divide for products of matrices: {c}")
+        if c.unroll_d % 2:
+            raise ValueError(f"sparse_mla: unroll_d: expected an even number for products of matrices, got {c.unroll_d}")
+
+    @staticmethod
+    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return with_matrix(kernel, "float32", _ROWS_IR)
+
+    def __init__(self, c, dtype: str, heads, widths) -> None:
+        self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
+        self.h0, self.h1 = heads
+        self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
+        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 4, c.heads), "uint64")
+        self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
+        self.weights = T.sblock_alloc_buffer((c.block_keys // 2, c.heads), "uint64")
+
+    def rows(self, name: str, part: int, row, d):
+        """Rows of a product, from eight entries of a key and of the next one, from d on."""
+        eight = T.Ramp(d, 1, 8)
+        part = T.Cast("int32", part)
+        return T.call_pure_extern("uint64x2", name, part, self.keys[row, eight], self.keys[row + 1, eight])
+
+    def parts(self, first, second):
+        """The bf16 parts of a weight and of that of the next key, as the row of a product."""
+        begin = (T.reinterpret("uint32", first) >> T.uint32(16)) | (T.reinterpret("uint32", second) & T.uint32(_UPPER))
+        rest = (self.rest(first) >> T.uint32(16)) | (self.rest(second) & T.uint32(_UPPER))
+        return T.Cast("uint64", begin) | (T.Cast("uint64", rest) << T.uint64(32))
+
+    @T.inline
+    def put_queries(self, q, m, sm_scale):
+        # Heads past h1 are zero, as in f32.
+        for hb, d, h in T.grid(self.blocks, self.d_qk // 4, self.c.heads):
+            if self.h0 + hb * self.c.heads + h < self.h1:
+                self.queries[hb, d, h] = T.reinterpret(
+                    "uint64", q[m, self.h0 + hb * self.c.heads + h, T.Ramp(4 * d, 1, 4)]
+                )
+            else:
+                self.queries[hb, d, h] = T.uint64(0)
+
+    @T.inline
+    def put_weights(self, weights, keys, heads):
+        for j in T.serial((keys + 1) // 2):
+            # The partner of a last key is a row of zeros: its weight must be finite.
+            if 2 * j + 1 == keys:
+                for h in T.vectorized(heads):
+                    weights[2 * j + 1, h] = T.float32(0)
+            for h in T.vectorized(heads):
+                self.weights[j, h] = self.parts(weights[2 * j, h], weights[2 * j + 1, h])
+
+    @T.inline
+    def add_scores(self, acc, hb, first, part):
+        for d in T.serial(
+            part * (CHAIN // 4 // self.c.unroll_d), T.min((part + 1) * CHAIN, self.d_qk) // 4 // self.c.unroll_d
+        ):
+            for u in T.unroll(self.c.unroll_d):
+                for g in T.unroll(acc.shape[1] // 2):
+                    for j in T.unroll(acc.shape[0] // 2):
+                        acc[place(acc, j, g)] = matrix(
+                            acc[place(acc, j, g)],
+                            "float32",
+                            self.rows(_KEYS, u % 2, first + 2 * j, 4 * (d * self.c.unroll_d + u // 2 * 2)),
+                            self.queries[hb, d * self.c.unroll_d + u, T.Ramp(2 * g, 1, 2)],
+                        )
+        settle(acc, "float32")
+
+    @T.inline
+    def add_values(self, tile, weights, keys, head, value):
+        for j in T.serial((keys + 1) // 2):
+            for g in T.unroll(tile.shape[1] // 2):
+                for r in T.unroll(tile.shape[0] // 2):
+                    tile[place(tile, r, g)] = matrix(
+                        tile[place(tile, r, g)],
+                        "float32",
+                        self.weights[j, T.Ramp(head + 2 * r, 1, 2)],
+                        self.rows(_VALUES, g % 4, 2 * j, value + g // 4 * 8),
+                    )
+        settle(tile, "float32")

@@ -18,11 +18,15 @@ from .elements import CHAIN, STEP, widen
 #: The dot products that a target may have (AVX512-BF16, AVX512-VNNI, AVX-VNNI, and those of Armv8.2), by what they
 #: multiply and how many sums a vector holds.
 BF16X16, INT8X16, INT8X8, INT8X4 = "bf16x16", "int8x16", "int8x8", "int8x4"
+#: Arm's products of matrices (FEAT_I8MM and FEAT_BF16), whose vectors hold two by two sums.
+INT8X2X2, BF16X2X2 = "int8x2x2", "bf16x2x2"
 #: The tile products of AMX, of bf16 and of int8.
 AMX = "amx"
 
 #: The element types that they multiply exactly. All numbers of fp8 are normal numbers of bf16.
-EXACT = {BF16X16: ("bfloat16", "float8_e4m3fn")} | dict.fromkeys((INT8X16, INT8X8, INT8X4), ("int8",))
+EXACT = dict.fromkeys((BF16X16, BF16X2X2), ("bfloat16", "float8_e4m3fn")) | dict.fromkeys(
+    (INT8X16, INT8X8, INT8X4, INT8X2X2), ("int8",)
+)
 EXACT[AMX] = (*EXACT[BF16X16], "int8")
 
 #: Products of two bf16 vectors, two for each of 16 sums. TVM's legalization of bf16 changes the types of
@@ -71,6 +75,80 @@ attributes #0 = {{ alwaysinline nounwind "target-features"="{features}" }}
 """
 
 
+#: Adds to two by two sums the products of two rows of 8 bytes with two others. Sum 2 i + j is of row i of the first
+#: and row j of the second. A row is 8 numbers of int8 or 4 of bf16.
+_MATRIX = "dsa_matrix"
+#: The two lower and the two upper halves of two vectors of four sums.
+_LOWER, _UPPER = "dsa_lower_halves", "dsa_upper_halves"
+#: The intrinsics by the type of the sums: what they take and the features that they need.
+_MATRIX_INTRINSICS = {
+    "i32": ("llvm.aarch64.neon.smmla.v4i32.v16i8", "<16 x i8>", "+i8mm,+neon"),
+    "float": ("llvm.aarch64.neon.bfmmla", "<8 x bfloat>", "+bf16,+neon"),
+}
+
+
+def _matrix_ir(sum_type: str) -> str:
+    sums = f"<4 x {sum_type}>"
+    intrinsic, rows, features = _MATRIX_INTRINSICS[sum_type]
+    return f"""
+define linkonce_odr hidden {sums} @{_MATRIX}({sums} %sum, <2 x i64> %a, <2 x i64> %b) #0 {{
+  %x = bitcast <2 x i64> %a to {rows}
+  %y = bitcast <2 x i64> %b to {rows}
+  %r = call {sums} @{intrinsic}({sums} %sum, {rows} %x, {rows} %y)
+  ret {sums} %r
+}}
+declare {sums} @{intrinsic}({sums}, {rows}, {rows})
+attributes #0 = {{ alwaysinline nounwind "target-features"="{features}" }}
+"""
+
+
+def _halves_ir(sum_type: str) -> str:
+    sums = f"<4 x {sum_type}>"
+    return "".join(
+        f"""
+define linkonce_odr hidden {sums} @{name}({sums} %a, {sums} %b) #0 {{
+  %r = shufflevector {sums} %a, {sums} %b, <4 x i32> <i32 {at}, i32 {at + 1}, i32 {at + 4}, i32 {at + 5}>
+  ret {sums} %r
+}}
+"""
+        for name, at in ((_LOWER, 0), (_UPPER, 2))
+    )
+
+
+def with_matrix(kernel: tirx.PrimFunc, sums: str, more: str = "") -> tirx.PrimFunc:
+    """The kernel with the functions that `matrix` and `settle` call for sums of this type, and with `more` LLVM IR."""
+    sum_type = {"int32": "i32", "float32": "float"}[sums]
+    return with_ir(kernel, _matrix_ir(sum_type) + _halves_ir(sum_type) + more)
+
+
+def matrix(sums, dtype: str, left, right):
+    """The two by two `sums` and the products of two rows `left` and two rows `right`, each row in a u64."""
+    return T.call_pure_extern(f"{dtype}x4", _MATRIX, sums, left, right)
+
+
+def place(acc, left: int, right: int):
+    """Where the register tile `acc` has the sums of rows `left` of two and `right` of two, until `settle`.
+
+    Two vectors have the sums of two rows by four. They lie in the places of these eight sums.
+    """
+    return 2 * left + right % 2, T.Ramp(right // 2 * 4, 1, 4)
+
+
+@T.inline
+def settle(acc, dtype):
+    """Put the sums of a register tile from where `place` has them to their rows and columns."""
+    for i in T.unroll(acc.shape[0] // 2):
+        for g in T.unroll(acc.shape[1] // 4):
+            lower: T.let = T.call_pure_extern(
+                f"{dtype}x4", _LOWER, acc[2 * i, T.Ramp(4 * g, 1, 4)], acc[2 * i + 1, T.Ramp(4 * g, 1, 4)]
+            )
+            upper: T.let = T.call_pure_extern(
+                f"{dtype}x4", _UPPER, acc[2 * i, T.Ramp(4 * g, 1, 4)], acc[2 * i + 1, T.Ramp(4 * g, 1, 4)]
+            )
+            acc[2 * i, T.Ramp(4 * g, 1, 4)] = lower
+            acc[2 * i + 1, T.Ramp(4 * g, 1, 4)] = upper
+
+
 def bf16_dot(sums, pair, pairs):
     """The 16 f32 `sums` and the products of a pair of bf16, its bits in a u32, and 16 such pairs."""
     return T.call_pure_extern("float32x16", _BF16_DOT, sums, pairs, T.Broadcast(pair, 16))
@@ -105,6 +183,8 @@ def products_of(dots: str | None, dtype: str = "bfloat16"):
         INT8X16: Int8Products16,
         INT8X8: Int8Products8,
         INT8X4: Int8Products4,
+        INT8X2X2: Int8MatrixProducts,
+        BF16X2X2: Bf16MatrixProducts,
     }[dots]
 
 
@@ -161,9 +241,9 @@ class FloatProducts:
         return rows, blocks, d_idx, heads
 
     @staticmethod
-    def key_width(d_idx):
-        """Elements of a packed key."""
-        return d_idx
+    def key_shape(keys, d_idx):
+        """Of the packed keys."""
+        return keys, d_idx
 
     @staticmethod
     def parts(d_idx):
@@ -318,8 +398,8 @@ class _Int8Products:
         return rows, blocks, d_idx // 4, heads
 
     @staticmethod
-    def key_width(d_idx):
-        return d_idx // 4
+    def key_shape(keys, d_idx):
+        return keys, d_idx // 4
 
     @staticmethod
     def parts(d_idx):
@@ -478,8 +558,8 @@ class AmxInt8Products(_Int8Products):
         return rows, blocks, (d_idx + 63) // 64 * 16, heads
 
     @staticmethod
-    def key_width(d_idx):
-        return (d_idx + 63) // 64 * 16
+    def key_shape(keys, d_idx):
+        return keys, (d_idx + 63) // 64 * 16
 
     def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
@@ -533,3 +613,109 @@ class AmxInt8Products(_Int8Products):
                 amx.steps(0, self.d_idx, 1),
             )
         )
+
+
+@T.meta_class
+class _MatrixProducts(FloatProducts):
+    """Arm's products of two keys by two heads, from rows of 8 bytes each. As `FloatProducts`.
+
+    A vector of keys has 8 bytes of a key and the same 8 of the next one, a vector of queries those of two heads.
+    """
+
+    packed = "uint64"
+
+    @staticmethod
+    def check(c: Any) -> bool:
+        return c.tile_keys % 2 == 0
+
+    @classmethod
+    def completed(cls, kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+        return with_matrix(kernel, cls.sums)
+
+    @staticmethod
+    def reads_in_place(key_type: str) -> bool:
+        return False
+
+    @classmethod
+    def query_shape(cls, rows, blocks, d_idx, heads):
+        return rows, blocks, d_idx // cls.entries, heads
+
+    @classmethod
+    def key_shape(cls, keys, d_idx):
+        return keys // 2, d_idx // cls.entries * 2
+
+    @T.inline
+    def start(self, acc, i, hb, h0):
+        for j in T.unroll(acc.shape[0]):
+            for h in T.vectorized(acc.shape[1]):
+                acc[j, h] = T.Cast(self.sums, 0)
+
+    @T.inline
+    def put_queries(self, packed, m0, rows, blocks, h_idx):
+        for i, hb, d, h in T.grid(rows, blocks, self.d_idx // self.entries, self.tile[1]):
+            if hb * self.tile[1] + h < h_idx:
+                packed[i, hb, d, h] = self.row(self.queries, (m0 + i, hb * self.tile[1] + h), d, self.types[0])
+            else:
+                packed[i, hb, d, h] = T.uint64(0)
+
+    @T.inline
+    def put_key(self, row, packed, at):
+        for d in T.serial(self.d_idx // self.entries):
+            packed[at // 2, 2 * d + at % 2] = self.row(self.keys, (row,), d, self.types[1])
+
+    @T.inline
+    def put_nothing(self, packed, at):
+        for d in T.serial(self.d_idx // self.entries):
+            packed[at // 2, 2 * d + at % 2] = T.uint64(0)
+
+    @T.inline
+    def add(self, acc, keys, first, queries, i, hb, h0, part):
+        for d in T.serial(
+            part * (self.chain // self.entries // self.tile[2]),
+            T.min((part + 1) * self.chain, self.d_idx) // self.entries // self.tile[2],
+        ):
+            for u in T.unroll(self.tile[2]):
+                for g in T.unroll(acc.shape[1] // 2):
+                    for j in T.unroll(self.tile[0] // 2):
+                        acc[place(acc, j, g)] = matrix(
+                            acc[place(acc, j, g)],
+                            self.sums,
+                            keys[first // 2 + j, T.Ramp(2 * (d * self.tile[2] + u), 1, 2)],
+                            queries[i, hb, d * self.tile[2] + u, T.Ramp(h0 + 2 * g, 1, 2)],
+                        )
+        settle(acc, self.sums)
+
+
+@T.meta_class
+class Bf16MatrixProducts(_MatrixProducts):
+    """With `bfmmla`.
+
+    The processor takes subnormal numbers for 0, makes subnormal products and sums 0, and rounds each sum to odd,
+    whatever mode the caller has set: two products to their sum, and that to the sum of earlier ones.
+    """
+
+    entries, chain = 4, CHAIN
+
+    def row(self, buffer, at, d, dtype: str):
+        """Step d of a key or query as a u64."""
+        bits = [T.Cast("uint64", bf16_bits(buffer[(*at, 4 * d + i)], dtype)) << T.uint64(16 * i) for i in range(4)]
+        return bits[0] | bits[1] | bits[2] | bits[3]
+
+
+@T.meta_class
+class Int8MatrixProducts(_MatrixProducts):
+    """With `smmla`, whose sums are integers and exact, as those of all dot products of bytes."""
+
+    # A part is all of d_idx.
+    sums, entries, chain = "int32", 8, 1 << 20
+
+    @staticmethod
+    def parts(d_idx):
+        return 1
+
+    def score(self, total):
+        return T.Cast("float32", T.max(total, T.int32(0)))
+
+    def row(self, buffer, at, d, dtype: str):
+        """Step d of a key or query as a u64."""
+        return T.reinterpret("uint64", buffer[(*at, T.Ramp(8 * d, 1, 8))])

@@ -24,7 +24,7 @@ from .elements import CHAIN, STEP, VECTOR, is_nan
 from .exponential import exp_nonpositive
 from .mla_products import products_of
 from .mla_rows import prefetch_rows, rows_of
-from .products import AMX, BF16X16
+from .products import AMX, BF16X2X2, BF16X16
 
 #: The sums of 4096 keys are chains of 4096 / block_keys additions of sums of block_keys: both have to be short.
 _LEAST_KEYS = 32
@@ -82,12 +82,13 @@ DEFAULT = {
         block_keys=96, tile_keys=32, heads=32, tile_heads=32, values=32, unroll_d=1, task_heads=128
     ),
     "aarch64": Decisions(block_keys=48, tile_keys=6, heads=16, tile_heads=4, values=16, unroll_d=4, task_heads=64),
+    "aarch64-bf16": Decisions(block_keys=48, tile_keys=4, heads=16, tile_heads=8, values=8, unroll_d=2, task_heads=64),
 }
 
 
 def takes(variant: Mapping[str, str], dots: str) -> bool:
     """Whether these element types have a kernel with the dot products of this name. Packed rows stand for bf16."""
-    return dots in (AMX, BF16X16) and variant["T"] == "bfloat16"
+    return dots in (AMX, BF16X16, BF16X2X2) and variant["T"] == "bfloat16"
 
 
 def check_dots(c: Decisions, dots: str | None) -> None:

@@ -81,14 +81,31 @@ def test_the_best_target_that_runs_is_taken(choose):
 
 
 def test_what_linux_says_of_arm_cpus(tmp_path):
-    """The bits of AT_HWCAP as Linux numbers them: a Cortex-A72 lacks dot products (ASIMDDP), a Neoverse N1 has them."""
+    """The bits of AT_HWCAP and AT_HWCAP2 as Linux numbers them: ASIMDDP in the one, I8MM and BF16 in the other."""
     program = Path(__file__).parent.parent / "c" / "arm_features.c"
     link.run(["cc", f"-I{link.export_directory() / 'src'}", str(program), "-o", f"{tmp_path}/arm"])
-    words = {0x0: 0, 0xFF: 0, 1 << 20: 1, 0x1100FF: 1, 0xFFFFFFFFFFFFFFFF ^ 1 << 20: 0}
-    done = subprocess.run([f"{tmp_path}/arm", *map(str, words)], capture_output=True, check=True, text=True)
-    assert list(map(int, done.stdout.split())) == list(words.values())
+    dotprod, i8mm, bf16, all_but = 1 << 20, 1 << 13, 1 << 14, 2**64 - 1
+    words = {
+        (0, 0): "",
+        (0x1100FF, 0): "dotprod ",  # Neoverse N1
+        (all_but ^ dotprod, 0): "",
+        (0, dotprod | 1 << 9 | 1 << 12): "",  # those of SVE, and a bit of the other word
+        (dotprod, i8mm): "dotprod i8mm ",
+        (dotprod, bf16): "dotprod bf16 ",
+        (all_but, all_but): "dotprod i8mm bf16 ",
+        (i8mm | bf16, 0): "",
+    }
+    arguments = [str(word) for pair in words for word in pair]
+    done = subprocess.run([f"{tmp_path}/arm", *arguments], capture_output=True, check=True, text=True)
+    assert done.stdout.splitlines() == [f"{expected}." for expected in words.values()]
     table = kernel_table.source([(target, {}) for target in DEFAULT_TARGETS["aarch64"]])
-    assert '{"aarch64", 0, 0, ' in table and '{"aarch64-dotprod", 0, ARM_DOTPROD, ' in table
+    for target, needs in {
+        "aarch64": "0",
+        "aarch64-dotprod": "ARM_DOTPROD",
+        "aarch64-i8mm": "ARM_DOTPROD | ARM_I8MM",
+        "aarch64-bf16": "ARM_DOTPROD | ARM_I8MM | ARM_BF16",
+    }.items():
+        assert f'{{"{target}", 0, {needs}, ' in table
 
 
 @pytest.mark.parametrize(

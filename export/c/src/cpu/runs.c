@@ -120,7 +120,7 @@ int dsa_cpu_runs(const struct kernel_set *set) {
   if (!set->level || set->level > x86_level(&features) || !x86_has(x86_dots(&features), set->dots)) return 0;
   return !(set->dots & X86_AMX_TILE) || (tiles_are_allowed() && tiles_compute(set));
 #elif defined(__aarch64__)
-  return !set->level && !(set->dots & ~arm_dots(getauxval(AT_HWCAP)));
+  return !set->level && !(set->dots & ~arm_dots(getauxval(AT_HWCAP), getauxval(AT_HWCAP2)));
 #else
   (void)set;
   return 0;
