@@ -79,6 +79,7 @@ def lightning_indexer(
     ``x86-64-v4-amx``) multiplies bfloat16 and fp8 with its bf16 products. These products are exact and their sums are
     as precise as those of float32, but subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN
     are as in float32, except that a sum that overflows on the way may overflow at another of its terms.
+    ``aarch64-bf16`` does the same with ``bfmmla``, and rounds each of its sums to odd.
 
     Raises
     ------
@@ -240,6 +241,7 @@ def sparse_mla(
     multiplies their sum, which has to be in the range of float32. A weight is the sum of two bfloat16, so that out is
     as precise as in float32. Subnormal bfloat16 numbers, those below 2**-126, count as 0. Infinities and NaN are as in
     float32, but where a sum overflows on the way, its parts may overflow in another order.
+    ``aarch64-bf16`` does the same with ``bfmmla``, and rounds each of its sums to odd.
 
     Raises
     ------

@@ -404,7 +404,9 @@ class Bf16MatrixProducts(Bf16Products):
         if c.tile_keys % 2 or c.heads % 8 or c.tile_heads % 2 or c.values % 8 or STEP // 4 % c.unroll_d:
             raise ValueError(f"sparse_mla: decisions that do not divide for products of matrices: {c}")
         if c.unroll_d % 2:
-            raise ValueError(f"sparse_mla: unroll_d: expected an even number for products of matrices, got {c.unroll_d}")
+            raise ValueError(
+                f"sparse_mla: unroll_d: expected an even number for products of matrices, got {c.unroll_d}"
+            )
 
     @staticmethod
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:

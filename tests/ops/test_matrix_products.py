@@ -62,9 +62,9 @@ define linkonce_odr hidden <4 x i32> @dsa_matrix(<4 x i32> %sum, <2 x i64> %a, <
 attributes #0 = {{ alwaysinline nounwind }}
 """
 
-#: `bfmmla` as the architecture defines it without FEAT_EBF16: products and sums are rounded to odd, beyond the largest
-#: number they are infinite, and subnormal operands and results are 0. In f64 products are exact, and TwoSum gives what a
-#: sum lost.
+#: `bfmmla` as the architecture defines it without FEAT_EBF16: products and sums are rounded to odd, beyond the
+#: largest number they are infinite, and subnormal operands and results are 0. In f64 products are exact, and TwoSum
+#: gives what a sum lost.
 BF16_MODEL = """
 define internal <4 x float> @model_odd(<4 x double> %x) #1 {{
   %bits = bitcast <4 x double> %x to <4 x i64>
@@ -173,6 +173,7 @@ def linked(op, variant, target, tmp_path, monkeypatch):
     return tvm.runtime.load_module(str(tmp_path / "model.so"))
 
 
+ARRAYS = ("q", "kv", "indices", "attn_sink", "topk_length")
 needs_cc = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
 
 
@@ -202,7 +203,13 @@ def test_bfmmla_gives_scores_within_the_tolerance(types, tmp_path, monkeypatch):
     spec, variant = OPS["lightning_indexer"], {"T": types[0], "K": types[1]}
     module = linked("lightning_indexer", variant, "aarch64-bf16", tmp_path, monkeypatch)
     rng = np.random.default_rng(0)
-    for s_q, s_kv, h_idx, d_idx in [(1, 1, 1, 32), (3, 301, 64, 128), (9, 77, 33, 64), (2, 2001, 17, 32), (2, 9, 5, 1024)]:
+    for s_q, s_kv, h_idx, d_idx in [
+        (1, 1, 1, 32),
+        (3, 301, 64, 128),
+        (9, 77, 33, 64),
+        (2, 2001, 17, 32),
+        (2, 9, 5, 128),
+    ]:
         arguments = indexer_inputs(rng, variant, s_q=s_q, s_kv=s_kv, h_idx=h_idx, d_idx=d_idx, scaled=True)
         found = logits_of(module, arguments)
         assert_close(found, spec.reference(**arguments)[0], spec.tolerance["logits"]["bfloat16"])
@@ -232,3 +239,19 @@ def test_odd_numbers_of_bfmmla(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         logits_of(module, arguments)[0, :4], np.float32([0, 2.0**-26, 0, 1.0078125 * 2.0**-26])
     )
+
+
+@needs_cc
+@pytest.mark.parametrize(("h_q", "topk"), [(1, 1), (17, 33), (64, 130)])
+def test_attention_with_bfmmla_is_within_the_tolerance(h_q, topk, tmp_path, monkeypatch):
+    """With tails of heads, and odd numbers of keys."""
+    spec = OPS["sparse_mla"]
+    module = linked("sparse_mla", {"T": "bfloat16"}, "aarch64-bf16", tmp_path, monkeypatch)
+    arguments = attention_inputs(np.random.default_rng(0), "bfloat16", s_q=3, s_kv=300, h_q=h_q, topk=topk)
+    expected = spec.reference(**arguments, sm_scale=0.1, d_v=512)
+    outputs = [np.empty((3, h_q, 512), ml_dtypes.bfloat16), *np.empty((2, 3, h_q), np.float32)]
+    results = [tvm.runtime.tensor(x) for x in outputs]
+    given = [tvm.runtime.tensor(arguments[n]) if n in arguments else None for n in ARRAYS]
+    module["call"](0, 1, *given, 0.1, 512, *results)
+    for name, result, x in zip(("out", "max_logits", "lse"), results, expected, strict=True):
+        assert_close(result.numpy(), x, spec.tolerance[name]["bfloat16"])

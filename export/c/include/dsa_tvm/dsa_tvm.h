@@ -121,7 +121,8 @@ DSA_TVM_API int32_t dsa_tvm_get_num_threads(void);
  *   ks, ke   [s_q]                int32
  *   k_scale  [s_kv]               float32, or NULL
  *   logits   [s_q, s_kv]          float32, written
- * On x86-64-v4-bf16 and x86-64-v4-amx (see dsa_tvm_target), subnormal bfloat16 numbers count as 0: those below 2**-126. */
+ * On x86-64-v4-bf16, x86-64-v4-amx and aarch64-bf16 (see dsa_tvm_target), subnormal bfloat16 numbers count as 0: those
+ * below 2**-126. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_lightning_indexer(const dsa_tvm_tensor *q, const dsa_tvm_tensor *k,
                                                      const dsa_tvm_tensor *weights, const dsa_tvm_tensor *ks,
                                                      const dsa_tvm_tensor *ke, const dsa_tvm_tensor *k_scale,
@@ -158,7 +159,8 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const d
  *   out          [s_q, h_q, d_v]   type of q, written; 0 where no key is left
  *   max_logits   [s_q, h_q]        float32, written; -inf where no key is left
  *   lse          [s_q, h_q]        float32, written; natural logarithm, +inf where no key is left
- * On x86-64-v4-bf16 and x86-64-v4-amx (see dsa_tvm_target), subnormal bfloat16 numbers, those below 2**-126, count as 0,
+ * On x86-64-v4-bf16, x86-64-v4-amx and aarch64-bf16 (see dsa_tvm_target), subnormal bfloat16 numbers, those below
+ * 2**-126, count as 0,
  * and what sm_scale multiplies, q . kv, has to be in the range of float32. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_sparse_mla(const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,
                                               const dsa_tvm_tensor *indices, const dsa_tvm_tensor *attn_sink,
