@@ -26,14 +26,14 @@ class Decisions:
     Parameters
     ----------
     tile_keys, heads : int
-        Register tile: keys by heads (accumulators).
+        Register tile: keys by heads (accumulators). For products of matrices both are even.
     block_keys : int
         Keys that are widened at a time, a multiple of `tile_keys`. The block should stay in the second-level cache.
     in_place : int
         1: keys of the type that is multiplied (float32; bfloat16 for bf16 dot products) are read where they are. This
         saves a copy that does not pay for few queries. 0: all keys are copied.
     unroll_d : int
-        Steps of the product over d_idx in one loop body. It divides 32, or 16 or 8 if a step takes two or four entries.
+        Steps of the product over d_idx in one loop body. It divides 32 over the entries that a step takes.
     rows : int
         Queries of a task. Each block of keys is widened once for all of them.
     task_keys : int

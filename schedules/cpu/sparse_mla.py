@@ -43,7 +43,8 @@ class Decisions:
     tile_heads, values : int
         Register tile of the output; `tile_heads` divides `heads`, `values` divides 64, of which d_v is a multiple.
     unroll_d : int
-        Steps of the product over d_qk in one loop body; divides 32, and 16 where a step takes two entries.
+        Steps of the product over d_qk in one loop body; divides 32 over the entries that a step takes. Products of
+        matrices also need it even.
     task_heads : int
         Heads a task takes; a multiple of `heads`.
 
