@@ -13,6 +13,9 @@ from typing import Any, Protocol, TypeVar
 ROUNDS = 5
 #: The most calls of a turn on a device. The driver's memory holds what is enqueued.
 MOST_CALLS = 400
+#: Seconds before a turn. The threads of OpenBLAS, with which results are checked, and of other contenders spin for so
+#: long after their last work. Meanwhile a call with as many threads as CPUs takes up to twice its time.
+SETTLE = 0.1
 #: The longest time, in seconds, for which a device waits while a call is enqueued.
 LONGEST_HOLD = 5e-3
 
@@ -93,7 +96,12 @@ class HostClock:
     def turns(self, call: Callable[[], Any], seconds: float) -> Callable[[int], list[float]]:
         """As `Clock`."""
         call()
-        return lambda _: timed(call, seconds)
+
+        def turn(_: int) -> list[float]:
+            time.sleep(SETTLE)
+            return timed(call, seconds)
+
+        return turn
 
 
 class Device(Protocol):
