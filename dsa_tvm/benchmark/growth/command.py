@@ -21,7 +21,7 @@ from ..check import Checker, CheckError
 from . import picture
 from .sweep import VARIED, Point, Sweep, sweeps
 
-_DEFAULTS = {"dtype": "float32", "seconds": 0.2}
+_DEFAULTS = {"dtype": "float32", "seconds": 0.4}
 #: Operators by default: the parts of the attention, and the whole.
 _OPS = ("lightning_indexer", "topk", "sparse_mla", "dsa_attention")
 _HEADER = ["ours ms", "line ms", "x line", "of peak", "of read", "bound"]
