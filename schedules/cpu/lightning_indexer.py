@@ -264,9 +264,7 @@ def tensor_ir(variant: Mapping[str, str], c: Decisions, dots: str | None = None)
                         for hb in T.serial(blocks):
                             for t in T.serial((stop - start + TK - 1) // TK):
                                 left: T.let = T.min(h_idx - hb * HV, T.int64(HV))
-                                if NARROW == HV:
-                                    tiles.run(acc, t, start, in_place, i, hb, 0)
-                                elif left > HV - NARROW:
+                                if NARROW == HV or left > HV - NARROW:
                                     tiles.run(acc, t, start, in_place, i, hb, 0)
                                 else:
                                     first: T.let = (

@@ -68,6 +68,11 @@ define linkonce_odr hidden <2 x i64> @{_VALUES}(i32 %part, <8 x i16> %a, <8 x i1
 """
 
 
+def _in_one(first, second):
+    """The upper halves of two u32 as one: two bf16 by the bits of the f32 that begin with them."""
+    return (first >> T.uint32(16)) | (second & T.uint32(_UPPER))
+
+
 def products_of(dots: str | None):
     """The class that multiplies with the dot products of this name, or in f32."""
     return {None: FloatProducts, BF16X16: Bf16Products, AMX: AmxProducts, BF16X2X2: Bf16MatrixProducts}[dots]
@@ -189,6 +194,8 @@ class Bf16Products(FloatProducts):
     """
 
     lanes = 16
+    #: Entries of a query that a product takes at a time, what they are packed in, and so are weights.
+    entries, packed = 2, "uint32"
 
     @staticmethod
     def check(c: Any) -> None:
@@ -200,13 +207,18 @@ class Bf16Products(FloatProducts):
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
         return with_bf16_dot(kernel)
 
+    @staticmethod
+    def weight_shape(c):
+        """Of the weights of a block of keys."""
+        return c.block_keys, c.heads
+
     def __init__(self, c, dtype: str, heads, widths) -> None:
         self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
         self.h0, self.h1 = heads
         self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
-        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 2, c.heads), "uint32")
+        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // self.entries, c.heads), self.packed)
         self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
-        self.weights = T.sblock_alloc_buffer((c.block_keys, c.heads), "uint32")
+        self.weights = T.sblock_alloc_buffer(self.weight_shape(c), self.packed)
 
     def score(self, total, sm_scale):
         return total * sm_scale
@@ -224,13 +236,13 @@ class Bf16Products(FloatProducts):
     @T.inline
     def put_queries(self, q, m, sm_scale):
         # Heads past h1 are zero, as in f32.
-        for hb, d, h in T.grid(self.blocks, self.d_qk // 2, self.c.heads):
+        for hb, d, h in T.grid(self.blocks, self.d_qk // self.entries, self.c.heads):
             if self.h0 + hb * self.c.heads + h < self.h1:
                 self.queries[hb, d, h] = T.reinterpret(
-                    "uint32", q[m, self.h0 + hb * self.c.heads + h, T.Ramp(2 * d, 1, 2)]
+                    self.packed, q[m, self.h0 + hb * self.c.heads + h, T.Ramp(self.entries * d, 1, self.entries)]
                 )
             else:
-                self.queries[hb, d, h] = T.uint32(0)
+                self.queries[hb, d, h] = tirx.const(0, self.packed)
 
     @T.inline
     def put_nothing(self, at):
@@ -242,9 +254,7 @@ class Bf16Products(FloatProducts):
     def put_weights(self, weights, keys, heads):
         for j in T.serial(keys):
             for h in T.vectorized(heads):
-                self.weights[j, h] = (T.reinterpret("uint32", weights[j, h]) >> T.uint32(16)) | (
-                    self.rest(weights[j, h]) & T.uint32(_UPPER)
-                )
+                self.weights[j, h] = _in_one(T.reinterpret("uint32", weights[j, h]), self.rest(weights[j, h]))
 
     @T.inline
     def add_scores(self, acc, hb, first, part):
@@ -293,16 +303,15 @@ class AmxProducts(Bf16Products):
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
         return with_ir(kernel, amx.ir_of(kernel))
 
+    @staticmethod
+    def weight_shape(c):
+        return 2, c.heads, c.block_keys // 2
+
     def __init__(self, c, dtype: str, heads, widths) -> None:
-        self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
-        self.h0, self.h1 = heads
-        self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
-        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 2, c.heads), "uint32")
-        self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
+        super().__init__(c, dtype, heads, widths)
         # Of pairs of keys.
         self.values = T.sblock_alloc_buffer((c.block_keys // 2, self.d_v), "uint32")
         self.pairs = T.sblock_alloc_buffer((2, 16, 16), "uint32")
-        self.weights = T.sblock_alloc_buffer((2, c.heads, c.block_keys // 2), "uint32")
 
     @T.inline
     def begin(self):
@@ -338,12 +347,14 @@ class AmxProducts(Bf16Products):
         for b, g in T.grid((keys + 31) // 32, heads // 16):
             for j in T.serial(16):
                 for h in T.vectorized(16):
-                    self.pairs[0, j, h] = (
-                        T.reinterpret("uint32", weights[b * 32 + 2 * j, g * 16 + h]) >> T.uint32(16)
-                    ) | (T.reinterpret("uint32", weights[b * 32 + 2 * j + 1, g * 16 + h]) & T.uint32(_UPPER))
+                    self.pairs[0, j, h] = _in_one(
+                        T.reinterpret("uint32", weights[b * 32 + 2 * j, g * 16 + h]),
+                        T.reinterpret("uint32", weights[b * 32 + 2 * j + 1, g * 16 + h]),
+                    )
                 for h in T.vectorized(16):
-                    self.pairs[1, j, h] = (self.rest(weights[b * 32 + 2 * j, g * 16 + h]) >> T.uint32(16)) | (
-                        self.rest(weights[b * 32 + 2 * j + 1, g * 16 + h]) & T.uint32(_UPPER)
+                    self.pairs[1, j, h] = _in_one(
+                        self.rest(weights[b * 32 + 2 * j, g * 16 + h]),
+                        self.rest(weights[b * 32 + 2 * j + 1, g * 16 + h]),
                     )
             for i in T.serial(2):
                 T.evaluate(
@@ -397,6 +408,7 @@ class Bf16MatrixProducts(Bf16Products):
     """
 
     lanes = 8
+    entries, packed = 4, "uint64"
 
     @staticmethod
     def check(c: Any) -> None:
@@ -412,13 +424,9 @@ class Bf16MatrixProducts(Bf16Products):
     def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
         return with_matrix(kernel, "float32", _ROWS_IR)
 
-    def __init__(self, c, dtype: str, heads, widths) -> None:
-        self.c, self.dtype, self.d_qk, self.d_v = c, dtype, *widths
-        self.h0, self.h1 = heads
-        self.blocks = (self.h1 - self.h0 + c.heads - 1) // c.heads
-        self.queries = T.sblock_alloc_buffer((self.blocks, self.d_qk // 4, c.heads), "uint64")
-        self.keys = T.sblock_alloc_buffer((c.block_keys, self.d_qk), "uint16")
-        self.weights = T.sblock_alloc_buffer((c.block_keys // 2, c.heads), "uint64")
+    @staticmethod
+    def weight_shape(c):
+        return c.block_keys // 2, c.heads
 
     def rows(self, name: str, part: int, row, d):
         """Rows of a product, from eight entries of a key and of the next one, from d on."""
@@ -428,20 +436,9 @@ class Bf16MatrixProducts(Bf16Products):
 
     def parts(self, first, second):
         """The bf16 parts of a weight and of that of the next key, as the row of a product."""
-        begin = (T.reinterpret("uint32", first) >> T.uint32(16)) | (T.reinterpret("uint32", second) & T.uint32(_UPPER))
-        rest = (self.rest(first) >> T.uint32(16)) | (self.rest(second) & T.uint32(_UPPER))
+        begin = _in_one(T.reinterpret("uint32", first), T.reinterpret("uint32", second))
+        rest = _in_one(self.rest(first), self.rest(second))
         return T.Cast("uint64", begin) | (T.Cast("uint64", rest) << T.uint64(32))
-
-    @T.inline
-    def put_queries(self, q, m, sm_scale):
-        # Heads past h1 are zero, as in f32.
-        for hb, d, h in T.grid(self.blocks, self.d_qk // 4, self.c.heads):
-            if self.h0 + hb * self.c.heads + h < self.h1:
-                self.queries[hb, d, h] = T.reinterpret(
-                    "uint64", q[m, self.h0 + hb * self.c.heads + h, T.Ramp(4 * d, 1, 4)]
-                )
-            else:
-                self.queries[hb, d, h] = T.uint64(0)
 
     @T.inline
     def put_weights(self, weights, keys, heads):

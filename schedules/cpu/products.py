@@ -368,7 +368,7 @@ class Bf16Products(FloatProducts):
 
 
 @T.meta_class
-class _Int8Products:
+class _Int8Products(FloatProducts):
     """Dot products of four bytes: a key's four broadcast, times a vector of heads' four. As `FloatProducts`.
 
     Sums are integers and exact. An instruction that multiplies unsigned bytes by signed ones gets keys with 128 added,
@@ -380,10 +380,6 @@ class _Int8Products:
     #: Sums of a vector, and what makes four bytes of a key what the instruction takes.
     lanes: int
     flip: int
-
-    @staticmethod
-    def check(c: Any) -> bool:
-        return True
 
     @classmethod
     def completed(cls, kernel: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -408,14 +404,6 @@ class _Int8Products:
     def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
         self.offsets = T.sblock_alloc_buffer((*tasks, tile[1]), "int32")
-
-    @T.inline
-    def begin(self):
-        pass
-
-    @T.inline
-    def end(self):
-        pass
 
     @T.inline
     def start(self, acc, i, hb, h0):
@@ -494,13 +482,8 @@ class Int8Products4(_Int8Products):
     lanes, flip = 4, 0
 
 
-@T.meta_class
-class AmxBf16Products(Bf16Products):
-    """Tiles of 16 keys by 16 heads and 32 entries. Packed queries are pairs of 16 heads' bf16 already, as tiles are.
-
-    A step's 16 products of even entries are summed from zero, and so are those of odd ones. What `Bf16Products` says of
-    subnormal numbers and of rounding holds.
-    """
+class _AmxProducts:
+    """What the products of tiles have in common."""
 
     @staticmethod
     def check(c: Any) -> bool:
@@ -521,6 +504,15 @@ class AmxBf16Products(Bf16Products):
     @T.inline
     def start(self, acc, i, hb, h0):
         """Nothing: `add` sets the sums."""
+
+
+@T.meta_class
+class AmxBf16Products(_AmxProducts, Bf16Products):
+    """Tiles of 16 keys by 16 heads and 32 entries. Packed queries are pairs of 16 heads' bf16 already, as tiles are.
+
+    A step's 16 products of even entries are summed from zero, and so are those of odd ones. What `Bf16Products` says of
+    subnormal numbers and of rounding holds.
+    """
 
     @T.inline
     def add(self, acc, keys, first, queries, i, hb, h0, part):
@@ -538,7 +530,7 @@ class AmxBf16Products(Bf16Products):
 
 
 @T.meta_class
-class AmxInt8Products(_Int8Products):
+class AmxInt8Products(_AmxProducts, _Int8Products):
     """Tiles of 16 keys by 16 heads and 64 entries, all signed. Keys and queries end with zeros where d_idx ends within
     64 entries.
     """
@@ -546,39 +538,24 @@ class AmxInt8Products(_Int8Products):
     lanes, flip = 16, 0
 
     @staticmethod
-    def check(c: Any) -> bool:
-        return amx.takes(c.tile_keys, c.heads)
+    def quads(d_idx):
+        """Four entries each, up to the end of a tile's row."""
+        return (d_idx + 63) // 64 * 16
 
-    @staticmethod
-    def completed(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-        return with_ir(kernel, amx.ir_of(kernel))
+    @classmethod
+    def query_shape(cls, rows, blocks, d_idx, heads):
+        return rows, blocks, cls.quads(d_idx), heads
 
-    @staticmethod
-    def query_shape(rows, blocks, d_idx, heads):
-        return rows, blocks, (d_idx + 63) // 64 * 16, heads
-
-    @staticmethod
-    def key_shape(keys, d_idx):
-        return keys, (d_idx + 63) // 64 * 16
+    @classmethod
+    def key_shape(cls, keys, d_idx):
+        return keys, cls.quads(d_idx)
 
     def __init__(self, queries, keys, types, tile, d_idx, tasks) -> None:
         self.queries, self.keys, self.tile, self.d_idx = queries, keys, tile, d_idx
 
     @T.inline
-    def begin(self):
-        T.evaluate(amx.begin())
-
-    @T.inline
-    def end(self):
-        T.evaluate(amx.end())
-
-    @T.inline
-    def start(self, acc, i, hb, h0):
-        """Nothing: `add` sets the sums."""
-
-    @T.inline
     def put_queries(self, packed, m0, rows, blocks, h_idx):
-        for i, hb, d, h in T.grid(rows, blocks, (self.d_idx + 63) // 64 * 16, self.tile[1]):
+        for i, hb, d, h in T.grid(rows, blocks, self.quads(self.d_idx), self.tile[1]):
             if hb * self.tile[1] + h < h_idx and d < self.d_idx // 4:
                 packed[i, hb, d, h] = T.reinterpret(
                     "uint32", self.queries[m0 + i, hb * self.tile[1] + h, T.Ramp(4 * d, 1, 4)]
@@ -597,7 +574,7 @@ class AmxInt8Products(_Int8Products):
 
     @T.inline
     def put_nothing(self, packed, at):
-        for d in T.serial((self.d_idx + 63) // 64 * 2):
+        for d in T.serial(self.quads(self.d_idx) // (STEP // 4)):
             packed[at, T.Ramp(d * (STEP // 4), 1, STEP // 4)] = T.Broadcast(T.uint32(0), STEP // 4)
 
     @T.inline
@@ -607,7 +584,7 @@ class AmxInt8Products(_Int8Products):
                 "int8",
                 acc,
                 T.address_of(keys[first, 0]),
-                (self.d_idx + 63) // 64 * 64,
+                4 * self.quads(self.d_idx),
                 T.address_of(queries[i, hb, 0, h0]),
                 4 * self.tile[1],
                 amx.steps(0, self.d_idx, 1),
