@@ -160,8 +160,7 @@ DSA_TVM_API dsa_tvm_status dsa_tvm_indexer_topk(const dsa_tvm_tensor *q, const d
  *   max_logits   [s_q, h_q]        float32, written; -inf where no key is left
  *   lse          [s_q, h_q]        float32, written; natural logarithm, +inf where no key is left
  * On x86-64-v4-bf16, x86-64-v4-amx and aarch64-bf16 (see dsa_tvm_target), subnormal bfloat16 numbers, those below
- * 2**-126, count as 0,
- * and what sm_scale multiplies, q . kv, has to be in the range of float32. */
+ * 2**-126, count as 0, and what sm_scale multiplies, q . kv, has to be in the range of float32. */
 DSA_TVM_API dsa_tvm_status dsa_tvm_sparse_mla(const dsa_tvm_tensor *q, const dsa_tvm_tensor *kv,
                                               const dsa_tvm_tensor *indices, const dsa_tvm_tensor *attn_sink,
                                               const dsa_tvm_tensor *topk_length, double sm_scale, int64_t d_v,

@@ -43,8 +43,8 @@ static inline unsigned x86_dots(const struct x86_features *f) {
   const unsigned amx = (x86_has(f->edx_7, 1 << 24) ? X86_AMX_TILE : 0) |
                        (x86_has(f->edx_7, 1 << 22) ? X86_AMX_BF16 : 0) |
                        (x86_has(f->edx_7, 1 << 25) ? X86_AMX_INT8 : 0);
-  return (x86_has(f->xcr0, TILES) ? amx : 0) | (x86_has(f->eax_7_1, 1 << 4) ? X86_AVXVNNI : 0) | (x86_has(f->ecx_7, 1 << 11) ? X86_AVX512VNNI : 0) |
-         (x86_has(f->eax_7_1, 1 << 5) ? X86_AVX512BF16 : 0);
+  return (x86_has(f->xcr0, TILES) ? amx : 0) | (x86_has(f->eax_7_1, 1 << 4) ? X86_AVXVNNI : 0) |
+         (x86_has(f->ecx_7, 1 << 11) ? X86_AVX512VNNI : 0) | (x86_has(f->eax_7_1, 1 << 5) ? X86_AVX512BF16 : 0);
 }
 
 #if defined(__x86_64__)

@@ -173,8 +173,8 @@ void dsa_attend(struct attention *a, int64_t queries, const struct mla_kernel *c
                 const struct dsa_executor *executor) {
   int threads = dsa_stage_threads(executor, attention_time(a, queries));
   a->heads = cut->task_heads;
-  /* For few queries, a task takes fewer heads until every thread has work: down to half a register tile, which kernels
-   * have a tile for. Fewer would take most of their time to read the keys. */
+  /* For few queries, a task takes fewer heads until every thread has work: down to half a register tile, which most
+   * kernels have a tile for. Fewer would take most of their time to read the keys. */
   int64_t least = cut->heads > 8 ? cut->heads / 2 : cut->heads;
   while (a->heads > least && queries * divide_up(a->h_q, a->heads) < threads)
     a->heads = divide_up(a->heads / 2, least) * least;
