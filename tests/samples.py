@@ -58,6 +58,21 @@ def attention_inputs(rng, dtype, *, s_q=3, s_kv=300, h_q=16, d_qk=576, topk=64):
     }
 
 
+def odd_attention_inputs(*, s_q):
+    """Arguments of `sparse_mla` in bf16 with infinities, NaN and large numbers.
+
+    A query has few of them, so that there are outputs of every kind. All scores of the first query are -inf.
+    """
+    rng = np.random.default_rng(0)
+    odd = np.array([np.inf, -np.inf, np.nan, 3e18, -3e18, 0.0, -0.0, 1e30, -1e-30], DTYPES["bfloat16"])
+    arguments = attention_inputs(rng, "bfloat16", s_q=s_q, s_kv=400, h_q=5, topk=37)
+    for name in ("q", "kv"):
+        chosen = rng.random(arguments[name].shape) < 1e-4
+        arguments[name][chosen] = rng.choice(odd, int(chosen.sum()))
+    arguments["q"][0, :, 575], arguments["kv"][:3, 575], arguments["indices"][0] = 1, -np.inf, 2
+    return arguments
+
+
 def row_inputs(rng, dtype, *, batch=2, capacity=300, s_new=5, d_row=576):
     """Arguments of `write_rows`, with positions before and behind the cache and with repeated ones."""
     positions = rng.integers(-3, capacity + 3, (batch, s_new)).astype(np.int32)

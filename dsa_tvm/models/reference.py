@@ -131,7 +131,11 @@ def attention(
 
 def index_scores(layer: Layer, weights: Mapping[str, Array], x: Array, positions: Array, *, first: int = 0) -> Array:
     """Scores [s, s] of the indexer, -inf for keys that a query may not see. Arguments are those of `attention`."""
-    q, k, head_weights = index_inputs(layer, weights, x, positions)
+    return scores_of(*index_inputs(layer, weights, x, positions), first=first)
+
+
+def scores_of(q: Array, k: Array, head_weights: Array, *, first: int = 0) -> Array:
+    """`index_scores` by what `index_inputs` returns."""
     s = len(q)
     scores = np.full((s, s), -np.inf)
     for t in range(first, s):

@@ -18,7 +18,7 @@ import torch
 from small_models import KINDS, make, prompt, weights_of
 
 from dsa_tvm.models import transformers as door  # noqa: F401  # registers attn_implementation="dsa_tvm"
-from dsa_tvm.models.reference import Layer, attention, index_inputs
+from dsa_tvm.models.reference import Layer, attention, index_inputs, scores_of
 
 #: Unit roundoff of float32.
 UNIT = 2.0**-24
@@ -52,11 +52,10 @@ def scores_and_bounds(layer: Layer, weights: dict[str, np.ndarray], x: np.ndarra
     """
     q, k, head_weights = index_inputs(layer, weights, x, np.arange(len(x)))
     relative = UNIT * (layer.index_dim + layer.index_heads) ** 0.5
-    scores, bounds = np.full((len(x), len(x)), -np.inf), np.zeros((len(x), len(x)))
+    bounds = np.zeros((len(x), len(x)))
     for t in range(len(x)):
-        scores[t, : t + 1] = head_weights[t] @ np.maximum(q[t] @ k[: t + 1].T, 0)
         bounds[t, : t + 1] = relative * (np.abs(head_weights[t]) @ (np.abs(q[t]) @ np.abs(k[: t + 1]).T))
-    return scores, bounds
+    return scores_of(q, k, head_weights), bounds
 
 
 @dataclass

@@ -13,7 +13,14 @@ import pytest
 from compare import assert_close, tolerance_of
 from devices import float_target
 from object_code import disassembled
-from samples import DTYPES, attention_inputs, indexer_inputs, packed_attention_inputs, repeat_rows
+from samples import (
+    DTYPES,
+    attention_inputs,
+    indexer_inputs,
+    odd_attention_inputs,
+    packed_attention_inputs,
+    repeat_rows,
+)
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -258,14 +265,7 @@ def test_a_candidate_is_not_measured_where_its_instructions_are_missing(tmp_path
 @needs_cc
 def test_infinities_and_nan_of_the_attention(modelled):
     """Of q and of selected rows, as in float32; a query has few of them, so that there are outputs of every kind."""
-    rng = np.random.default_rng(0)
-    odd = np.array([np.inf, -np.inf, np.nan, 3e18, -3e18, 0.0, -0.0, 1e30, -1e-30], DTYPES["bfloat16"])
-    arguments = attention_inputs(rng, "bfloat16", s_q=40, s_kv=400, h_q=5, topk=37)
-    for name in ("q", "kv"):
-        chosen = rng.random(arguments[name].shape) < 1e-4
-        arguments[name][chosen] = rng.choice(odd, int(chosen.sum()))
-    # All scores of a query are -inf.
-    arguments["q"][0, :, 575], arguments["kv"][:3, 575], arguments["indices"][0] = 1, -np.inf, 2
+    arguments = odd_attention_inputs(s_q=40)
     wide = arguments | {n: arguments[n].astype(np.float32) for n in ("q", "kv")}
     found = modelled("sparse_mla", {"T": "bfloat16"})(arguments, sm_scale=0.1, d_v=512)
     for x, y in zip(found, dsa_tvm.sparse_mla(**wide, sm_scale=0.1), strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 from object_code import disassembled, innermost_loops, spills
-from samples import DTYPES, attention_inputs, indexer_inputs
+from samples import DTYPES, attention_inputs, indexer_inputs, odd_attention_inputs
 
 import dsa_tvm
 from dsa_tvm.ops import OPS
@@ -145,14 +145,7 @@ def attention_of(arguments):
 @here
 def test_infinities_and_nan_of_the_attention_are_those_of_float32():
     """Of q and of selected rows; a query has few of them, so that there are outputs of every kind."""
-    rng = np.random.default_rng(0)
-    odd = np.array([np.inf, -np.inf, np.nan, 3e18, -3e18, 0.0, -0.0, 1e30, -1e-30], DTYPES["bfloat16"])
-    arguments = attention_inputs(rng, "bfloat16", s_q=60, s_kv=400, h_q=5, topk=37)
-    for name in ("q", "kv"):
-        chosen = rng.random(arguments[name].shape) < 1e-4
-        arguments[name][chosen] = rng.choice(odd, int(chosen.sum()))
-    # All scores of a query are -inf.
-    arguments["q"][0, :, 575], arguments["kv"][:3, 575], arguments["indices"][0] = 1, -np.inf, 2
+    arguments = odd_attention_inputs(s_q=60)
     wide = arguments | {n: arguments[n].astype(np.float32) for n in ("q", "kv")}
     actual, expected = attention_of(arguments), attention_of(wide)
     for name, x in actual.items():
