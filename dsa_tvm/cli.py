@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--dtype", help="element type: float32, bfloat16, float16, float8_e4m3fn, int8 (default: float32)"
     )
-    bench.add_argument("--seconds", type=float, help="time for each figure (default: 1, or 0.2 on a GPU)")
+    bench.add_argument(
+        "--seconds", type=float, help="time for each figure (default: 1; 0.4 with --growth; 0.2 on a GPU)"
+    )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     bench.add_argument(
         "--growth", action="store_true", help="vary s_kv, s_q, topk and threads one at a time instead, beside no others"
